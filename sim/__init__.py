@@ -1,0 +1,1 @@
+"""`sim`: a discrete-event simulator of distributed LLM training."""

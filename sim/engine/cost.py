@@ -1,0 +1,47 @@
+"""What the engine asks of the cost layer. It knows no more of hardware than this."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sim.ir.ledger import Kernel
+from sim.ir.program import Collective, Communicator, Copy, HostCompute, Recv, Send
+from sim.ir.traffic import Link, Traffic
+
+
+class Cost(Protocol):
+    """Durations of single instructions on an otherwise idle machine, and the wires of transfers.
+
+    ``rank`` is the representative of a class; ``ranks`` all of them (what they do, they do together).
+    """
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All links; ``Phase.loads`` index into it."""
+        ...
+
+    def kernel_s(self, kernel: Kernel, rank: int) -> float:
+        """Time on the GPU, alone."""
+        ...
+
+    def launch_s(self, kernel: Kernel, rank: int) -> float:
+        """Time that the host takes to issue it (framework and driver)."""
+        ...
+
+    def issue_s(self, rank: int) -> float:
+        """Time that the host takes to issue a collective, send, receive or copy."""
+        ...
+
+    def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
+        """Time of CPU work, with the ranks of the same node that do it at the same time."""
+        ...
+
+    def collective(self, collective: Collective, communicator: Communicator) -> Traffic:
+        """Traffic of all groups of the communicator together."""
+        ...
+
+    def point_to_point(self, message: Send | Recv, communicator: Communicator) -> Traffic: ...
+
+    def copy(self, copy: Copy, ranks: tuple[int, ...]) -> Traffic:
+        """Traffic of that copy on all ranks together."""
+        ...

@@ -1,0 +1,162 @@
+"""The question, as types. Names, types and single-field limits; rules that relate fields are in ``checks``.
+
+A :class:`Scenario` is complete: every default has been filled in by ``load``, and ``sources`` says where
+each value that the file did not give comes from. All sizes are base units.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from sim.catalog.schema import GpuFacts, NetworkFacts, NodeFacts
+from sim.interop.deepspeed_config import DeepSpeedSettings
+
+Framework = Literal["ddp", "fsdp2", "fsdp1", "deepspeed", "megatron"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
+Recompute = Literal["none", "selective", "selective-op", "full"]
+AttentionKernel = Literal["math", "flash-2", "flash-3", "sdpa", "cudnn"]
+ModelCode = Literal["torch", "huggingface", "megatron"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class ModelConfig(_Frozen):
+    """A decoder-only transformer, in the keys of a Hugging Face Llama ``config.json``."""
+
+    name: str = ""
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    tie_word_embeddings: bool = False
+    hidden_act: Literal["silu", "gelu", "relu", "gelu_gated"] = "silu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    position: Literal["rope", "learned", "alibi", "none"] = "rope"
+    max_position_embeddings: PositiveInt = 4096
+    position_offset: int = 0
+    """Extra rows of a learned position table (OPT has 2)."""
+    attention_bias: bool = False
+    """Bias of the query, key and value projections."""
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    norm_bias: bool = True
+    """Only for layernorm: MPT has none."""
+    embedding_norm: bool = False
+    """A norm after the word embedding (BLOOM)."""
+    embedding_width: PositiveInt | None = None
+    """Width of the word embedding where it is projected to hidden_size (OPT-350M)."""
+    final_norm: bool = True
+    parallel_block: bool = False
+    """Attention and MLP read the same normed input and are added together (Falcon)."""
+    num_block_norms: Literal[1, 2] = 2
+    """Norms in a block: Falcon-7B's parallel block has one, Falcon-40B's two."""
+    query_key_norm: bool = False
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Residual, embedding and MLP dropout."""
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    num_local_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    num_shared_experts: int | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate: silu and gelu_gated do, gelu and relu do not."""
+        return self.hidden_act in ("silu", "gelu_gated")
+
+
+class ClusterSpec(_Frozen):
+    """The machine, in facts: overrides applied, network chosen."""
+
+    node: NodeFacts
+    gpu: GpuFacts
+    network: NetworkFacts | None
+    num_nodes: PositiveInt
+    num_gpus: PositiveInt
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs used on each node (a part of one node, or all of each)."""
+        return self.num_gpus // self.num_nodes
+
+
+class Parallelism(_Frozen):
+    dp: PositiveInt
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    cp: PositiveInt = 1
+    ep: PositiveInt = 1
+    zero: Literal[0, 1, 2, 3] = 0
+    sp: bool = False
+    schedule: str = "1f1b"
+    vpp: PositiveInt = 1
+    layers_per_stage: tuple[int, ...] | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp * self.pp * self.cp
+
+
+class Training(_Frozen):
+    sequence_length: PositiveInt
+    micro_batch_size: PositiveInt
+    global_batch_size: PositiveInt
+    precision: Precision
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    recompute: Recompute = "none"
+    attention: AttentionKernel = "sdpa"
+    gradient_clipping: float = Field(default=0.0, ge=0.0)
+    """Largest norm; 0 is no clipping."""
+    compile: bool = False
+    code: ModelCode
+    """Whose modules run: plain torch (fused norms), Hugging Face's eager code, or Megatron's fused kernels."""
+
+
+class DdpSettings(_Frozen):
+    """torch.nn.parallel.DistributedDataParallel, and how its users train in 16 bit."""
+
+    bucket_cap_mb: float = Field(default=25.0, gt=0)
+    gradient_as_bucket_view: bool = False
+    static_graph: bool = False
+    find_unused_parameters: bool = False
+    mixed_precision: Literal["autocast", "pure"] = "autocast"
+    """autocast: fp32 parameters, 16-bit matmuls; pure: parameters, gradients and optimizer in 16 bit."""
+
+
+class AllocatorConfig(_Frozen):
+    """PYTORCH_ALLOC_CONF, as the caching allocator reads it."""
+
+    expandable_segments: bool = False
+    max_split_size_bytes: int | None = None
+    roundup_power2_divisions: int = 0
+    garbage_collection_threshold: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class Scenario(_Frozen):
+    """One resolved question."""
+
+    name: str
+    model: ModelConfig
+    cluster: ClusterSpec
+    framework: Framework
+    parallelism: Parallelism
+    training: Training
+    ddp: DdpSettings = DdpSettings()
+    deepspeed: DeepSpeedSettings
+    allocator: AllocatorConfig = AllocatorConfig()
+    sources: dict[str, str] = Field(default_factory=dict)
+    """dotted path of a resolved value -> where it comes from, for values that the file does not give."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of one data-parallel rank in an optimizer step."""
+        return self.training.global_batch_size // (self.parallelism.dp * self.training.micro_batch_size)
