@@ -3,14 +3,27 @@
 A framework (``frameworks/``) supplies :class:`Hooks`: what it does before and after each module's
 forward and backward, and when a parameter's gradient is ready. The order of ops, the storages, recompute
 and the moments at which autograd lets go are the same for all of them and live here.
+
+What decides a storage's life, as in eager PyTorch:
+
+* forward: a tensor dies with its last reader of the pass, unless autograd saved it. A layer's input is also held by
+  the caller's variable until the layer returns.
+* backward: a saved tensor dies when every node that saved it has run; a gradient dies with its last reader.
+* recompute: of the recomputed ops only the inputs are saved in forward; before the first backward op that needs them
+  they run again, this time saving (torch/utils/checkpoint.py).
+
+Liveness is worked out once for each distinct layer (:func:`plan_layer`) and instantiated where the layer stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from sim.ir.program import Instruction, Storage
+from sim.ir.ledger import DTYPE_BYTES, Dim, DType, Layer, Op, Pointwise, Tensor
+from sim.ir.program import Alloc, Category, Chunk, Compute, Free, Instruction, Mark, Storage
 
 
 class Hooks(Protocol):
@@ -36,3 +49,376 @@ class Hooks(Protocol):
     def end_of_backward(self) -> Iterable[Instruction]:
         """Autograd's final callbacks: what is left in a bucket is reduced, the streams join."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """Which forward ops run again in backward, and how.
+
+    ``mode``       none | selective (ops of region ``core_attention``) | full (all ops of a block)
+    ``reentrant``  torch's older form, DeepSpeed's and Megatron's: the whole function runs again and its outputs stay
+                   until its backward is done. The other form stops at the last op that saves something.
+    """
+
+    mode: Literal["none", "selective", "full"] = "none"
+    reentrant: bool = True
+
+    def ops(self, layer: Layer) -> frozenset[str]:
+        if self.mode == "none" or layer.kind != "block":
+            return frozenset()
+        if self.mode == "full":
+            return frozenset(op.name for op in layer.forward)
+        return frozenset(op.name for op in layer.forward if op.region == "core_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The two chunks of a microbatch. They share storages: what forward saves, backward frees."""
+
+    forward: Chunk
+    backward: Chunk
+
+
+# --- the plan of one layer ---------------------------------------------------------------------
+
+_INPUT, _OUTPUT, _GRAD_OUTPUT, _GRAD_INPUT = range(4)
+_NUM_BORDER = 4
+
+_Verb = Literal["alloc", "free", "gradient", "pre", "post", "pre_again", "post_again", "pre_back", "post_back"]
+_Step = tuple[_Verb, int, str] | Compute
+"""A kernel, or (verb, slot, module): a slot's alloc, free or gradient; entering and leaving a module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A storage of a layer: ``parameter`` names the one whose gradient it is, "" for the others."""
+
+    name: str
+    num_bytes: int
+    category: Category
+    parameter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Steps of the passes of a layer over numbered slots.
+
+    Slots 0..3 cross the layer's border (input, output, gradient of the output, gradient of the input) and belong to
+    the place where the layer stands; ``slots`` describes those from 4 on.
+    """
+
+    forward: tuple[_Step, ...]
+    backward: tuple[_Step, ...]
+    slots: tuple[Slot, ...]
+
+
+@dataclass(slots=True)
+class _Node:
+    """One run of an op. ``verbs``: how its module is entered and left. The life of slots is filled in by the tape."""
+
+    op: Op
+    verbs: tuple[_Verb, _Verb]
+    born: list[int]
+    gradients: list[int]
+    scratch: list[int]
+    dying: list[int]
+
+
+class _Tape:
+    """The layer's whole life in order: forward, then backward with the recomputed ops where they run again.
+
+    Each run of an op makes new slots; ``death`` of a slot is the last node that holds it: its readers, and for what
+    autograd saved the node that releases it.
+    """
+
+    def __init__(self, layer: Layer, gradient_dtype: DType) -> None:
+        self.layer = layer
+        self.gradient_dtype = gradient_dtype
+        self.slots: list[Slot] = []
+        self.nodes: list[_Node] = []
+        self.death: dict[int, int] = {}
+        self.parameters = {p.name: p for p in layer.parameters}
+
+    def slot(self, tensor: Tensor, category: Category, parameter: str = "") -> int:
+        self.slots.append(Slot(f"{self.layer.kind}.{tensor.name}", tensor.num_bytes, category, parameter))
+        return _NUM_BORDER + len(self.slots) - 1
+
+    def hold(self, slot: int, node: int) -> None:
+        self.death[slot] = max(self.death.get(slot, -1), node)
+
+    def run(self, op: Op, verbs: tuple[_Verb, _Verb], names: dict[str, int], border: Mapping[str, int]) -> int:
+        """Append a run of ``op`` whose tensors are looked up and entered in ``names``; return the node's index."""
+        index = len(self.nodes)
+        for name in op.reads:
+            self.hold(names[name], index)
+        node = _Node(op, verbs, [], [], [], [])
+        for tensor in (*op.writes, *op.keeps):
+            slot = border[tensor.name] if tensor.name in border else self.slot(tensor, "activations")
+            names[tensor.name] = slot
+            node.born.append(slot)
+            self.hold(slot, index)
+        for parameter in op.gradients:
+            gradient = Tensor(f"grad:{parameter}", self.parameters[parameter].shape, self.gradient_dtype)
+            node.gradients.append(self.slot(gradient, "gradients", parameter))
+        node.scratch.extend(self.slot(tensor, "temporary") for tensor in op.scratch)
+        self.nodes.append(node)
+        return index
+
+
+def plan_layer(layer: Layer, recompute: Recompute, gradient_dtype: DType) -> LayerPlan:
+    """Work out what lives when in the passes of one layer.
+
+    ``gradient_dtype`` is the dtype in which autograd hands over parameter gradients: that of the parameters.
+    """
+    tape = _Tape(layer, gradient_dtype)
+    recomputed = recompute.ops(layer)
+    again = [op for op in layer.forward if op.name in recomputed]
+    made_again = {t.name for op in again for t in (*op.writes, *op.keeps)}
+    first: dict[str, int] = {}
+    backward_border: dict[str, int] = {}
+    if layer.input is not None:
+        first[layer.input.name] = _INPUT
+        backward_border[f"grad:{layer.input.name}"] = _GRAD_INPUT
+    border = {layer.output.name: _OUTPUT} if layer.output is not None else {}
+
+    for op in layer.forward:
+        tape.run(op, ("pre", "post"), first, border)
+    num_forward = len(tape.nodes)
+    if layer.input is not None:
+        tape.hold(_INPUT, num_forward - 1)  # the caller's variable, until the layer returns
+
+    second = dict(first)  # names as the recomputed run sees them
+    grads: dict[str, int] = {f"grad:{layer.output.name}": _GRAD_OUTPUT} if layer.output is not None else {}
+    node_of: dict[str, int] = {}  # forward op -> node that releases what it saved
+    waiting, whole = bool(again), len(again) == len(layer.forward)
+    for op in layer.backward:
+        ours = not recomputed.isdisjoint(op.releases)
+        if waiting and (whole or ours or any(name in made_again and name not in grads for name in op.reads)):
+            waiting = False
+            for repeated in _repeated(again, recompute.reentrant):
+                tape.run(repeated, ("pre_again", "post_again"), second, {})
+        names = {**(second if ours else first), **grads}
+        index = tape.run(op, ("pre_back", "post_back"), names, backward_border)
+        grads.update({t.name: names[t.name] for t in (*op.writes, *op.keeps)})
+        node_of.update(dict.fromkeys(op.releases, index))
+    _hold_saved(tape, recompute, node_of, first, second)
+    return LayerPlan(*_steps(tape, num_forward), tuple(tape.slots))
+
+
+def _hold_saved(
+    tape: _Tape, recompute: Recompute, node_of: Mapping[str, int], first: Mapping[str, int], second: Mapping[str, int]
+) -> None:
+    """Let saved tensors live until the node that releases them, and what a checkpoint holds until it is done.
+
+    ``first`` and ``second`` map names to slots as the forward pass and the recomputed run saw them.
+    """
+    forward = tape.layer.forward
+    unreleased = [op.name for op in forward if op.saves and op.name not in node_of]
+    assert not unreleased, f"layer {tape.layer.name}: no backward op releases what {unreleased} saved"
+    recomputed = recompute.ops(tape.layer)
+    again = [op for op in forward if op.name in recomputed]
+    done = max((node_of[op.name] for op in again if op.name in node_of), default=-1)
+    made = {t.name for op in again for t in (*op.writes, *op.keeps)}
+    read = {name for op in again for name in op.reads}
+    for op in forward:
+        for name in op.saves:
+            tape.hold((second if op.name in recomputed else first)[name], node_of[op.name])
+    for name in sorted(read - made):
+        tape.hold(first[name], done)  # what the checkpoint saved
+    if recompute.reentrant:
+        for name in sorted(made - read):
+            if second[name] != first[name]:
+                tape.hold(second[name], done)  # the function's outputs, which its backward starts from
+
+
+def _repeated(again: Sequence[Op], reentrant: bool) -> Sequence[Op]:
+    """Return the ops that really run again.
+
+    The non-reentrant form stops as soon as everything that backward needs has been saved
+    (``_StopRecomputationError`` in torch/utils/checkpoint.py): an op that saves only what it reads packs it before its
+    kernel runs, so the last such op does not run.
+    """
+    saving = [index for index, op in enumerate(again) if op.saves]
+    if reentrant or not saving:
+        return again
+    last = again[saving[-1]]
+    made = {t.name for t in (*last.writes, *last.keeps)}
+    return again[: saving[-1] + (0 if made.isdisjoint(last.saves) else 1)]
+
+
+def _steps(tape: _Tape, num_forward: int) -> tuple[tuple[_Step, ...], tuple[_Step, ...]]:
+    """Write the tape as steps of forward and of backward."""
+    never = {_OUTPUT, _GRAD_INPUT}  # these die in the neighbour
+    for slot, last in tape.death.items():
+        if slot not in never:
+            tape.nodes[last].dying.append(slot)
+    kernels: dict[int, tuple[Compute, ...]] = {}
+    passes: list[list[_Step]] = []
+    for nodes in (tape.nodes[:num_forward], tape.nodes[num_forward:]):
+        steps: list[_Step] = []
+        stack: list[tuple[str, _Verb]] = []
+        for node in nodes:
+            _enter(steps, stack, node)
+            steps.extend(("alloc", slot, "") for slot in (*node.born, *node.gradients, *node.scratch))
+            launched = kernels.get(id(node.op))
+            if launched is None:
+                launched = kernels[id(node.op)] = tuple(Compute(node.op.name, kernel) for kernel in node.op.kernels)
+            steps.extend(launched)
+            steps.extend(("free", slot, "") for slot in node.scratch)
+            steps.extend(("gradient", slot, "") for slot in node.gradients)
+            steps.extend(("free", slot, "") for slot in sorted(node.dying))
+        _leave(steps, stack, 0)
+        passes.append(steps)
+    return tuple(passes[0]), tuple(passes[1])
+
+
+def _enter(steps: list[_Step], stack: list[tuple[str, _Verb]], node: _Node) -> None:
+    """Leave the modules that the node is not in, then enter its own, containers first ("", "mlp", "mlp.up_proj")."""
+    parts = node.op.module.split(".") if node.op.module else []
+    path = [(".".join(parts[:depth]), node.verbs[1]) for depth in range(len(parts) + 1)]
+    shared = 0
+    while shared < min(len(path), len(stack)) and path[shared] == stack[shared]:
+        shared += 1
+    _leave(steps, stack, shared)
+    for module, leave in path[shared:]:
+        steps.append((node.verbs[0], 0, module))
+        stack.append((module, leave))
+
+
+def _leave(steps: list[_Step], stack: list[tuple[str, _Verb]], depth: int) -> None:
+    while len(stack) > depth:
+        module, verb = stack.pop()
+        steps.append((verb, 0, module))
+
+
+# --- instantiation -----------------------------------------------------------------------------
+
+
+class Emitter:
+    """Writes the passes of a microbatch for a stage. Plans are kept, so several roles cost little more than one."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        batch_inputs: Sequence[Tensor],
+        recompute: Recompute,
+        gradient_dtype: DType,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.batch_inputs = tuple(batch_inputs)
+        self.names = layer_names(self.layers)
+        plans: dict[int, LayerPlan] = {}
+        for layer in self.layers:
+            if id(layer) not in plans:
+                plans[id(layer)] = plan_layer(layer, recompute, gradient_dtype)
+        self.plans = tuple(plans[id(layer)] for layer in self.layers)
+        self.owners = {
+            (index, own): _owner(self.layers, layer_name, parameter)
+            for index, layer in enumerate(self.layers)
+            for own, layer_name, parameter in layer.tied
+        }
+        self.gradient_bytes = DTYPE_BYTES[gradient_dtype]
+        self.gradient_dtype = gradient_dtype
+
+    def passes(self, hooks: Hooks) -> Passes:
+        """Return forward and backward of one microbatch, as the framework behind ``hooks`` runs them."""
+        inputs = [Storage(f"batch.{t.name}", t.num_bytes, "activations", True) for t in self.batch_inputs]
+        tables = self._tables()
+        forward: list[Instruction] = [Mark("forward", "batch"), *(Alloc(s) for s in inputs)]
+        for index in range(len(self.layers)):
+            forward.append(Mark("forward", self.names[index]))
+            self._replay(forward, self.plans[index].forward, tables[index], index, hooks)
+        backward: list[Instruction] = []
+        self._waiting: dict[tuple[int, str], Storage] = {}
+        for index in reversed(range(len(self.layers))):
+            backward.append(Mark("backward", self.names[index]))
+            self._replay(backward, self.plans[index].backward, tables[index], index, hooks)
+        assert not self._waiting, f"gradients of tied parameters never met: {sorted(self._waiting)}"
+        backward.append(Mark("backward", "end"))
+        backward.extend(hooks.end_of_backward())
+        backward.extend(Free(s) for s in inputs)
+        return Passes(tuple(forward), tuple(backward))
+
+    def _tables(self) -> list[list[Storage]]:
+        """One storage for each slot of each layer; a layer's output is the next one's input."""
+        nothing = Storage("nothing", 0, "temporary")
+        tables: list[list[Storage]] = []
+        for layer, plan in zip(self.layers, self.plans, strict=True):
+            table = [nothing] * _NUM_BORDER
+            if layer.output is not None:
+                table[_OUTPUT] = _activation(layer, layer.output.name, layer.output)
+            if layer.input is not None:
+                table[_GRAD_INPUT] = _activation(layer, f"grad:{layer.input.name}", layer.input)
+            table.extend(Storage(slot.name, slot.num_bytes, slot.category, True) for slot in plan.slots)
+            tables.append(table)
+        for before, after in itertools.pairwise(tables):
+            after[_INPUT] = before[_OUTPUT]
+            before[_GRAD_OUTPUT] = after[_GRAD_INPUT]
+        return tables
+
+    def _replay(
+        self, out: list[Instruction], steps: Sequence[_Step], table: Sequence[Storage], index: int, hooks: Hooks
+    ) -> None:
+        slots = self.plans[index].slots
+        for step in steps:
+            if isinstance(step, Compute):
+                out.append(step)
+                continue
+            verb, slot, module = step
+            if verb == "alloc":
+                out.append(Alloc(table[slot]))
+            elif verb == "free":
+                out.append(Free(table[slot]))
+            elif verb == "gradient":
+                self._gradient(out, index, slots[slot - _NUM_BORDER].parameter, table[slot], hooks)
+            elif verb in ("pre", "pre_again"):
+                out.extend(hooks.pre_forward(index, module, verb == "pre_again"))
+            elif verb in ("post", "post_again"):
+                out.extend(hooks.post_forward(index, module, verb == "post_again"))
+            elif verb == "pre_back":
+                out.extend(hooks.pre_backward(index, module))
+            else:
+                out.extend(hooks.post_backward(index, module))
+
+    def _gradient(self, out: list[Instruction], index: int, parameter: str, gradient: Storage, hooks: Hooks) -> None:
+        """Hand a gradient to the framework; those of a tied parameter wait for each other and are added.
+
+        The engine accumulates in place in the input buffer of the one AccumulateGrad node
+        (torch/csrc/autograd/input_buffer.cpp).
+        """
+        owner = self.owners.get((index, parameter), (index, parameter))
+        if owner != (index, parameter):
+            self._waiting[owner] = gradient
+            return
+        first = self._waiting.pop(owner, None)
+        if first is not None:
+            numel = Tensor("gradient", (Dim("numel", gradient.num_bytes // self.gradient_bytes),), self.gradient_dtype)
+            out.append(Compute("tied gradient", Pointwise("elementwise", (numel, numel), (numel,))))
+            out.append(Free(gradient))
+            gradient = first
+        out.extend(hooks.gradient_ready(index, parameter, gradient))
+
+
+def _activation(layer: Layer, name: str, like: Tensor) -> Storage:
+    return Storage(f"{layer.kind}.{name}", like.num_bytes, "activations", True)
+
+
+def layer_names(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """Return a name for each place: repeated layers are numbered ("model.layers.3")."""
+    repeated = {layer.name for layer in layers if sum(other.name == layer.name for other in layers) > 1}
+    seen: dict[str, int] = {}
+    names = []
+    for layer in layers:
+        if layer.name in repeated:
+            names.append(f"{layer.name}.{seen.setdefault(layer.name, 0)}")
+            seen[layer.name] += 1
+        else:
+            names.append(layer.name)
+    return tuple(names)
+
+
+def _owner(layers: Sequence[Layer], layer_name: str, parameter: str) -> tuple[int, str]:
+    for index, layer in enumerate(layers):
+        if layer.name == layer_name:
+            return index, parameter
+    raise AssertionError(f"tied to layer {layer_name!r}, which is not on this stage")
