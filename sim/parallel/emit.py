@@ -339,6 +339,17 @@ class Emitter:
         backward.extend(Free(s) for s in inputs)
         return Passes(tuple(forward), tuple(backward))
 
+    def gradient_order(self) -> tuple[tuple[int, str], ...]:
+        """Return (layer, parameter) in the order in which backward finishes their gradients."""
+        order = []
+        for index in reversed(range(len(self.layers))):
+            for step in self.plans[index].backward:
+                if not isinstance(step, Compute) and step[0] == "gradient":
+                    parameter = self.plans[index].slots[step[1] - _NUM_BORDER].parameter
+                    if (index, parameter) not in self.owners:
+                        order.append((index, parameter))
+        return tuple(order)
+
     def _tables(self) -> list[list[Storage]]:
         """One storage for each slot of each layer; a layer's output is the next one's input."""
         nothing = Storage("nothing", 0, "temporary")
@@ -349,7 +360,8 @@ class Emitter:
                 table[_OUTPUT] = _activation(layer, layer.output.name, layer.output)
             if layer.input is not None:
                 table[_GRAD_INPUT] = _activation(layer, f"grad:{layer.input.name}", layer.input)
-            table.extend(Storage(slot.name, slot.num_bytes, slot.category, True) for slot in plan.slots)
+            # a gradient outlives its microbatch: the framework decides who frees it
+            table.extend(Storage(s.name, s.num_bytes, s.category, not s.parameter) for s in plan.slots)
             tables.append(table)
         for before, after in itertools.pairwise(tables):
             after[_INPUT] = before[_OUTPUT]

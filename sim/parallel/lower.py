@@ -1,0 +1,121 @@
+"""From the ledger to the programs of all ranks: one Program for each class of identical ranks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sim.ir.ledger import Ledger
+from sim.ir.program import Alloc, Call, Chunk, Communicator, Mark, Program, Storage, World
+from sim.parallel.emit import Emitter, Hooks, Recompute
+from sim.parallel.mesh import mesh_of
+from sim.scenario.schema import Scenario
+
+
+class Framework(Hooks, Protocol):
+    """A framework's part in a rank's program: what it allocates, what it hooks into, how it steps.
+
+    ``first_step_differs``: the first step is not like the later ones (lazy optimizer states, other buckets).
+    """
+
+    first_step_differs: bool
+
+    def setup(self) -> Chunk:
+        """What it holds before the first step."""
+        ...
+
+    def begin_microbatch(self, first: bool, last: bool) -> None:
+        """Say which microbatch of a step is written next."""
+        ...
+
+    def optimizer_step(self, first_step: bool) -> Chunk:
+        """From the end of the last backward to the start of the next forward."""
+        ...
+
+    def after_first_step(self) -> Chunk:
+        """What happens once, before the second step."""
+        ...
+
+
+def lower(ledger: Ledger, scenario: Scenario) -> World:
+    """Return what each class of ranks does: setup, the first step and every later one.
+
+    Every rank of a data-parallel job runs the same program, so there is one class.
+    """
+    mesh = mesh_of({"dp": scenario.parallelism.dp})
+    emitter = Emitter(ledger.layers, ledger.batch_inputs, _recompute(scenario), ledger.parameter_dtype)
+    framework = _framework(emitter, ledger, scenario)
+    num_microbatches = scenario.num_microbatches
+    chunks: dict[str, Chunk] = {"setup": framework.setup(), "workspaces": _workspaces(scenario)}
+    if framework.first_step_differs:
+        first_step = _step(chunks, "first.", emitter, framework, num_microbatches)
+        chunks["between"] = framework.after_first_step()
+        step = _step(chunks, "", emitter, framework, num_microbatches)
+        first_step = (Call("workspaces"), *first_step, Call("between"))
+    else:
+        step = _step(chunks, "", emitter, framework, num_microbatches)
+        first_step = (Call("workspaces"), *step)
+    program = Program(tuple(range(mesh.world_size)), 0, chunks, (Call("setup"),), first_step, step, {"dp": "dp"})
+    return World(mesh.world_size, (program,), {"dp": Communicator("dp", "dp", mesh.groups("dp"), (0,))})
+
+
+def _step(
+    chunks: dict[str, Chunk], prefix: str, emitter: Emitter, framework: Framework, num_microbatches: int
+) -> tuple[Call, ...]:
+    """Write the chunks of one step; return its calls. Microbatches between the first and the last share theirs."""
+    roles = ["only"] if num_microbatches == 1 else ["first", "middle", "last"]
+    if num_microbatches == 2:
+        roles.remove("middle")
+    for role in roles:
+        framework.begin_microbatch(first=role in ("only", "first"), last=role in ("only", "last"))
+        passes = emitter.passes(framework)
+        chunks[f"{prefix}forward.{role}"] = passes.forward
+        chunks[f"{prefix}backward.{role}"] = passes.backward
+    chunks[f"{prefix}optimizer"] = framework.optimizer_step(first_step=bool(prefix))
+    calls = []
+    for microbatch in range(num_microbatches):
+        role = roles[0] if microbatch == 0 else roles[-1] if microbatch == num_microbatches - 1 else "middle"
+        calls.append(Call(f"{prefix}forward.{role}", microbatch))
+        calls.append(Call(f"{prefix}backward.{role}", microbatch))
+    return (*calls, Call(f"{prefix}optimizer"))
+
+
+def _recompute(scenario: Scenario) -> Recompute:
+    """Hugging Face, DeepSpeed and Megatron use the reentrant form, torch's own examples and torchtitan the other."""
+    reentrant = scenario.training.code != "torch"
+    match scenario.training.recompute:
+        case "none":
+            return Recompute("none", reentrant)
+        case "full":
+            return Recompute("full", reentrant)
+        case _:
+            return Recompute("selective", reentrant)
+
+
+def _framework(emitter: Emitter, ledger: Ledger, scenario: Scenario) -> Framework:
+    training = scenario.training
+    if scenario.framework == "ddp":
+        from sim.parallel.frameworks.ddp import Ddp
+
+        return Ddp(
+            ledger.layers,
+            emitter.gradient_order(),
+            scenario.ddp,
+            num_ranks=scenario.parallelism.dp,
+            parameter_dtype=ledger.parameter_dtype,
+            loss_scaling=training.precision == "fp16",
+            optimizer=training.optimizer,
+            gradient_clipping=training.gradient_clipping,
+        )
+    raise AssertionError(f"no lowering for framework {scenario.framework}")
+
+
+CUBLAS_WORKSPACE_BYTES = {"hopper": 32 * 2**20, "other": 2 * 4096 * 1024 + 8 * 16 * 1024}
+"""``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB for compute capability 9.0 and later
+(NVIDIA's recommendation; PyTorch pull requests 120925 and 175344), :4096:2:16:8 KiB before."""
+
+
+def _workspaces(scenario: Scenario) -> Chunk:
+    """cuBLAS' workspace: taken from the caching allocator at the first matmul, once for each handle and stream, and kept."""
+    modern = scenario.cluster.gpu.compute_capability >= (9, 0)
+    size = CUBLAS_WORKSPACE_BYTES["hopper" if modern else "other"]
+    return (Mark("forward", "cublas"), Alloc(Storage("cublas workspace", size, "buffers")))
