@@ -47,6 +47,8 @@ class GpuFacts:
     power_w: float
     peak_flops: Mapping[str, float]
     cuda_context_bytes: int
+    peer_to_peer: bool = True
+    """Whether the driver lets GPUs of this kind reach each other's memory over PCIe (GeForce from the 40 series: no)."""
     facts: Mapping[str, Fact] = field(default_factory=dict)
 
 
@@ -104,4 +106,6 @@ class NodeFacts:
     power_w: float = 0.0
     nvswitch_multicast: bool = False
     """Switches that reduce and multicast (NVLS): H100's generation on."""
+    cpu_vendor: Literal["intel", "amd", "arm", "power"] = "intel"
+    """NCCL's limits between nodes and its rule for peer access depend on it."""
     facts: Mapping[str, Fact] = field(default_factory=dict)

@@ -1,0 +1,372 @@
+"""The machine: nodes of one kind, the network between them, and the links that a transfer crosses.
+
+Nodes are alike, so there is one :class:`~sim.cluster.routing.NodeGraph` and a little arithmetic, whatever their number:
+
+    links of node k    [k * L, (k + 1) * L)   L = wires of the node, then its sockets' memories, then two for each NIC
+                                              (to the leaf, from the leaf)
+    links of the fabric  from num_nodes * L   two for each leaf switch (to the spine, from the spine)
+
+GPU g is GPU ``g % gpus_per_node`` of node ``g // gpus_per_node``. The list of devices and links is the one source;
+``Cluster.graph`` draws it as a networkx graph, ``Cluster.route`` walks it without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sim.catalog.schema import LinkFacts, NodeFacts
+from sim.cluster import routing
+from sim.cluster.routing import Device, NodeGraph, PathKind, Route, Wire
+from sim.ir.traffic import Link
+
+if TYPE_CHECKING:
+    import networkx
+
+    from sim.scenario.schema import ClusterSpec
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, links and routes. Built by :func:`build_cluster`.
+
+    ``nic_bytes_per_s``  payload of one NIC device and direction (0 without a network)
+    ``leaf_uplink_bytes_per_s``  capacity between one leaf switch and the spine, each direction
+    """
+
+    spec: ClusterSpec
+    node: NodeGraph
+    num_nodes: int
+    gpus_per_node: int
+    nic_bytes_per_s: float
+    leaf_uplink_bytes_per_s: float
+    network_latency_s: float
+    rail_optimised: bool
+    gpudirect: bool
+    nodes_per_leaf: int
+    _routes: dict[tuple[int, ...], Route] = field(default_factory=dict, repr=False, compare=False)
+
+    # --- counting ------------------------------------------------------------------------------
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @cached_property
+    def num_nics(self) -> int:
+        """NICs of one node that lead into the network (none on a single node without one)."""
+        return len(self.node.nics) if self.nic_bytes_per_s else 0
+
+    @cached_property
+    def links_per_node(self) -> int:
+        return self._nic_base + 2 * self.num_nics
+
+    @cached_property
+    def _nic_base(self) -> int:
+        return len(self.node.wires) + len(self.node.memory)
+
+    @cached_property
+    def num_leaves(self) -> int:
+        if not self.num_nics:
+            return 0
+        groups = -(-self.num_nodes // self.nodes_per_leaf)
+        return groups * (self.num_nics if self.rail_optimised else 1)
+
+    @property
+    def num_links(self) -> int:
+        return self.num_nodes * self.links_per_node + 2 * self.num_leaves
+
+    def node_of(self, gpu: int) -> int:
+        return gpu // self.gpus_per_node
+
+    def local_index(self, gpu: int) -> int:
+        return gpu % self.gpus_per_node
+
+    # --- links ---------------------------------------------------------------------------------
+
+    @cached_property
+    def _local_links(self) -> tuple[Link, ...]:
+        """The links of one node, without the node's name."""
+        names = [device.name for device in self.node.devices]
+        links = [Link(f"{names[w.source]}>{names[w.target]}", w.kind, w.bytes_per_s) for w in self.node.wires]
+        each = self.spec.node.host_memory_bytes_per_s / max(len(self.node.memory), 1)
+        links += [Link(f"{names[socket]}.memory", "memory", each) for socket in self.node.memory]
+        for nic in self.node.nics[: self.num_nics]:
+            links.append(Link(f"{names[nic]}>leaf", "nic", self.nic_bytes_per_s))
+            links.append(Link(f"leaf>{names[nic]}", "nic", self.nic_bytes_per_s))
+        return tuple(links)
+
+    def link(self, index: int) -> Link:
+        """Return one link without building the others."""
+        node, local = divmod(index, self.links_per_node)
+        if node < self.num_nodes:
+            found = self._local_links[local]
+            return Link(f"node{node}.{found.name}", found.kind, found.bytes_per_s)
+        leaf, down = divmod(index - self.num_nodes * self.links_per_node, 2)
+        assert leaf < self.num_leaves, f"no link {index}"
+        name = f"spine>leaf{leaf}" if down else f"leaf{leaf}>spine"
+        return Link(name, "network", self.leaf_uplink_bytes_per_s)
+
+    @cached_property
+    def links(self) -> tuple[Link, ...]:
+        """All links; routes and ``Phase.loads`` index into it."""
+        nodes = [
+            Link(f"node{node}.{local.name}", local.kind, local.bytes_per_s)
+            for node in range(self.num_nodes)
+            for local in self._local_links
+        ]
+        first = self.num_nodes * self.links_per_node
+        return (*nodes, *(self.link(i) for i in range(first, self.num_links)))
+
+    def bytes_per_s(self, index: int) -> float:
+        """Return the capacity of a link."""
+        node, local = divmod(index, self.links_per_node)
+        return self._local_links[local].bytes_per_s if node < self.num_nodes else self.leaf_uplink_bytes_per_s
+
+    # --- NICs ----------------------------------------------------------------------------------
+
+    def nics(self, node: int) -> tuple[str, ...]:
+        """Return the names of the NICs of a node."""
+        return tuple(f"node{node}.{self.node.devices[nic].name}" for nic in self.node.nics[: self.num_nics])
+
+    @cached_property
+    def _nic_of(self) -> tuple[int, ...]:
+        """NIC (index among the node's) of each GPU of a node.
+
+        The nearest; GPUs that share several share them out: GPU i takes the one at i modulo their number, with the
+        bits of i mirrored where that number is a power of two. Source: nccl src/graph/topo.cc, ncclTopoGetLocalNet.
+        """
+        chosen = []
+        for i, gpu in enumerate(self.node.gpus):
+            near = routing.nearest_nics(self.node, gpu)
+            bits = len(near).bit_length() - 1
+            at = int(f"{i % len(near):0{bits}b}"[::-1], 2) if bits and len(near) == 1 << bits else i % len(near)
+            chosen.append(self.node.nics.index(near[at]))
+        return tuple(chosen)
+
+    def nic_of(self, gpu: int) -> int:
+        """Return the rail of a GPU: the index, among its node's NICs, of the one it uses."""
+        return self._nic_of[self.local_index(gpu)]
+
+    # --- routes --------------------------------------------------------------------------------
+
+    def local_route(self, source: int, target: int) -> Route:
+        """Return the route between two GPUs of one node, by index on the node; links local to the node."""
+        key = (0, source, target)
+        if key not in self._routes:
+            self._routes[key] = routing.gpu_route(self.node, self.node.gpus[source], self.node.gpus[target])
+        return self._routes[key]
+
+    def local_nic_route(self, gpu: int, rail: int, outward: bool) -> Route:
+        """Return the route between a GPU and the network through NIC ``rail``; links local to the node."""
+        key = (1 if outward else 2, gpu, rail)
+        if key not in self._routes:
+            found = routing.nic_route(self.node, self.node.gpus[gpu], self.node.nics[rail], outward, self.gpudirect)
+            port = self._nic_base + 2 * rail + (0 if outward else 1)
+            links = (*found.links, port) if outward else (port, *found.links)
+            self._routes[key] = Route(links, found.latency_s, found.kind)
+        return self._routes[key]
+
+    def leaf_of(self, node: int, rail: int) -> int:
+        """Return the leaf switch that NIC ``rail`` of a node is plugged into."""
+        group = node // self.nodes_per_leaf
+        return group * self.num_nics + rail if self.rail_optimised else group
+
+    def fabric(self, node: int, rail: int, to_node: int, to_rail: int) -> tuple[int, ...]:
+        """Return the links between two NICs' leaves: none on one leaf, else up to the spine and down."""
+        up, down = self.leaf_of(node, rail), self.leaf_of(to_node, to_rail)
+        if up == down:
+            return ()
+        first = self.num_nodes * self.links_per_node
+        return (first + 2 * up, first + 2 * down + 1)
+
+    def route(self, source: int, target: int, rail: int | None = None) -> Route:
+        """Return the route between two GPUs; between nodes by NIC ``rail`` of both, by default the receiver's own.
+
+        That NCCL sends on the receiver's rail, through NVLink to the GPU beside that NIC, is PXN
+        (nccl src/graph/search.cc, ncclTopoGetNetDev with NCCL_P2P_PXN_LEVEL 2); where the sender has no NVLink it
+        sends by its own NIC.
+        """
+        node, to_node = self.node_of(source), self.node_of(target)
+        local, to_local = self.local_index(source), self.local_index(target)
+        if node == to_node:
+            found = self.local_route(local, to_local)
+            return self._shifted(found, node)
+        to_rail = self.nic_of(target) if rail is None else rail
+        out_rail = to_rail
+        if rail is None and routing.worse(self.local_nic_route(local, to_rail, outward=True).kind, "PXN"):
+            out_rail = self.nic_of(source)
+        out = self.local_nic_route(local, out_rail, outward=True)
+        into = self.local_nic_route(to_local, to_rail, outward=False)
+        base, to_base = node * self.links_per_node, to_node * self.links_per_node
+        links = (
+            *(base + i for i in out.links),
+            *self.fabric(node, out_rail, to_node, to_rail),
+            *(to_base + i for i in into.links),
+        )
+        kind: PathKind = "PXN" if "PXN" in (out.kind, into.kind) else "NET"
+        return Route(links, out.latency_s + self.network_latency_s + into.latency_s, kind)
+
+    def host_route(self, gpu: int, direction: str) -> Route:
+        """Return the route of a ``host_to_device`` or ``device_to_host`` copy: a GPU and its socket's memory."""
+        to_gpu = direction == "host_to_device"
+        key = (3 if to_gpu else 4, self.local_index(gpu))
+        if key not in self._routes:
+            self._routes[key] = routing.host_route(self.node, self.node.gpus[self.local_index(gpu)], to_gpu)
+        return self._shifted(self._routes[key], self.node_of(gpu))
+
+    def _shifted(self, route: Route, node: int) -> Route:
+        base = node * self.links_per_node
+        return Route(tuple([base + i for i in route.links]), route.latency_s, route.kind) if base else route
+
+    # --- drawing -------------------------------------------------------------------------------
+
+    @cached_property
+    def graph(self) -> networkx.DiGraph:
+        """The machine as a graph: devices with ``kind``, links with ``index, kind, bytes_per_s, latency_s, count``."""
+        import networkx
+
+        graph = networkx.DiGraph()
+        names = [device.name for device in self.node.devices]
+        for node in range(self.num_nodes):
+            base = node * self.links_per_node
+            for device in self.node.devices:
+                graph.add_node(f"node{node}.{device.name}", kind=device.kind, node=node)
+            for i, w in enumerate(self.node.wires):
+                graph.add_edge(
+                    f"node{node}.{names[w.source]}",
+                    f"node{node}.{names[w.target]}",
+                    index=base + i,
+                    kind=w.kind,
+                    bytes_per_s=w.bytes_per_s,
+                    latency_s=w.latency_s,
+                    count=w.count,
+                )
+            for socket, local in self.node.memory.items():
+                memory = f"node{node}.{names[socket]}.memory"
+                graph.add_node(memory, kind="memory", node=node)
+                self._add_pair(graph, f"node{node}.{names[socket]}", memory, base + local, base + local)
+            for rail, nic in enumerate(self.node.nics[: self.num_nics]):
+                leaf = f"leaf{self.leaf_of(node, rail)}"
+                graph.add_node(leaf, kind="leaf")
+                port = base + self._nic_base + 2 * rail
+                self._add_pair(graph, f"node{node}.{names[nic]}", leaf, port, port + 1)
+        for leaf_index in range(self.num_leaves):
+            graph.add_node("spine", kind="spine")
+            first = self.num_nodes * self.links_per_node + 2 * leaf_index
+            self._add_pair(graph, f"leaf{leaf_index}", "spine", first, first + 1)
+        return graph
+
+    def _add_pair(self, graph: networkx.DiGraph, a: str, b: str, forth: int, back: int) -> None:
+        for source, target, index in ((a, b, forth), (b, a, back)):
+            link = self.link(index)
+            graph.add_edge(
+                source, target, index=index, kind=link.kind, bytes_per_s=link.bytes_per_s, latency_s=0.0, count=1
+            )
+
+
+def _switch_groups(facts: NodeFacts) -> dict[str, str]:
+    """Return for each NVSwitch the one that stands for it: those that share a GPU or a wire are one.
+
+    Every transfer is striped over all planes of switches, so they act as one, as in nccl src/graph/topo.cc, where a
+    node has a single NVS.
+    """
+    kind = dict(facts.devices)
+    stands = {name: name for name, k in facts.devices if k == "nvswitch"}
+
+    def find(name: str) -> str:
+        while stands[name] != name:
+            name = stands[name]
+        return name
+
+    seen: dict[str, str] = {}
+    for a, b, _, _ in facts.wires:
+        ends = [d for d in (a, b) if kind[d] == "nvswitch"]
+        if len(ends) == 2:
+            stands[find(ends[1])] = find(ends[0])
+        elif ends:
+            other = b if ends[0] == a else a
+            first = seen.setdefault(other, ends[0])
+            stands[find(ends[0])] = find(first)
+    return {name: find(name) for name in stands}
+
+
+def build_node(facts: NodeFacts, links: Mapping[str, LinkFacts], peer_to_peer: bool, num_nics: int = 0) -> NodeGraph:
+    """Return the graph of one node.
+
+    ``links`` are the facts of each kind of wire that the node names. Parallel wires become one, NVSwitches one switch.
+    ``num_nics`` NICs are kept: the file's own, spread evenly if fewer are asked for; if the file has none they are
+    hung on the sockets in turn, by a wire that limits nothing.
+    """
+    stands = _switch_groups(facts)
+    names = [n for n, kind in facts.devices if stands.get(n, n) == n]
+    own_nics = [n for n, kind in facts.devices if kind == "nic"]
+    kept = own_nics
+    if num_nics and num_nics < len(own_nics):
+        kept = [own_nics[i * len(own_nics) // num_nics] for i in range(num_nics)]
+    names = [n for n in names if n not in own_nics or n in kept]
+    kinds = dict(facts.devices)
+    wires: dict[tuple[str, str, str], int] = {}
+    for a, b, kind, count in facts.wires:
+        ends = (stands.get(a, a), stands.get(b, b))
+        if ends[0] == ends[1] or any(kinds[d] == "nic" and d not in kept for d in ends):
+            continue
+        key = (*ends, kind) if (ends[1], ends[0], kind) not in wires else (ends[1], ends[0], kind)
+        wires[key] = wires.get(key, 0) + count
+    index = {name: i for i, name in enumerate(names)}
+    devices = [Device(name, kinds[name]) for name in names]
+    directed: list[Wire] = []
+    for (a, b, kind), count in wires.items():
+        fact = links[kind]
+        rate = fact.bytes_per_s * count
+        directed.append(Wire(index[a], index[b], fact.kind, count, rate, fact.latency_s))
+        directed.append(Wire(index[b], index[a], fact.kind, count, rate, fact.latency_s))
+    sockets = [i for i, device in enumerate(devices) if device.kind == "cpu"]
+    if num_nics and not own_nics and sockets:
+        for i in range(num_nics):
+            socket = sockets[i * len(sockets) // num_nics]
+            devices.append(Device(f"nic{i}", "nic"))
+            directed.append(Wire(len(devices) - 1, socket, "pcie", 1, float("inf"), 0.0))
+            directed.append(Wire(socket, len(devices) - 1, "pcie", 1, float("inf"), 0.0))
+    gpus = tuple(i for i, device in enumerate(devices) if device.kind == "gpu")
+    return NodeGraph(
+        devices=tuple(devices),
+        wires=tuple(directed),
+        memory={socket: len(directed) + i for i, socket in enumerate(sockets)},
+        gpus=gpus,
+        nics=tuple(i for i, device in enumerate(devices) if device.kind == "nic"),
+        gpu_peer_to_peer=peer_to_peer,
+        p2p_across_sockets=facts.cpu_vendor == "amd" and len(gpus) <= 2,
+    )
+
+
+def build_cluster(spec: ClusterSpec, links: Mapping[str, LinkFacts] | None = None) -> Cluster:
+    """Return the machine of a specification. ``links`` (kind of wire -> facts) default to the catalogue's."""
+    if links is None:
+        from sim.catalog import load
+
+        links = {kind: load.link(kind) for kind in dict.fromkeys(wire[2] for wire in spec.node.wires)}
+    network = spec.network
+    node = build_node(spec.node, links, spec.gpu.peer_to_peer, network.nics_per_node if network else 0)
+    assert node.gpus, f"node {spec.node.name} has no GPU"
+    nic_bytes_per_s = uplink = 0.0
+    if network is not None and node.nics:
+        # A NIC device of the file may stand for several ports (p5 has four 100 Gbit/s ports a GPU).
+        nic_bytes_per_s = network.nic_bytes_per_s * network.nics_per_node / len(node.nics)
+        below = min(network.nodes_per_leaf, spec.num_nodes)
+        ports = below if network.topology == "rail-optimised" else below * len(node.nics)
+        uplink = ports * nic_bytes_per_s / network.oversubscription
+    return Cluster(
+        spec=spec,
+        node=node,
+        num_nodes=spec.num_nodes,
+        gpus_per_node=spec.gpus_per_node,
+        nic_bytes_per_s=nic_bytes_per_s,
+        leaf_uplink_bytes_per_s=uplink,
+        network_latency_s=network.latency_s if network else 0.0,
+        rail_optimised=network is None or network.topology == "rail-optimised",
+        gpudirect=network is not None and network.gpudirect,
+        nodes_per_leaf=network.nodes_per_leaf if network else spec.num_nodes,
+    )
