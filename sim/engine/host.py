@@ -1,0 +1,215 @@
+"""The thread that issues: it walks the program in issue order and pays for each launch.
+
+Nothing that a GPU does changes what the host issues; only when. It depends on the GPU in two places: an event that it
+waits for, and a full launch queue. Between them the host runs ahead of the simulation's clock on a clock of its own and
+puts items into the queues with the tick at which it issues them, so that issuing costs no events.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any
+
+from sim.engine.cost import Cost
+from sim.engine.segments import (
+    LAUNCH_QUEUE_DEPTH,
+    CompiledChunk,
+    Prices,
+    Segment,
+    compile_chunk,
+    shared_storages,
+)
+from sim.engine.stream import Await, Happening, Move, Place, Process, Reach, Run, Stream
+from sim.ir.program import (
+    HOST,
+    Alloc,
+    Collective,
+    Copy,
+    Free,
+    HostCompute,
+    HostWait,
+    Mark,
+    Program,
+    Record,
+    Recv,
+    Send,
+    Storage,
+    UseOn,
+    Wait,
+)
+from sim.ir.timeline import Position, Release, Span
+from sim.units import Ticks, ticks
+
+
+class Host:
+    """The host thread of the representative of one class. ``clock`` is when it has issued what it has issued."""
+
+    def __init__(self, env: Any, program: Program, cost: Cost, streams: dict[str, Stream]) -> None:
+        self.clock = 0
+        self.spans: list[Span] = []
+        self.waits_for = ""
+        self._env = env
+        self._program = program
+        self._cost = cost
+        self._streams = streams
+        self._prices = Prices(cost, program.rank)
+        self._shared = shared_storages(program)
+        self._compiled: dict[int, CompiledChunk] = {}
+        self._recorded: dict[str, Happening] = {}
+        self._issued_at: list[int] = []
+        """Ticks at which the host got through with each step that takes time; ascending."""
+        self._issued: list[tuple[int, int, Segment | None, int | list[int]]] = []
+        """(call, index into the chunk, its segment if it is one, when its kernels were issued), likewise."""
+        self._used_on: dict[tuple[Storage, int], dict[str, None]] = {}
+        self._freed: list[tuple[Position, int, list[Happening]]] = []
+
+    def _chunk(self, name: str) -> CompiledChunk:
+        chunk = self._program.chunks[name]
+        found = self._compiled.get(id(chunk))
+        if found is None:
+            found = self._compiled[id(chunk)] = compile_chunk(chunk, self._prices, self._shared)
+        return found
+
+    def process(self) -> Process:
+        phase = module = ""
+        streams, recorded = self._streams, self._recorded
+        for number, call in enumerate(self._program.step):
+            microbatch = call.microbatch
+            for index, step in self._chunk(call.chunk):
+                if isinstance(step, Segment):
+                    yield from self._launch(step, Place(phase, module, microbatch, (number, index)))
+                elif isinstance(step, Record):
+                    happening = recorded[step.event] = Happening()
+                    streams[step.stream].put(Reach(happening, self.clock))
+                elif isinstance(step, Wait):
+                    if (awaited := recorded.get(step.event)) is not None:
+                        streams[step.stream].put(Await(awaited, self.clock))
+                elif isinstance(step, Mark):
+                    phase, module = step.phase, step.module
+                elif isinstance(step, HostWait):
+                    yield from self._wait(step, (number, index))
+                elif isinstance(step, HostCompute):
+                    self._compute(step, Place(phase, module, microbatch, (number, index)))
+                elif isinstance(step, (Alloc, Free, UseOn)):
+                    self._life(step, microbatch, (number, index))
+                else:
+                    yield from self._transfer(step, Place(phase, module, microbatch, (number, index)))
+        for stream in streams.values():
+            stream.put(None)
+
+    def _launch(self, segment: Segment, place: Place) -> Process:
+        stream = self._streams[segment.stream]
+        first = stream.num_launched
+        stream.num_launched = first + len(segment.kernels)
+        last = stream.num_launched - 1 - LAUNCH_QUEUE_DEPTH  # the launch that must end before the segment's last one
+        ends = stream.ends
+        issued: int | list[int] = self.clock
+        if last < 0 or (last < len(ends) and ends[last] <= self.clock):
+            self.clock += segment.host
+        else:
+            issued, paid = [], 0
+            for before, (_, offset, _) in enumerate(segment.kernels, first - LAUNCH_QUEUE_DEPTH):
+                self.clock += offset - paid
+                paid = offset
+                if before >= 0:
+                    if before >= len(ends):
+                        yield from self._slot(stream, before)
+                    self.clock = max(self.clock, ends[before])
+                issued.append(self.clock)
+        stream.put(Run(segment, issued, place))
+        self._note(place.position, segment, issued)
+
+    def _transfer(self, message: Collective | Send | Recv | Copy, place: Place) -> Process:
+        stream = self._streams[message.stream]
+        before = stream.num_launched - LAUNCH_QUEUE_DEPTH
+        stream.num_launched += 1
+        self.clock += self._prices.issue
+        if before >= 0:
+            if before >= len(stream.ends):
+                yield from self._slot(stream, before)
+            self.clock = max(self.clock, stream.ends[before])
+        stream.put(Move(message, self.clock, place))
+        self._note(place.position)
+
+    def _slot(self, stream: Stream, launch: int) -> Process:
+        self.waits_for = f"room in the launch queue of stream {stream.name}"
+        while launch >= len(stream.ends):
+            yield stream.end_known(launch)
+        self.waits_for = ""
+
+    def _wait(self, step: HostWait, position: Position) -> Process:
+        happening = self._recorded.get(step.event)
+        if happening is None:
+            return
+        if happening.at < 0:
+            self.waits_for = f"event '{step.event}'"
+            yield happening.wait(self._env)
+            self.waits_for = ""
+        self.clock = max(self.clock, happening.at)
+        self._note(position)
+
+    def _compute(self, work: HostCompute, place: Place) -> None:
+        start = self.clock
+        self.clock += ticks(self._cost.host_s(work, self._program.ranks))
+        self.spans.append(
+            Span(
+                self._program.rank,
+                HOST,
+                "host",
+                work.op,
+                Ticks(start),
+                Ticks(self.clock),
+                place.phase,
+                place.module,
+                place.microbatch,
+                place.position,
+            )
+        )
+        self._note(place.position)
+
+    def _note(self, position: Position, segment: Segment | None = None, issued: int | list[int] = 0) -> None:
+        self._issued_at.append(self.clock)
+        self._issued.append((*position, segment, issued))
+
+    # --- blocks used on several streams ----------------------------------------------------------
+
+    def _life(self, step: Alloc | Free | UseOn, microbatch: int, position: Position) -> None:
+        storage = step.storage
+        key = (storage, microbatch if storage.per_microbatch else 0)
+        if isinstance(step, UseOn):
+            self._used_on.setdefault(key, {}).setdefault(step.stream)
+            return
+        used_on = self._used_on.pop(key, None)
+        if used_on and isinstance(step, Free):
+            # as the allocator does: an event on each of these streams (CUDACachingAllocator.cpp, insert_events)
+            happenings = []
+            for name in used_on:
+                happening = Happening()
+                self._streams[name].put(Reach(happening, self.clock))
+                happenings.append(happening)
+            self._freed.append((position, self.clock, happenings))
+
+    def releases(self) -> list[Release]:
+        """Return, once all is done, the blocks that another stream still used when they were freed.
+
+        A block that is used beyond the last instruction of the step is reusable from the next step's first on:
+        position (number of calls, 0).
+        """
+        found = []
+        for freed_at, at, happenings in self._freed:
+            drained = max(happening.at for happening in happenings)
+            if drained > at:
+                found.append(Release(self._program.rank, freed_at, self._position_at(drained)))
+        return found
+
+    def _position_at(self, tick: int) -> Position:
+        """Return the position of the first instruction issued at that tick or later."""
+        at = bisect_left(self._issued_at, tick)
+        if at == len(self._issued_at):
+            return (len(self._program.step), 0)
+        call, index, segment, issued = self._issued[at]
+        if segment is not None:
+            for k, (kernel, offset, _) in enumerate(segment.kernels):
+                if (issued + offset if isinstance(issued, int) else issued[k]) >= tick:
+                    return (call, kernel)
+        return (call, index)

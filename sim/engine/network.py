@@ -1,0 +1,273 @@
+"""Flows over shared links: each moving phase of a transfer is a job that drains as one fluid.
+
+Rates are max-min fair by progressive filling. The level that rises is a job's *share*: its rate as a fraction of what
+it would have with its links to itself. On one link between two jobs this gives both the same bytes per second, whatever
+their sizes; a job's own cap (``Phase.max_bytes_per_s``) stops its share without holding others back.
+
+    sum over jobs j of  load_jl / links_s_j * share_j  <=  capacity_l,   links_s_j = max over l of load_jl / capacity_l
+
+Rates change only when a job begins or ends, and only for jobs that share links with it, directly or through others.
+Source: Bertsekas and Gallager, "Data Networks", 2nd ed., section 6.5.2 (max-min flow control).
+Leaves out: packets, transients of congestion control, unfairness between flows of different round-trip time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import fsum, inf
+from typing import Any
+
+import simpy
+
+from sim.ir.timeline import LinkUse
+from sim.ir.traffic import Link, Phase, Traffic
+from sim.units import TICKS_PER_S, Ticks, ticks
+
+_TIE = 1 + 1e-12
+"""Links that fill within this of the first are taken to fill with it: their jobs stop at the lower level."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flow:
+    """A phase as the network needs it.
+
+    ``links_s``  its time with all its links to itself; 0 if it loads none
+    ``alone_s``  that, or longer if its own cap is the limit
+    ``uses``     (link, fraction of the link it uses at share 1)
+    ``mask``     its links as bits
+    """
+
+    latency: Ticks
+    links_s: float
+    alone_s: float
+    loads: tuple[tuple[int, float], ...]
+    uses: tuple[tuple[int, float], ...]
+    mask: int
+
+
+def flow_of(phase: Phase, links: Sequence[Link]) -> Flow:
+    """Return the flow of a phase. A loaded link needs a capacity."""
+    loads = tuple((link, num_bytes) for link, num_bytes in phase.loads if num_bytes > 0)
+    times = [num_bytes / links[link].bytes_per_s for link, num_bytes in loads]
+    links_s = max(times, default=0.0)
+    capped = phase.stream_bytes > 0 and phase.max_bytes_per_s > 0
+    return Flow(
+        latency=ticks(phase.latency_s),
+        links_s=links_s,
+        alone_s=max(links_s, phase.stream_bytes / phase.max_bytes_per_s if capped else 0.0),
+        loads=loads,
+        uses=tuple((link, time / links_s) for (link, _), time in zip(loads, times, strict=True)),
+        mask=sum(1 << link for link in dict.fromkeys(link for link, _ in loads)),
+    )
+
+
+def fair_shares(flows: Sequence[Flow]) -> list[float]:
+    """Return each flow's share, max-min fair. All load links; sums are exact, so the order does not matter."""
+    caps = [flow.links_s / flow.alone_s for flow in flows]
+    shares = [0.0] * len(flows)
+    users: dict[int, list[tuple[int, float]]] = {}
+    for j, flow in enumerate(flows):
+        for link, use in flow.uses:
+            users.setdefault(link, []).append((j, use))
+    rising = dict.fromkeys(range(len(flows)))
+    while rising:
+        fills: list[tuple[float, list[tuple[int, float]]]] = []
+        for on_link in users.values():
+            demand = fsum(use for j, use in on_link if j in rising)
+            if demand > 0:
+                taken = fsum(use * shares[j] for j, use in on_link if j not in rising)
+                fills.append((max(1.0 - taken, 0.0) / demand, on_link))
+        level = min(*(fill for fill, _ in fills), *(caps[j] for j in rising))
+        stop = {j for j in rising if caps[j] <= level * _TIE}
+        for fill, on_link in fills:
+            if fill <= level * _TIE:
+                stop.update(j for j, _ in on_link if j in rising)
+        for j in stop:
+            shares[j] = level
+            del rising[j]
+    return shares
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A transfer under way: its phases still to come, and how far the one that moves has got.
+
+    ``left`` is the fraction of the phase not yet moved at tick ``since``; ``due`` the tick at which it ends at this
+    share.
+    """
+
+    flows: tuple[Flow, ...]
+    done: Any
+    next: int = 0
+    left: float = 1.0
+    since: int = 0
+    share: float = 0.0
+    due: int = -1
+
+
+@dataclass(slots=True)
+class _Busy:
+    """When the links of one mask carried something: ``spans`` are disjoint and ascending."""
+
+    num_active: int = 0
+    since: int = 0
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Network:
+    """All links, and the jobs that load them."""
+
+    def __init__(self, env: Any, links: Sequence[Link]) -> None:
+        self._env = env
+        self._links = links
+        self._active: dict[_Job, Flow] = {}
+        self._flows: dict[int, tuple[Traffic, tuple[Flow, ...]]] = {}
+        self._phases: dict[Phase, Flow] = {}
+        self._shares: dict[tuple[int, ...], list[float]] = {}
+        self._moved: dict[Flow, int] = {}
+        self._busy: dict[int, _Busy] = {}
+
+    def start(self, traffic: Traffic) -> simpy.Event:
+        """Begin a transfer now; return the event of its end."""
+        job = _Job(self._flows_of(traffic), self._env.event())
+        self._next_phase(job)
+        return job.done
+
+    def _flows_of(self, traffic: Traffic) -> tuple[Flow, ...]:
+        found = self._flows.get(id(traffic))
+        if found is None:
+            for phase in traffic.phases:
+                if phase not in self._phases:
+                    self._phases[phase] = flow_of(phase, self._links)
+            # the traffic is kept as well: its id stays its own
+            found = self._flows[id(traffic)] = (traffic, tuple(self._phases[phase] for phase in traffic.phases))
+        return found[1]
+
+    def _next_phase(self, job: _Job) -> None:
+        if job.next == len(job.flows):
+            job.done.succeed()
+            return
+        latency = job.flows[job.next].latency
+        if latency:
+            self._env.timeout(latency).callbacks.append(lambda _: self._begin(job))
+        else:
+            self._begin(job)
+
+    def _begin(self, job: _Job) -> None:
+        now = self._env.now
+        flow = job.flows[job.next]
+        job.next += 1
+        job.left, job.since, job.share = 1.0, now, 0.0
+        if not flow.loads:
+            self._finish_at(job, now + ticks(flow.alone_s))
+            return
+        self._active[job] = flow
+        busy = self._busy.setdefault(flow.mask, _Busy())
+        if not busy.num_active:
+            busy.since = now
+        busy.num_active += 1
+        others = self._sharing(flow.mask)
+        if len(others) == 1:  # alone
+            job.share = flow.links_s / flow.alone_s
+            self._finish_at(job, now + ticks(flow.alone_s))
+        else:
+            self._share(others)
+
+    def _finish_at(self, job: _Job, due: int) -> None:
+        job.due = due
+
+        def finish(_: object) -> None:
+            if job.due == due:  # else its share has changed since
+                self._finish(job, job.flows[job.next - 1])
+
+        self._env.timeout(due - self._env.now).callbacks.append(finish)
+
+    def _finish(self, job: _Job, flow: Flow) -> None:
+        now = self._env.now
+        job.due = -1
+        if flow.loads:
+            del self._active[job]
+            self._moved[flow] = self._moved.get(flow, 0) + 1
+            busy = self._busy[flow.mask]
+            busy.num_active -= 1
+            if not busy.num_active:
+                busy.spans.append((busy.since, now))
+            others = self._sharing(flow.mask)
+            if others:
+                self._share(others)
+        self._next_phase(job)
+
+    def _sharing(self, mask: int) -> list[_Job]:
+        """Return the jobs that share a link of ``mask`` directly or through others, in the order they began.
+
+        Jobs due at this very tick are through: they take nothing any more.
+        """
+        now = self._env.now
+        rest = [(job, flow) for job, flow in self._active.items() if job.due != now]
+        found: set[_Job] = set()
+        grown = True
+        while grown and rest:
+            grown = False
+            apart = []
+            for job, flow in rest:
+                if flow.mask & mask:
+                    mask |= flow.mask
+                    found.add(job)
+                    grown = True
+                else:
+                    apart.append((job, flow))
+            rest = apart
+        return [job for job in self._active if job in found]
+
+    def _share(self, jobs: list[_Job]) -> None:
+        now = self._env.now
+        flows = [self._active[job] for job in jobs]
+        key = tuple(map(id, flows))  # flows live as long as the network
+        shares = self._shares.get(key)
+        if shares is None:
+            shares = self._shares[key] = fair_shares(flows)
+        for job, flow, share in zip(jobs, flows, shares, strict=True):
+            if share == job.share:
+                continue
+            if now > job.since:
+                moved = (now - job.since) / TICKS_PER_S * job.share / flow.links_s
+                job.left, job.since = max(job.left - moved, 0.0), now
+            job.share = share
+            self._finish_at(job, now + ticks(job.left * flow.links_s / share))
+
+    def link_use(self) -> tuple[LinkUse, ...]:
+        """Return what each link carried, and for how long it carried anything; links that carried nothing are left out.
+
+        Links that the same sets of flows load have been busy together: the union is worked out once for each such set.
+        """
+        num_bytes: dict[int, list[float]] = {}
+        masks: dict[int, list[int]] = {}
+        of_mask: dict[int, int] = {mask: i for i, mask in enumerate(self._busy)}
+        seen: set[int] = set()
+        for flow, times in self._moved.items():
+            for link, load in flow.loads:
+                num_bytes.setdefault(link, []).append(times * load)
+            if flow.mask not in seen:
+                seen.add(flow.mask)
+                for link in dict.fromkeys(link for link, _ in flow.loads):
+                    masks.setdefault(link, []).append(flow.mask)
+        busy: dict[tuple[int, ...], int] = {}
+        use = []
+        for link in sorted(num_bytes):
+            key = tuple(sorted(of_mask[mask] for mask in masks[link]))
+            if key not in busy:
+                spans = sorted(span for mask in masks[link] for span in self._busy[mask].spans)
+                busy[key] = _covered(spans)
+            use.append(LinkUse(link, fsum(num_bytes[link]), Ticks(busy[key])))
+        return tuple(use)
+
+
+def _covered(spans: Sequence[tuple[int, int]]) -> int:
+    """Return the length of the union of ascending spans."""
+    total, until = 0, -inf
+    for start, end in spans:
+        if end > until:
+            total += end - max(start, int(until)) if start < until else end - start
+            until = end
+    return total

@@ -1,0 +1,141 @@
+"""Where ranks meet: the n-th collective that each class issues on a communicator is one meeting, as in NCCL.
+
+Nothing names a meeting but its number. So classes that disagree about the order meet in the wrong one: seen as a
+mismatch of kinds or sizes where they differ, and as a deadlock where two communicators are entered crosswise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sim.engine.cost import Cost
+from sim.engine.network import Network
+from sim.errors import CollectiveMismatchError
+from sim.ir.program import Collective, Communicator, Program, Recv, Send, World
+from sim.ir.traffic import Traffic
+
+Message = Collective | Send | Recv
+Role = tuple[str, int]
+"""(send, recv or all; rank of the representative): who takes part in a meeting."""
+
+
+def kind_of(message: Message) -> str:
+    """Return what a message is called: the collective's kind, "send" or "recv"."""
+    if isinstance(message, Collective):
+        return message.kind
+    return "send" if isinstance(message, Send) else "recv"
+
+
+@dataclass(slots=True, eq=False)
+class Meeting:
+    """One collective, or one send with its receive. ``start`` is when the last one arrived, -1 before."""
+
+    communicator: Communicator
+    instance: int
+    done: Any
+    arrived: dict[Role, Message] = field(default_factory=dict)
+    traffic: Traffic | None = None
+    start: int = -1
+
+
+class Meetings:
+    """All meetings of a run."""
+
+    def __init__(self, env: Any, network: Network, cost: Cost, world: World) -> None:
+        self._env = env
+        self._network = network
+        self._cost = cost
+        self._world = world
+        self._ranks = {program.rank: program.ranks for program in world.programs}
+        self._roles: dict[tuple[str, bool], tuple[Role, ...]] = {}
+        self._count: dict[tuple[str, Role], int] = {}
+        self._open: dict[tuple[str, int], Meeting] = {}
+        self._traffic: dict[tuple[int, str], tuple[Message, Traffic]] = {}
+
+    def arrive(self, communicator: Communicator, program: Program, message: Message) -> Meeting:
+        """Note that a class has reached a message; start the transfer if it was the last. Wait for ``done``."""
+        collective = isinstance(message, Collective)
+        roles = self._roles_of(communicator, collective)
+        role: Role = ("all" if collective else kind_of(message), program.rank)
+        assert role in roles, f"{_who(program.ranks)} {kind_of(message)} on {communicator.name} takes no part in it"
+        instance = self._count.get((communicator.name, role), 0)
+        self._count[communicator.name, role] = instance + 1
+        meeting = self._open.get((communicator.name, instance))
+        if meeting is None:
+            meeting = Meeting(communicator, instance, self._env.event())
+            self._open[communicator.name, instance] = meeting
+        self._check(meeting, role, message)
+        meeting.arrived[role] = message
+        if len(meeting.arrived) == len(roles):
+            del self._open[communicator.name, instance]
+            self._start(meeting)
+        return meeting
+
+    def _start(self, meeting: Meeting) -> None:
+        message = meeting.arrived[min(meeting.arrived)]  # the same whoever comes last
+        meeting.start = self._env.now
+        meeting.traffic = self._traffic_of(message, meeting.communicator)
+        self._network.start(meeting.traffic).callbacks.append(lambda _: meeting.done.succeed())
+
+    def _traffic_of(self, message: Message, communicator: Communicator) -> Traffic:
+        key = (id(message), communicator.name)  # the programs keep their messages, so ids stay their own
+        found = self._traffic.get(key)
+        if found is None:
+            if isinstance(message, Collective):
+                traffic = self._cost.collective(message, communicator)
+            else:
+                traffic = self._cost.point_to_point(message, communicator)
+            found = self._traffic[key] = (message, traffic)
+        return found[1]
+
+    def _roles_of(self, communicator: Communicator, collective: bool) -> tuple[Role, ...]:
+        """Return who has to come: every class for a collective; for a pair, the classes of both columns."""
+        key = (communicator.name, collective)
+        found = self._roles.get(key)
+        if found is None:
+            programs = [self._world.programs[i] for i in communicator.classes]
+            if collective:
+                found = tuple(("all", program.rank) for program in programs)
+            else:
+                rank_of = {rank: program.rank for program in programs for rank in program.ranks}
+                senders = sorted({rank_of[sender] for sender, _ in communicator.groups})
+                receivers = sorted({rank_of[receiver] for _, receiver in communicator.groups})
+                found = (*(("send", rank) for rank in senders), *(("recv", rank) for rank in receivers))
+            self._roles[key] = found
+        return found
+
+    def _check(self, meeting: Meeting, role: Role, message: Message) -> None:
+        if not meeting.arrived:
+            return
+        other_role, other = next(iter(meeting.arrived.items()))
+        if isinstance(message, Collective) and isinstance(other, Collective):
+            agree = message.kind == other.kind
+        else:
+            agree = not isinstance(message, Collective) and not isinstance(other, Collective)
+        if agree and message.tensor_bytes == other.tensor_bytes:
+            return
+        sides = sorted([(other_role[1], other), (role[1], message)], key=lambda side: side[0])
+        said = [f"{_who(self._ranks[rank])} {kind_of(m)} '{m.name}' of {m.tensor_bytes} bytes" for rank, m in sides]
+        raise CollectiveMismatchError(
+            f"operation {meeting.instance} on {meeting.communicator.name}: {said[0]}, but {said[1]}"
+        )
+
+    def who_waits(self) -> list[str]:
+        """Return one line for each meeting that some have reached and others have not."""
+        lines = []
+        for (name, _), meeting in sorted(self._open.items(), key=lambda item: item[0]):
+            message = meeting.arrived[min(meeting.arrived)]
+            roles = self._roles_of(meeting.communicator, isinstance(message, Collective))
+            here = sorted(rank for role, rank in meeting.arrived for rank in self._ranks[rank])
+            missing = sorted(rank for role in roles if role not in meeting.arrived for rank in self._ranks[role[1]])
+            lines.append(f"{kind_of(message)} '{message.name}' on {name}: {_who(here)} wait for {_who(missing)}")
+        return lines
+
+
+def _who(ranks: Sequence[int]) -> str:
+    """Return "ranks [0, 1, 2]"; of more than eight the first three, the last and the number."""
+    if len(ranks) > 8:
+        return f"ranks [{', '.join(map(str, ranks[:3]))}, ..., {ranks[-1]}] ({len(ranks)})"
+    return f"ranks [{', '.join(map(str, ranks))}]"
