@@ -1,0 +1,209 @@
+"""The command line: the only module that prints or exits.
+
+Results go to standard output, progress, warnings and prose to standard error. Exit codes: 0 answered, 2 bad input,
+3 answered and the answer is that it does not fit, 70 a defect of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sim.errors import ScenarioError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sim.advice import Remedy
+
+EXIT_BAD_INPUT = 2
+EXIT_DOES_NOT_FIT = 3
+EXIT_DEFECT = 70
+
+app = typer.Typer(
+    name="sim",
+    help="A simulator of distributed LLM training: does it fit, how long is a step, where does the time go.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A scenario file.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Say something over what the file says; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No warnings and no prose.")]
+
+
+@app.command()
+def run(
+    file: File,
+    set_: Set = None,
+    json: Json = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write everything worth keeping: report, plots, trace, snapshot."),
+    ] = None,
+    quiet: Quiet = False,
+    advice: Annotated[
+        bool, typer.Option(help="Where it does not fit, try by simulation which changes would make it fit.")
+    ] = True,
+) -> None:
+    """Simulate one training step: fits or not, memory, time, communication."""
+    from sim.pipeline import simulate
+    from sim.scenario.load import load_scenario
+
+    simulation = simulate(load_scenario(file, set_ or ()))
+    report = simulation.report
+    remedies: tuple[Remedy, ...] = ()
+    if not report.fits and advice:
+        from sim.advice import remedies_for
+
+        with _progress("trying what would make it fit", quiet) as step:
+            remedies = remedies_for(file, set_ or (), simulation, step)
+    if out is not None:
+        from sim.report.save import save
+
+        with _progress(f"writing {out}", quiet):
+            save(simulation, remedies, out)
+    if json:
+        _print_json({**report.to_dict(), "remedies": [remedy.to_dict() for remedy in remedies]})
+    else:
+        from sim.report.tables import print_report
+
+        print_report(_console(), simulation.scenario, report, remedies)
+        if not quiet:
+            for warning in report.warnings:
+                typer.echo(f"warning: {warning}", err=True)
+    if not report.fits:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+@app.command()
+def check(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Read and resolve a scenario, simulate nothing; print every problem at once."""
+    from sim.scenario.load import load_scenario
+
+    scenario = load_scenario(file, set_ or ())
+    if json:
+        _print_json({"scenario": scenario.name, "ok": True, "warnings": list(scenario.warnings)})
+        return
+    if not quiet:
+        for warning in scenario.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"{file}: ok")
+
+
+@app.command()
+def explain(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Print the resolved scenario with the source of every default and fact."""
+    from sim.report.explain import explanation, print_explanation
+    from sim.scenario.load import load_scenario
+
+    scenario = load_scenario(file, set_ or ())
+    if json:
+        _print_json(explanation(scenario))
+    else:
+        print_explanation(_console(), scenario, quiet=quiet)
+
+
+@app.command()
+def catalog(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="gpu, node, network, link or model.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them.")] = None,
+    json: Json = False,
+) -> None:
+    """List what is known: GPUs, nodes, networks, links, models; each fact with its source."""
+    from sim.report.catalog import catalogue, print_catalogue
+
+    content = catalogue(kind, name)
+    if json:
+        _print_json(content)
+    else:
+        print_catalogue(_console(), kind, name, content)
+
+
+@app.command()
+def schema(
+    kind: Annotated[str, typer.Argument(metavar="[scenario]", help="Which schema.")] = "scenario",
+) -> None:
+    """Print a JSON Schema, for editors and for other programs."""
+    from sim.scenario.load import scenario_json_schema
+
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {"scenario": scenario_json_schema}
+    if kind not in kinds:
+        typer.echo(f"sim schema: there is no schema {kind!r}; write one of: {', '.join(kinds)}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT)
+    _print_json(kinds[kind]())
+
+
+def main() -> None:
+    """Run the command line: bad input is a list of findings and exit 2, anything unforeseen our defect and exit 70."""
+    import gc
+
+    gc.disable()  # a run makes many small objects and no cycles worth collecting; the process ends soon
+    try:
+        app()
+    except ScenarioError as error:
+        for finding in error.findings:
+            typer.echo(str(finding), err=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader left (sim ... | head)
+        sys.exit(0)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        typer.echo(_DEFECT, err=True)
+        sys.exit(EXIT_DEFECT)
+
+
+_DEFECT = """
+This is a defect of sim, not of your input. Please report it with the traceback above, the scenario file,
+and the output of: sim --version"""
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        import platform
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"sim {version_of('sim')} (Python {platform.python_version()}, {platform.system()})")
+        raise typer.Exit
+
+
+@contextmanager
+def _progress(words: str, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show on standard error, if a person looks at it, what is being done; yields a function that says the next part."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda part: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(words) as status:
+        yield lambda part: status.update(f"{words}: {part}")
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)

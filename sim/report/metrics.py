@@ -1,0 +1,157 @@
+"""Figures from a timeline: where the step went, and what each kind of communication did.
+
+Every instant of the slowest rank's step belongs to exactly one part, by this order:
+
+compute                a kernel of the model runs
+optimizer              a kernel of the optimizer runs (and below: its copies and CPU work)
+exposed_communication  nothing of these, and a collective's bytes flow, or it waits for a slower rank
+bubble                 nothing of these, and a message is awaited that its sender has not begun to send
+other                  copies to host memory, CPU work, or the GPU waits for the host's launches
+
+So the parts add up to the step, in integer ticks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sim.ir.timeline import Span, Timeline
+
+PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
+_COMPUTE, _OPTIMIZER, _EXPOSED, _BUBBLE, _HOST_OPTIMIZER, _HOST = range(6)
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class CommunicationTotal:
+    """All transfers of one kind on one axis, in one step of one rank. Times in ticks."""
+
+    kind: str
+    axis: str
+    algorithm: str
+    num_ranks: int
+    count: int
+    tensor_bytes: int
+    wire_bytes: int
+    time: int
+    exposed: int
+
+
+def slowest_rank(timeline: Timeline) -> int:
+    """Return the representative that ends last; the lowest of those that tie."""
+    return min(timeline.rank_end, key=lambda rank: (-timeline.rank_end[rank], rank))
+
+
+def step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
+    """Return ticks by part for one rank; they add up to ``timeline.end``."""
+    layers: list[list[Interval]] = [[] for _ in range(6)]
+    for span in timeline.spans:
+        if span.rank != rank:
+            continue
+        in_optimizer = span.phase == "optimizer"
+        if span.kind == "compute":
+            layers[_OPTIMIZER if in_optimizer else _COMPUTE].extend(busy(span))
+        elif span.kind in ("copy", "host"):
+            layers[_HOST_OPTIMIZER if in_optimizer else _HOST].append((span.start, span.end))
+        else:
+            began = span.transfer.start if span.transfer else span.start
+            layers[_EXPOSED].append((began, span.end))
+            if began > span.start:
+                # a collective that waits for a slower rank is communication too; a message not yet sent is a bubble
+                layers[_BUBBLE if span.kind in ("send", "recv") else _EXPOSED].append((span.start, began))
+    taken: list[Interval] = []
+    ticks = []
+    for intervals in layers:
+        merged = merge([*taken, *intervals])
+        ticks.append(length(merged) - length(taken))
+        taken = merged
+    return {
+        "compute": ticks[_COMPUTE],
+        "optimizer": ticks[_OPTIMIZER] + ticks[_HOST_OPTIMIZER],
+        "exposed_communication": ticks[_EXPOSED],
+        "bubble": ticks[_BUBBLE],
+        "other": ticks[_HOST] + timeline.end - length(taken),
+    }
+
+
+def communication(timeline: Timeline, rank: int) -> tuple[CommunicationTotal, ...]:
+    """Return the totals by kind and axis, largest exposed time first."""
+    computing = merge(i for s in timeline.spans if s.rank == rank and s.kind == "compute" for i in busy(s))
+    groups: dict[tuple[str, str], list[Span]] = defaultdict(list)
+    for span in timeline.spans:
+        if span.rank == rank and span.transfer is not None:
+            groups[span.transfer.kind, span.transfer.axis].append(span)
+    totals = []
+    for (kind, axis), spans in groups.items():
+        transfers = [s.transfer for s in spans if s.transfer is not None]
+        flowing = merge((s.transfer.start, s.end) for s in spans if s.transfer is not None)
+        weight: dict[str, int] = defaultdict(int)
+        for transfer in transfers:
+            weight[transfer.algorithm] += transfer.tensor_bytes
+        totals.append(
+            CommunicationTotal(
+                kind=kind,
+                axis=axis,
+                algorithm=max(sorted(weight), key=lambda name: weight[name]),
+                num_ranks=transfers[0].num_ranks,
+                count=len(spans),
+                tensor_bytes=sum(t.tensor_bytes for t in transfers),
+                wire_bytes=sum(t.wire_bytes for t in transfers),
+                time=sum(s.end - s.transfer.start for s in spans if s.transfer is not None),
+                exposed=length(subtract(flowing, computing)),
+            )
+        )
+    return tuple(sorted(totals, key=lambda t: (-t.exposed, -t.time, t.kind, t.axis)))
+
+
+def busy(span: Span) -> Iterable[Interval]:
+    """Return when kernels of a compute span run; between them the GPU waits for the host."""
+    if not span.kernels:
+        return ((span.start, span.end),)
+    if sum(end - start for _, start, end in span.kernels) == span.end - span.start:
+        return ((span.start, span.end),)
+    return [(start, end) for _, start, end in span.kernels]
+
+
+# --- intervals, as ascending disjoint [start, end) ------------------------------------------------
+
+
+def merge(intervals: Iterable[Interval]) -> list[Interval]:
+    """Return the union of intervals."""
+    out: list[Interval] = []
+    last_start, last_end = 0, -1
+    for start, end in sorted(intervals):
+        if start > last_end:
+            if last_end > last_start:
+                out.append((last_start, last_end))
+            last_start, last_end = start, end
+        elif end > last_end:
+            last_end = end
+    if last_end > last_start:
+        out.append((last_start, last_end))
+    return out
+
+
+def length(intervals: Sequence[Interval]) -> int:
+    return sum(end - start for start, end in intervals)
+
+
+def subtract(intervals: Sequence[Interval], holes: Sequence[Interval]) -> list[Interval]:
+    """Return what of ``intervals`` no hole covers. Both are merged."""
+    out: list[Interval] = []
+    index = 0
+    for start, end in intervals:
+        while index < len(holes) and holes[index][1] <= start:
+            index += 1
+        position, hole = start, index
+        while hole < len(holes) and holes[hole][0] < end:
+            if holes[hole][0] > position:
+                out.append((position, holes[hole][0]))
+            position = max(position, holes[hole][1])
+            hole += 1
+        if position < end:
+            out.append((position, end))
+    return out

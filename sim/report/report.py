@@ -1,0 +1,233 @@
+"""What it means: the result of one scenario, as data.
+
+``Report.to_dict()`` is the JSON of ``sim run --json`` and of ``report.json``: base units throughout. Times of the
+engine are integer picoseconds (``step.ticks``), whose parts add up exactly. In seconds, ``time_s`` is the sum of the
+parts in the order in which they are listed, so that they add up exactly there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sim.ir.footprint import CATEGORIES, Footprint
+from sim.ir.ledger import Attention, Gemm, Ledger
+from sim.ir.program import Compute, World
+from sim.ir.timeline import Timeline
+from sim.report.metrics import PARTS, CommunicationTotal, communication, slowest_rank, step_parts
+from sim.scenario.schema import Scenario
+from sim.units import seconds
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    schedule: str
+    num_stages: int
+    num_microbatches: int
+    bubble_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One answered scenario.
+
+    ``step_ticks`` are by part (``PARTS``) of the slowest rank and add up to ``time_ticks``. ``capacity_bytes`` is what
+    the GPU has for everything; ``usable_bytes`` what is left of it for the framework's allocator.
+    """
+
+    scenario: str
+    fits: bool
+    world_size: int
+    time_ticks: int
+    step_ticks: Mapping[str, int]
+    tokens_per_step: int
+    model_flops: int
+    executed_flops: int
+    flops_formula: str
+    peak_flops_per_s: float
+    capacity_bytes: int
+    usable_bytes: int
+    host_bytes_per_node: int
+    footprints: tuple[Footprint, ...]
+    communication: tuple[CommunicationTotal, ...]
+    pipeline: Pipeline
+    warnings: tuple[str, ...]
+
+    @property
+    def time_s(self) -> float:
+        return sum(seconds(self.step_ticks[part]) for part in PARTS)
+
+    @property
+    def fullest(self) -> Footprint:
+        """The rank that holds most; the first of those that tie."""
+        return max(self.footprints, key=lambda f: (f.peak_device_bytes, f.peak_allocated_bytes, -f.ranks[0]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, in the order of the documentation."""
+        time_s = self.time_s
+        per_gpu = self.world_size * time_s
+        fullest = self.fullest
+        flops_rate = self.model_flops / per_gpu if per_gpu else 0.0
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "scenario": self.scenario,
+            "fits": self.fits,
+            "world_size": self.world_size,
+            "step": {
+                "time_s": time_s,
+                **{f"{part}_s": seconds(self.step_ticks[part]) for part in PARTS},
+                "tokens_per_s": self.tokens_per_step / time_s if time_s else 0.0,
+                "tokens_per_s_per_gpu": self.tokens_per_step / per_gpu if per_gpu else 0.0,
+                "model_flops": self.model_flops,
+                "flops_formula": self.flops_formula,
+                "model_flops_per_s_per_gpu": flops_rate,
+                "mfu": flops_rate / self.peak_flops_per_s,
+                "hfu": self.executed_flops / per_gpu / self.peak_flops_per_s if per_gpu else 0.0,
+                "ticks": {"time": self.time_ticks, **{part: self.step_ticks[part] for part in PARTS}},
+            },
+            "memory": {
+                "capacity_bytes": self.capacity_bytes,
+                "usable_bytes": self.usable_bytes,
+                "peak_allocated_bytes": fullest.peak_allocated_bytes,
+                "peak_reserved_bytes": fullest.peak_reserved_bytes,
+                "peak_device_bytes": fullest.peak_device_bytes,
+                "host_bytes_per_node": self.host_bytes_per_node,
+                "ranks": [_rank(footprint) for footprint in self.footprints],
+            },
+            "communication": [_communication(total) for total in self.communication],
+            "pipeline": {
+                "schedule": self.pipeline.schedule,
+                "num_stages": self.pipeline.num_stages,
+                "num_microbatches": self.pipeline.num_microbatches,
+                "bubble_fraction": self.pipeline.bubble_fraction,
+            },
+            "warnings": list(self.warnings),
+        }
+
+
+def summarise(
+    scenario: Scenario,
+    ledger: Ledger,
+    world: World,
+    timeline: Timeline,
+    footprints: Sequence[Footprint],
+    *,
+    usable_bytes: int,
+    warnings: Sequence[str],
+) -> Report:
+    """Return the report: the slowest rank's step, each class's memory, the communication, what was assumed.
+
+    ``usable_bytes`` is what cudaMalloc can give the framework's allocator on the fullest rank.
+    """
+    rank = slowest_rank(timeline)
+    parts = step_parts(timeline, rank)
+    assert sum(parts.values()) == timeline.end, "the parts of a step add up to it"
+    assert set(parts) == set(PARTS)
+    peak = peak_flops_per_s(scenario)
+    training, parallelism = scenario.training, scenario.parallelism
+    replicas = parallelism.dp * scenario.num_microbatches
+    ranks_on_node = scenario.cluster.gpus_per_node
+    return Report(
+        scenario=scenario.name,
+        fits=all(footprint.out_of_memory is None for footprint in footprints),
+        world_size=world.world_size,
+        time_ticks=timeline.end,
+        step_ticks=parts,
+        tokens_per_step=training.global_batch_size * training.sequence_length,
+        model_flops=ledger.matmul_flops * replicas,
+        executed_flops=executed_flops(world),
+        flops_formula=ledger.flops_formula,
+        peak_flops_per_s=peak,
+        capacity_bytes=scenario.cluster.gpu.total_memory_bytes,
+        usable_bytes=usable_bytes,
+        host_bytes_per_node=max(footprint.host_bytes for footprint in footprints) * ranks_on_node,
+        footprints=tuple(footprints),
+        communication=communication(timeline, rank),
+        pipeline=Pipeline(
+            parallelism.schedule if parallelism.pp > 1 else "none",
+            parallelism.pp,
+            scenario.num_microbatches,
+            parts["bubble"] / timeline.end if timeline.end else 0.0,
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+def peak_flops_per_s(scenario: Scenario) -> float:
+    """Return the GPU's dense peak in the scenario's precision, against which MFU is counted."""
+    precision = {"mxfp8": "fp8"}.get(scenario.training.precision, scenario.training.precision)
+    return scenario.cluster.gpu.peak_flops[precision]
+
+
+def executed_flops(world: World) -> int:
+    """Return the matmul and attention FLOPs that all ranks execute in a step, recompute included."""
+    total = 0
+    for program in world.programs:
+        by_chunk: dict[str, int] = {}
+        for call in program.step:
+            flops = by_chunk.get(call.chunk)
+            if flops is None:
+                chunk = program.chunks[call.chunk]
+                flops = sum(i.kernel.flops for i in chunk if i.__class__ is Compute and _is_matmul(i))
+                by_chunk[call.chunk] = flops
+            total += flops * len(program.ranks)
+    return total
+
+
+def _is_matmul(instruction: object) -> bool:
+    return isinstance(instruction.kernel, Gemm | Attention)  # type: ignore[attr-defined]
+
+
+def _rank(footprint: Footprint) -> dict[str, Any]:
+    lost = footprint.out_of_memory
+    return {
+        "rank": footprint.ranks[0],
+        "num_ranks": len(footprint.ranks),
+        "stage": footprint.stage,
+        "peak_allocated_bytes": footprint.peak_allocated_bytes,
+        "peak_reserved_bytes": footprint.peak_reserved_bytes,
+        "peak_device_bytes": footprint.peak_device_bytes,
+        "at_peak": {category: footprint.at_peak.get(category, 0) for category in CATEGORIES},
+        "beside": dict(footprint.beside),
+        "peak": {"step": footprint.peak_step, "phase": footprint.peak_phase, "module": footprint.peak_module},
+        "holders": [
+            {
+                "name": holder.name,
+                "category": holder.category,
+                "phase": holder.phase,
+                "count": holder.count,
+                "bytes": holder.num_bytes,
+            }
+            for holder in footprint.holders
+        ],
+        "num_alloc_retries": footprint.num_alloc_retries,
+        "out_of_memory": None
+        if lost is None
+        else {
+            "step": lost.step,
+            "phase": lost.phase,
+            "module": lost.module,
+            "name": lost.name,
+            "requested_bytes": lost.requested_bytes,
+            "short_bytes": lost.short_bytes,
+        },
+    }
+
+
+def _communication(total: CommunicationTotal) -> dict[str, Any]:
+    time_s = seconds(total.time)
+    return {
+        "kind": total.kind,
+        "axis": total.axis,
+        "num_ranks": total.num_ranks,
+        "count": total.count,
+        "tensor_bytes": total.tensor_bytes,
+        "wire_bytes": total.wire_bytes,
+        "time_s": time_s,
+        "exposed_s": seconds(total.exposed),
+        "algorithm": total.algorithm,
+        "bus_bytes_per_s": total.wire_bytes / time_s if time_s else 0.0,
+    }
