@@ -12,10 +12,10 @@ GPU g is GPU ``g % gpus_per_node`` of node ``g // gpus_per_node``. The list of d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sim.catalog.schema import LinkFacts, NodeFacts
 from sim.cluster import routing
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sim.scenario.schema import ClusterSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cluster:
     """GPUs, links and routes. Built by :func:`build_cluster`.
 
@@ -46,7 +46,9 @@ class Cluster:
     rail_optimised: bool
     gpudirect: bool
     nodes_per_leaf: int
-    _routes: dict[tuple[int, ...], Route] = field(default_factory=dict, repr=False, compare=False)
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """What the cost layer has derived from this machine (patterns of rings), kept with it."""
+    _routes: dict[tuple[int, ...], Route] = field(default_factory=dict, repr=False)
 
     # --- counting ------------------------------------------------------------------------------
 
