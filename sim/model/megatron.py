@@ -1,0 +1,275 @@
+"""Megatron-Core's block with Transformer Engine: fused modules that keep little.
+
+linear_qkv and linear_fc1 are LayerNormColumnParallelLinear: the norm is theirs, they keep its input, its statistics and
+its result. Rotary embedding, SwiGLU or bias-gelu, and bias-dropout-add are one kernel each. The linears that feed
+bias-gelu and bias-dropout-add return their bias instead of adding it (``skip_bias_add``).
+
+Sources: megatron/core/transformer/{attention,mlp,transformer_layer,dot_product_attention}.py, megatron/core/fusions/,
+transformer_engine/pytorch/module/layernorm_linear.py, transformer_engine/pytorch/attention/.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sim.ir.ledger import Dim, Layer, Parameter, Pointwise, Shape, Tensor
+from sim.model import attention as core
+from sim.model.embedding import TOKENS, lookup, positions
+from sim.model.loss import LABELS, vocab_cross_entropy
+from sim.model.mlp import MLP_ACTIVATION
+from sim.model.norm import norm
+from sim.model.precision import promote
+from sim.model.tape import Tape, Value, dropout, linear, pointwise, split
+
+if TYPE_CHECKING:
+    from sim.model.transformer import Context
+
+QKV = "self_attention.linear_qkv"
+FC1 = "mlp.linear_fc1"
+
+
+def layers(c: Context) -> tuple[Layer, Layer, Layer]:
+    """Return embedding, block and head."""
+    return _embedding(c), _block(c), _head(c)
+
+
+def _embedding(c: Context) -> Layer:
+    """word_embeddings + position_embeddings, then dropout (megatron/core/models/common/embeddings)."""
+    from sim.model.transformer import add_positions, layer
+
+    tape, d, model = Tape(c.precision), c.dims, c.model
+    learned, p = model.position == "learned", model.dropout
+    module = "embedding.word_embeddings"
+    name = "word_embedding" if learned or p or model.embedding_norm or model.embedding_width else "output"
+    x = lookup(tape, module, Tensor(TOKENS, d.rows, "int64"), (d.vocab,), (d.embedding,), out=name)
+    if model.embedding_width:
+        out = "projected" if learned or p or model.embedding_norm else "output"
+        x = linear(tape, "embedding.project_in", x, (d.hidden,), (d.embedding,), bias=False, out=out)
+    if model.embedding_norm:
+        x = _norm(c, tape, "embedding.norm", x, "embedding_normed" if learned or p else "output")
+    if learned:
+        rows = Dim("positions", model.max_position_embeddings + model.position_offset)
+        indices = positions(tape, (d.seq,))
+        where = lookup(
+            tape, "embedding.position_embeddings", indices, (rows,), (d.hidden,), out="position_embedding"
+        )  # fmt: skip
+        x = add_positions(tape, x, where, "embedding" if p else "output", promote(x.dtype, where.dtype))
+    x = dropout(tape, "embedding.dropout", x, p, out="output", module="embedding")
+    tape.finish_backward(None, x)
+    return layer(tape, "embedding", None, x.tensor, buffers=_buffers(c))
+
+
+def _buffers(c: Context) -> tuple[Tensor, ...]:
+    """The rotary angles, fp32 [seq, head_dim] (RotaryEmbedding.forward caches them), or ALiBi's biases."""
+    d = c.dims
+    if c.model.position == "rope":
+        return (Tensor("rotary_pos_emb", (d.seq, d.head_dim), "fp32"),)
+    if c.model.position == "alibi":
+        return (core.alibi_tensor(d.heads, (d.seq,), c.precision.low),)
+    return ()
+
+
+def _norm(c: Context, tape: Tape, module: str, x: Value, out: str, *, width: Shape | None = None) -> Value:
+    """A norm with a module of its own."""
+    return norm(
+        tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code="megatron", out=out, width=width
+    )  # fmt: skip
+
+
+def _norm_of_linear(c: Context, tape: Tape, module: str, x: Value, out: str) -> Value:
+    """The norm inside a LayerNormColumnParallelLinear: its parameters belong to the linear's module."""
+    return norm(
+        tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code="megatron", out=out, inner="layer_norm"
+    )  # fmt: skip
+
+
+def _block(c: Context) -> Layer:
+    from sim.model.transformer import layer
+
+    tape, model = Tape(c.precision), c.model
+    x = Value(c.hidden("input"))
+    first = _norm_of_linear(c, tape, QKV, x, "normed1")
+    attended, attended_bias = _attention(c, tape, first)
+    if model.parallel_block:
+        second = first
+        if model.num_block_norms == 2:
+            second = _norm_of_linear(c, tape, FC1, x, "normed2")
+        mixed, mixed_bias = _mlp(c, tape, second)
+        middle = bias_dropout_add(c, tape, "self_attn_bda", attended, x, bias=attended_bias, out="middle")
+        result = bias_dropout_add(c, tape, "mlp_bda", mixed, middle, bias=mixed_bias, out="output")
+    else:
+        middle = bias_dropout_add(c, tape, "self_attn_bda", attended, x, bias=attended_bias, out="middle")
+        second = _norm_of_linear(c, tape, FC1, middle, "normed2")
+        mixed, mixed_bias = _mlp(c, tape, second)
+        result = bias_dropout_add(c, tape, "mlp_bda", mixed, middle, bias=mixed_bias, out="output")
+    tape.finish_backward(x, result)
+    return layer(tape, "block", x.tensor, result.tensor)
+
+
+def bias_dropout_add(
+    c: Context, tape: Tape, name: str, x: Value, residual: Value, *, bias: Parameter | None, out: str
+) -> Value:
+    """residual + dropout(x + bias) in one kernel: keeps the mask, if there is dropout.
+
+    Source: megatron/core/fusions/fused_bias_dropout.py (a jitted function; native_dropout's mask is what it keeps).
+    Backward: the mask's product is a new tensor, the residual's gradient is the incoming one.
+    """
+    p = c.model.dropout
+    mask = Tensor(f"{name}.mask", x.shape, "bool")
+    keeps = (mask,) if p else ()
+    result = Value(Tensor(out, x.shape, c.residual_dtype))
+    parameters = (bias.name,) if bias else ()
+    tape.op(
+        name, (Pointwise("elementwise", (x.tensor, residual.tensor), (result.tensor, *keeps), 3),),
+        reads=(x.name, residual.name), writes=(result.tensor,), saves=tuple(t.name for t in keeps), keeps=keeps,
+        parameters=parameters,
+    )  # fmt: skip
+
+    def emit() -> None:
+        grad = tape.take(result)
+        if grad is None:
+            return
+        inner = grad
+        if p:
+            inner = tape.fresh(x)
+            tape.back(
+                f"{name}.backward", (Pointwise("elementwise", (grad, mask), (inner,)),), reads=(grad.name, mask.name),
+                writes=(inner,), releases=(name,),
+            )  # fmt: skip
+        if bias is not None:
+            tape.back(
+                f"{name}.grad_bias", (Pointwise("reduce", (inner,), (tape.stored(bias),)),), reads=(inner.name,),
+                gradients=(bias.name,),
+            )  # fmt: skip
+        tape.give(residual, grad)
+        tape.give(x, inner)
+
+    tape.node(emit)
+    return result
+
+
+def _attention(c: Context, tape: Tape, x: Value) -> tuple[Value, Parameter | None]:
+    """SelfAttention: the fused projection, rotary embedding, the core, linear_proj without its bias."""
+    d, model, module = c.dims, c.model, "self_attention"
+    fused = linear(tape, QKV, x, d.qkv, (d.hidden,), bias=model.attention_bias, out="query_key_value")
+    query, key = (*d.rows, d.heads, d.head_dim), (*d.rows, d.kv_heads, d.head_dim)
+    q, k, v = split(tape, f"{module}.split", fused, (query, key, key), module=module)
+    if model.query_key_norm:
+        q = _norm(c, tape, f"{module}.q_layernorm", q, "query_normed", width=(d.head_dim,))
+        k = _norm(c, tape, f"{module}.k_layernorm", k, "key_normed", width=(d.head_dim,))
+    if model.position == "rope":
+        table = _buffers(c)[0]
+        q = pointwise(tape, f"{module}.rope_query", (q,), "query", grads=((),), constants=(table,), module=module)
+        k = pointwise(tape, f"{module}.rope_key", (k,), "key", grads=((),), constants=(table,), module=module)
+    out = _core(c, tape, q, k, v)
+    proj = f"{module}.linear_proj"
+    y = linear(tape, proj, out, (d.hidden,), (d.heads, d.head_dim), bias=False, out="attention_output")
+    bias = tape.parameter(f"{proj}.bias", (d.hidden,), decays=False) if model.attention_output_bias else None
+    return y, bias
+
+
+def _core(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
+    """DotProductAttention: fused, or ``math`` with the scaled masked softmax as one kernel.
+
+    The flash backend wants contiguous tensors: views of the fused projection are copied, so that its storage is let
+    go after them (transformer_engine/pytorch/attention: ``x.transpose(0, 1).contiguous()``). cuDNN reads the views.
+    """
+    module, kernel = "self_attention.core_attention", c.training.attention
+    if kernel == "math":
+        return _unfused(c, tape, q, k, v)
+    if kernel in ("flash-2", "flash-3", "sdpa"):
+        fused = "query_key_value"
+        q, k, v = (
+            core.contiguous(tape, f"{module}.{n}", x, f"{n}.contiguous", module=module) if x.name == fused else x
+            for n, x in (("query", q), ("key", k), ("value", v))
+        )
+    chosen = "flash-2" if kernel == "sdpa" else kernel
+    return core.fused_attention(tape, q, k, v, kernel=chosen, out="attention", module=module, name=module)
+
+
+def _unfused(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
+    """baddbmm, FusedScaleMaskSoftmax (keeps its result in 16 bit), dropout, bmm: 5 bytes a score with dropout.
+
+    Source: megatron/core/transformer/dot_product_attention.py, megatron/core/fusions/fused_softmax.py. The matrix of
+    scores comes from a buffer shared by all layers there, here from the allocator: as many bytes while it is used.
+    Under GQA keys and values are repeated (repeat_interleave).
+    """
+    module, p, heads = "self_attention.core_attention", c.model.attention_dropout, q.shape[2:3]
+    k = core.repeat_kv(tape, f"{module}.repeat_key", k, heads, "key.repeated", module=module)
+    v = core.repeat_kv(tape, f"{module}.repeat_value", v, heads, "value.repeated", module=module)
+    scores = core.matmul_scores(tape, f"{module}.scores", q, k, "scores", module=module, heads=heads)
+    name = "probabilities"
+    probabilities = pointwise(
+        tape, f"{module}.softmax", (scores,), name, grads=((name,),), kind="softmax", module=module,
+        region=core.REGION,
+    )  # fmt: skip
+    dropped = dropout(tape, f"{module}.dropout", probabilities, p, out="dropped", module=module, region=core.REGION)
+    context = core.matmul_values(tape, module, dropped, v, "context", module=module)
+    return core.contiguous(tape, f"{module}.contiguous", context, "attention", module=module)
+
+
+def _mlp(c: Context, tape: Tape, x: Value) -> tuple[Value, Parameter | None]:
+    """linear_fc1 (gate and up in one matrix), the fused activation, linear_fc2 without its bias.
+
+    bias_swiglu and bias_gelu keep their input only (megatron/core/fusions/fused_bias_{swiglu,gelu}.py). ReLU is not
+    fused: it keeps its result.
+    """
+    d, model = c.dims, c.model
+    rows: Shape = (Dim("gate_up", 2), d.ffn) if model.gated else (d.ffn,)
+    up = linear(tape, FC1, x, rows, (d.hidden,), bias=False, out="up")
+    bias = tape.parameter(f"{FC1}.bias", rows, decays=False) if model.mlp_bias else None
+    activated = _activation(c, tape, up, bias)
+    down = linear(tape, "mlp.linear_fc2", activated, (d.hidden,), (d.ffn,), bias=False, out="mlp_output")
+    down_bias = tape.parameter("mlp.linear_fc2.bias", (d.hidden,), decays=False) if model.mlp_bias else None
+    return down, down_bias
+
+
+def _activation(c: Context, tape: Tape, x: Value, bias: Parameter | None) -> Value:
+    module = "mlp"
+    result = Value(Tensor("activated", (*c.dims.rows, c.dims.ffn), x.dtype))
+    saved = result.name if c.model.hidden_act == "relu" else x.name
+    parameters = (bias.name,) if bias else ()
+    name = f"{module}.activation"
+    tape.op(
+        name, (Pointwise("elementwise", (x.tensor,), (result.tensor,), 8),), reads=(x.name,), writes=(result.tensor,),
+        saves=(saved,), parameters=parameters, module=module, region=MLP_ACTIVATION,
+    )  # fmt: skip
+
+    def emit() -> None:
+        grad = tape.take(result)
+        if grad is None:
+            return
+        new = tape.fresh(x)
+        held = result.tensor if saved == result.name else x.tensor
+        tape.back(
+            f"{name}.backward", (Pointwise("elementwise", (grad, held), (new,), 12),), reads=(grad.name, saved),
+            writes=(new,), parameters=parameters, releases=(name,), module=module, region=MLP_ACTIVATION,
+        )  # fmt: skip
+        if bias is not None:
+            tape.back(
+                f"{name}.grad_bias", (Pointwise("reduce", (new,), (tape.stored(bias),)),), reads=(new.name,),
+                gradients=(bias.name,), module=module,
+            )  # fmt: skip
+        tape.give(x, new, module, MLP_ACTIVATION)
+
+    tape.node(emit)
+    return result
+
+
+def _head(c: Context) -> Layer:
+    """final_layernorm, output_layer, the vocabulary-parallel cross-entropy, the mean."""
+    from sim.model.transformer import layer
+
+    tape, d, model = Tape(c.precision), c.dims, c.model
+    source = Value(c.hidden("input"))
+    x = source
+    if model.final_norm:
+        x = _norm(c, tape, "decoder.final_layernorm", x, "normed")
+    if model.embedding_width is not None:
+        x = linear(tape, "project_out", x, (d.embedding,), (d.hidden,), bias=False, out="projected")
+    logits = linear(tape, "output_layer", x, (d.vocab,), (d.embedding,), bias=model.head_bias, out="logits")
+    loss = vocab_cross_entropy(tape, logits, Tensor(LABELS, d.rows, "int64"))
+    tape.start_backward(loss)
+    tape.finish_backward(source, None)
+    tied = (("output_layer.weight", "embedding", "embedding.word_embeddings.weight"),)
+    return layer(tape, "head", source.tensor, None, tied=tied if model.tie_word_embeddings else ())
