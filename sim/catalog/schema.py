@@ -28,7 +28,8 @@ class GpuFacts:
     """One kind of GPU. Bandwidths are of one direction; FLOP/s are dense.
 
     ``total_memory_bytes``   what cudaMemGetInfo calls total: what context, libraries and the framework share
-    ``peak_flops``           dense peak by precision ("bf16", "fp16", "tf32", "fp32", "fp8", "nvfp4", "int8"); absent: unsupported
+    ``peak_flops``           dense peak by precision ("bf16", "fp16", "tf32", "fp32", "fp8", "mxfp8", "nvfp4", "int8");
+                             absent: unsupported
     ``boost_clock_hz``       the clock at which ``peak_flops`` is defined
     ``cuda_context_bytes``   context with lazily loaded kernels, before any library
     ``copy_bytes_per_s``     device to device within one GPU, 0 if unknown
@@ -48,8 +49,10 @@ class GpuFacts:
     peak_flops: Mapping[str, float]
     cuda_context_bytes: int
     peer_to_peer: bool = True
-    """Whether the driver lets GPUs of this kind reach each other's memory over PCIe (GeForce from the 40 series: no)."""
+    """Whether the driver lets GPUs of this kind reach each other's memory over PCIe (GeForce: no)."""
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    cuda_context_band_bytes: tuple[int, int] = (0, 0)
+    """What has been seen of it, least and most: no table by driver is published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class LinkFacts:
     bytes_per_s: float
     latency_s: float
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    copy_bytes_per_s: float = 0.0
+    """What a copy engine reaches over it, where that was measured; 0 where not: use ``bytes_per_s``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,8 @@ class NetworkFacts:
     gpudirect: bool = True
     nodes_per_leaf: int = 32
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    line_bytes_per_s: float = 0.0
+    """What one NIC's port is sold as ("400 Gbit/s"); ``nic_bytes_per_s`` is what gets through it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +116,6 @@ class NodeFacts:
     cpu_vendor: Literal["intel", "amd", "arm", "power"] = "intel"
     """NCCL's limits between nodes and its rule for peer access depend on it."""
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    cpu: str = ""
+    nvlink_domain_nodes: int = 1
+    """Nodes whose NVSwitches are one fabric: 18 trays of an NVL72 rack, else 1."""
