@@ -187,7 +187,7 @@ def _root(
 
 @contextmanager
 def _progress(words: str, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show on standard error, if a person looks at it, what is being done; yields a function that says the next part."""
+    """Show on standard error, if a person looks at it, what is being done; yields a function that says the part."""
     if quiet or not sys.stderr.isatty():
         yield lambda part: None
         return

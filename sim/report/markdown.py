@@ -1,0 +1,72 @@
+"""``report.md``: the answer in words and tables, for a pull request or a mail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from sim.report.report import Report
+from sim.report.rows import (
+    COMMUNICATION_HEADER,
+    RemedyLike,
+    account,
+    communication_rows,
+    headline,
+    out_of_memory_words,
+    peak_words,
+    step_rows,
+)
+from sim.scenario.schema import Scenario
+from sim.units import format_bytes, format_duration
+
+
+def to_markdown(scenario: Scenario, report: Report, remedies: Sequence[RemedyLike]) -> str:
+    """Return the report as Markdown, with the plots that stand beside it."""
+    return "\n".join(_lines(scenario, report, remedies)) + "\n"
+
+
+def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyLike]) -> Iterator[str]:
+    words = headline(scenario, report)
+    yield f"# {words.model} on {words.where}\n"
+    yield f"{words.how}\n"
+    yield f"**{words.verdict}**: {words.memory}. Step **{words.time}**, {words.rate}."
+    if not report.fits:
+        yield f"\nOut of memory {out_of_memory_words(report)}."
+    footprint = report.fullest
+    yield f"\n## Memory of the fullest GPU at the peak\n\n{peak_words(footprint)}\n"
+    rows = (
+        (_bold(r.name, r.total), f"{r.num_bytes:,}", _bold(format_bytes(r.num_bytes), r.total))
+        for r in account(footprint)
+    )
+    yield from _table(("what", "bytes", ""), "lrr", rows)
+    yield "\n![memory over the step](memory.png)"
+    if remedies:
+        yield "\n## What would make it fit\n"
+        yield from map(_remedy, remedies)
+    yield "\n## Time of a step\n"
+    yield from _table(
+        ("part", "time", "share"), "lrr", ((part, time, f"{share:.1%}") for part, time, share in step_rows(report))
+    )
+    yield "\n![one step](timeline.png)"
+    if report.communication:
+        yield "\n## Communication of a rank in a step\n"
+        yield from _table(COMMUNICATION_HEADER, "llrrrrrl", communication_rows(report))
+    if report.warnings:
+        yield "\n## What was assumed\n"
+        yield from (f"- {warning}" for warning in report.warnings)
+
+
+def _remedy(remedy: RemedyLike) -> str:
+    options = " ".join(f"--set {o}" for o in remedy.overrides)
+    verdict = "fits" if remedy.fits else "still does not fit"
+    memory, time = format_bytes(remedy.peak_device_bytes), format_duration(remedy.time_s)
+    return f"- {remedy.words} (`{options}`): {verdict}, {memory}, {time} a step"
+
+
+def _table(header: Sequence[str], justify: str, rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'|'.join('---:' if side == 'r' else '---' for side in justify)}|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _bold(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
