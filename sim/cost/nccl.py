@@ -1,0 +1,820 @@
+"""What NCCL does with a collective: rings and trees over this machine, the algorithm and protocol, the wires.
+
+Three steps, each as in NCCL (version 2.30):
+
+1. *Pattern*: rings over the GPUs of a group, one for each NIC of a node, and how fast the search lets each
+   channel run (nccl: src/graph/search.cc, connect.cc).
+2. *Choice*: latency and bandwidth of every algorithm and protocol by the formulas of src/graph/tuning.cc; the smallest
+   time wins.
+3. *Traffic*: bytes on every link for all the groups together. Sharing of links, by groups and within one ring (PCIe
+   trees, sockets), is the network's to work out; NCCL's own limits enter as the cap of the phase.
+
+``tensor_bytes`` follows nccl-tests: an all-gather's output, a reduce-scatter's input, else the buffer.
+
+Leaves out: CollNet and SHARP in the network; the tuner's per-version quirks; rings that differ between channels on
+NVSwitch (they load the wires alike).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from sim.cluster.routing import PATH_KINDS, PathKind
+from sim.cluster.topology import Cluster
+from sim.cost import collective
+from sim.ir.traffic import Phase, Traffic
+
+__all__ = ["bus_bytes_per_s", "choose", "plan_collective", "plan_copy", "plan_point_to_point"]
+bus_bytes_per_s = collective.bus_bytes_per_s
+
+Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "pat"]
+Protocol = Literal["LL", "LL128", "Simple"]
+PROTOCOLS: tuple[Protocol, ...] = ("LL", "LL128", "Simple")
+
+# --- constants of nccl src/graph/tuning.cc (v2.30.7), microseconds and GB/s as there -------------
+
+BASE_LATENCY_US: dict[Algorithm, tuple[float, float, float]] = {
+    "tree": (6.8, 14.0, 8.4),
+    "ring": (6.6, 14.0, 8.4),
+    "nvls": (0.0, 0.0, 0.0),
+    "nvls_tree": (0.0, 0.0, 0.0),
+    "pat": (8.0, 8.0, 8.0),
+}
+"""Per protocol LL, LL128, Simple."""
+
+HW_LATENCY_US: dict[str, dict[Algorithm, tuple[float, float, float]]] = {
+    "nvlink": {
+        "tree": (0.6, 1.25, 4.0),
+        "ring": (0.6, 1.9, 3.4),
+        "nvls": (0, 0, 25),
+        "nvls_tree": (0, 0, 25),
+        "pat": (0, 0, 4.0),
+    },
+    "pci": {
+        "tree": (1.0, 1.9, 4.0),
+        "ring": (1.0, 2.5, 5.7),
+        "nvls": (0, 0, 0),
+        "nvls_tree": (0, 0, 0),
+        "pat": (0, 0, 4.0),
+    },
+    "net": {
+        "tree": (5.0, 8.5, 14.0),
+        "ring": (2.7, 4.0, 14.0),
+        "nvls": (0, 0, 18),
+        "nvls_tree": (0, 0, 20.9),
+        "pat": (0, 0, 14.0),
+    },
+}
+
+NET_OVERHEAD_US = {"amd": 2.0, "other": 1.0}
+"""What the processor takes to post to a NIC; three times for Simple."""
+
+VOLTA, AMPERE, HOPPER, BLACKWELL = range(4)
+LL_MAX_BW = ((39.0, 39.0, 20.4), (87.7, 22.5, 19.0), (141.0, 45.0, 35.0), (282.0, 90.0, 70.0))
+"""Rows by architecture (several nodes: Ampere's row with AMD processors, else Volta's); columns 1, 2, more nodes."""
+CHANNEL_RING_LL128_BW = ((20.0, 20.0, 20.0), (20.0, 20.0, 20.0), (36.7, 36.7, 36.7), (40.0, 40.0, 40.0))
+CHANNEL_TREE_LL128_BW = ((20.0, 20.0, 20.0), (20.0, 20.0, 20.0), (36.7, 36.7, 29.0), (55.6, 31.67, 20.0))
+CHANNEL_TREE_BW = ((26.5, 18.5, 10.0), (24.0, 23.6, 17.8), (38.7, 41.4, 36.0), (70.0, 42.8, 24.0))
+CHANNEL_NVLS_TREE_BW = ((26.5, 18.5, 10.0), (24.0, 23.6, 17.8), (0.0, 57.7, 45.5), (0.0, 96.0, 80.0))
+NVLS_EFFICIENCY = (0.0, 0.0, 0.85, 0.74)
+
+TREE_CORRECTION: dict[Protocol, tuple[float, ...]] = {
+    "LL": (1, 1, 1, 1, 0.9, 0.8, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1, 1, 1, 1),
+    "LL128": (1, 1, 1, 1, 1, 0.9, 0.8, 0.8, 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.8, 0.9, 0.9, 0.9, 0.9, 1, 1, 1),
+    "Simple": (
+        *(0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.8, 0.7, 0.6, 0.6, 0.5),
+        *(0.5, 0.5, 0.5, 0.6, 0.7, 0.8, 0.7, 0.7, 0.8, 0.9, 0.9, 0.9),
+    ),
+}
+"""Share of a tree's bandwidth that is reached, for messages of 64 B, 128 B, ... 512 MiB."""
+
+WIRE_OVERHEAD: dict[Protocol, float] = {"LL": 2.0, "LL128": 128 / 120, "Simple": 1.0}
+"""Bytes on the wire per byte of data: LL sends a 4-byte flag with 4 bytes, LL128 8 of 128 (src/include/device.h)."""
+
+# --- constants of the graph search: src/graph/search.cc, connect.cc; of launches: src/enqueue.cc ---
+
+SPEEDS_INTRA = (
+    (40.0, 30.0, 20.0, 18.0, 15.0, 12.0, 10.0, 9.0, 7.0, 6.0, 5.0, 4.0, 3.0),
+    (60.0, 50.0, 40.0, 30.0, 24.0, 20.0, 15.0, 12.0, 11.0, 6.0, 3.0),
+    (90.0, 80.0, 70.0, 60.0, 50.0, 45.0, 40.0, 30.0, 24.0, 20.0, 19.0, 18.0),
+)
+SPEEDS_INTER = (
+    (48.0, 30.0, 28.0, 24.0, 20.0, 18.0, 15.0, 12.0, 10.0, 9.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.4, 1.2, 0.24, 0.12),
+    (48.0, 45.0, 42.0, 40.0, 30.0, 24.0, 22.0, 20.0, 17.5, 15.0, 12.0, 6.0, 3.0, 2.4, 1.2, 0.24, 0.12),
+    (
+        96.0,
+        86.0,
+        80.0,
+        48.0,
+        45.1,
+        42.0,
+        40.0,
+        30.0,
+        24.0,
+        22.0,
+        20.0,
+        17.5,
+        15.0,
+        12.0,
+        6.0,
+        3.0,
+        2.4,
+        1.2,
+        0.24,
+        0.12,
+    ),
+)
+"""Speeds of a channel (GB/s) that the search tries; rows before sm90, sm90, sm100."""
+MAX_CHANNELS = 64
+MAX_THREADS: dict[Protocol, int] = {"LL": 512, "LL128": 640, "Simple": 512}
+THREAD_THRESHOLD: dict[Protocol, int] = {"LL": 8, "LL128": 8, "Simple": 64}
+NVLS_CHANNELS = {HOPPER: (16, 16), BLACKWELL: (24, 32)}
+"""One node, several nodes: src/transport/nvls.cc."""
+
+GB = 1e9
+US = 1e-6
+
+
+# --- 1. the pattern ----------------------------------------------------------------------------
+
+
+class NodePattern(NamedTuple):
+    """The rings of a group on one of its nodes; links local to the node, loads per byte that crosses a ring's hop.
+
+    ``orders`` one for each ring: local GPUs from the one that receives to the one that sends; ``rails`` the NIC of each
+    (empty on a single node, where the rings are closed). ``loads`` (link, share) sums over all rings, each with an
+    equal share of the data. ``nvlink``: all hops are NVLink. ``inter`` is the farthest path to a NIC.
+    """
+
+    orders: tuple[tuple[int, ...], ...]
+    rails: tuple[int, ...]
+    loads: tuple[tuple[int, float], ...]
+    nvlink: bool
+    inter: PathKind
+
+
+@dataclass(frozen=True, slots=True)
+class RingGraph:
+    """What the search found for one group. ``channels`` of ``channel_bw`` GB/s each; ``compute_channels`` run."""
+
+    num_ranks: int
+    nodes: tuple[tuple[int, tuple[int, ...]], ...]
+    patterns: tuple[NodePattern, ...]
+    channels: int
+    channel_bw: float
+    compute_channels: int
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def gpus_per_node(self) -> float:
+        return self.num_ranks / len(self.nodes)
+
+
+def _by_node(cluster: Cluster, group: Sequence[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return (node, local GPUs ascending) in the order in which the group first reaches each node."""
+    found: dict[int, list[int]] = {}
+    for gpu in group:
+        found.setdefault(cluster.node_of(gpu), []).append(cluster.local_index(gpu))
+    return tuple((node, tuple(sorted(gpus))) for node, gpus in found.items())
+
+
+def _rails(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the NICs that GPUs of a node use, in the order of the GPUs."""
+    return tuple(dict.fromkeys(cluster.nic_of(gpu) for gpu in gpus))
+
+
+def _mesh_cycles(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return rings through all GPUs over direct NVLinks, none using a wire twice; empty if there is none.
+
+    Each step goes on over the pair with the most unused wires, then to the lowest GPU.
+    """
+    spare: dict[tuple[int, int], int] = {}
+    for a in gpus:
+        for b in gpus:
+            route = cluster.local_route(a, b) if a != b else None
+            if route is not None and route.kind == "NVL" and len(route.links) == 1:
+                spare[a, b] = cluster.node.wires[route.links[0]].count
+
+    def extend(path: tuple[int, ...]) -> tuple[int, ...]:
+        if len(path) == len(gpus):
+            return path if spare.get((path[-1], path[0]), 0) else ()
+        here = path[-1]
+        ahead = [b for b in gpus if b not in path and spare.get((here, b), 0)]
+        for b in sorted(ahead, key=lambda b: (-spare[here, b], b)):
+            if found := extend((*path, b)):
+                return found
+        return ()
+
+    cycles: list[tuple[int, ...]] = []
+    while len(cycles) < MAX_CHANNELS // 2 and (cycle := extend(gpus[:1])):
+        cycles.append(cycle)
+        for a, b in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
+            spare[a, b] -= 1
+    return tuple(cycles)
+
+
+def _orders(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the order of the GPUs of a node in each ring. With NICs, ring i starts at the GPU of ``rails[i]``.
+
+    On NVSwitch any order is as good; the last GPU is the one nearest to the NIC it sends by. Over direct NVLinks rings
+    follow the wires. Over PCIe GPUs follow each other as they hang in the tree (by index), which crosses each switch
+    and socket once.
+    """
+    if len(gpus) == 1:
+        return (gpus,) * max(len(rails), 1)
+    direct = all(
+        len(route.links) == 1 or route.kind == "NVB"
+        for b in gpus[1:]
+        if (route := cluster.local_route(gpus[0], b)).kind in ("NVL", "NVB")
+    ) and any(cluster.local_route(gpus[0], b).kind == "NVL" for b in gpus[1:])
+    cycles = (_mesh_cycles(cluster, gpus) if direct else ()) or (gpus,)
+    if not rails:
+        return cycles
+    orders = []
+    for i, rail in enumerate(rails):
+        cycle = cycles[i % len(cycles)]
+        start = cycle.index(next(gpu for gpu in gpus if cluster.nic_of(gpu) == rail))
+        order = (*cycle[start:], *cycle[:start])
+        if not direct:
+            near = [PATH_KINDS.index(cluster.local_nic_route(gpu, rail, outward=True).kind) for gpu in order[1:]]
+            last = max(i for i, distance in enumerate(near, 1) if distance == min(near))
+            order = (*order[:last], *order[last + 1 :], order[last])
+        orders.append(order)
+    return tuple(orders)
+
+
+def _pattern(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> NodePattern:
+    """Return the rings of a group over these GPUs of a node (see :class:`NodePattern`). Worked out once."""
+    key = ("pattern", gpus, rails)
+    known: NodePattern | None = cluster.memo.get(key)
+    if known is not None:
+        return known
+    orders = _orders(cluster, gpus, rails)
+    loads: dict[int, float] = {}
+    share = 1 / len(orders)
+    nvlink = True
+    inter: PathKind = "PIX"
+    for i, order in enumerate(orders):
+        hops = [cluster.local_route(a, b) for a, b in pairwise(order)]
+        nvlink = nvlink and all(hop.kind in ("NVL", "NVB") for hop in hops)
+        if rails:
+            ends = [
+                cluster.local_nic_route(order[0], rails[i], outward=False),
+                cluster.local_nic_route(order[-1], rails[i], outward=True),
+            ]
+            inter = max(inter, *(end.kind for end in ends), key=PATH_KINDS.index)
+            hops += ends
+        else:
+            hops.append(cluster.local_route(order[-1], order[0]))
+            nvlink = nvlink and hops[-1].kind in ("NVL", "NVB")
+        for hop in hops:
+            for link in hop.links:
+                loads[link] = loads.get(link, 0.0) + share
+    found = NodePattern(orders, rails, tuple(sorted(loads.items())), nvlink and len(gpus) > 1, inter)
+    cluster.memo[key] = found
+    return found
+
+
+def _generation(cluster: Cluster) -> int:
+    """Return the row of NCCL's tables for this GPU (other vendors: RCCL starts from the same model; Ampere's row)."""
+    gpu = cluster.spec.gpu
+    if gpu.vendor != "nvidia":
+        return AMPERE
+    major = gpu.compute_capability[0]
+    return BLACKWELL if major >= 10 else HOPPER if major == 9 else AMPERE if major == 8 else VOLTA
+
+
+def _channels(cluster: Cluster, num_rings: int, ring_bw: float, several_nodes: bool) -> tuple[int, float]:
+    """Return how many channels of which speed the search settles on for rings that could each run at ``ring_bw`` GB/s.
+
+    It starts from the highest speed of its table that fits and keeps the first best total. Then channels of 25 GB/s
+    or more are split in two (from sm90 on only if they are few or run at 50). A ring slower than every speed of the
+    table runs as fast as it can. Source: nccl src/graph/search.cc, ncclTopoCompute, ncclTopoDupChannels.
+    """
+    row = max(_generation(cluster) - 1, 0)
+    most = max(MAX_CHANNELS // 2 // num_rings, 1)
+    best, speed = 1, 0.0
+    for candidate in (SPEEDS_INTER if several_nodes else SPEEDS_INTRA)[row]:
+        count = min(int(ring_bw / candidate + 1e-6), most)
+        if count * candidate > best * speed + 1e-6:
+            best, speed = count, candidate
+    if speed == 0.0:
+        speed = ring_bw
+    channels = best * num_rings
+    generation = _generation(cluster)
+    if speed >= 25 and not (generation >= HOPPER and speed < 50 and channels > 4):
+        split = min(2 * channels, MAX_CHANNELS // 2)
+        channels, speed = split, speed * channels / split
+    return channels, speed
+
+
+def ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
+    """Return the rings of a group and the speed NCCL expects of them."""
+    nodes = _by_node(cluster, group)
+    several = len(nodes) > 1
+    rails = [_rails(cluster, gpus) if several else () for _, gpus in nodes]
+    num_rings = min(map(len, rails))
+    patterns = tuple(_pattern(cluster, gpus, r[:num_rings]) for (_, gpus), r in zip(nodes, rails, strict=True))
+    key = ("channels", len(nodes) > 1, tuple(dict.fromkeys((p.orders, p.rails) for p in patterns)))
+    found: tuple[int, float] | None = cluster.memo.get(key)
+    if found is None:
+        distinct = {(p.orders, p.rails): p for p in patterns}.values()
+        total = min((cluster.bytes_per_s(link) / share for p in distinct for link, share in p.loads), default=0.0) / GB
+        rings = len(patterns[0].orders)
+        found = _channels(cluster, rings, total / rings, several)
+        cluster.memo[key] = found
+    channels, speed = found
+    # Channels are doubled when rings are connected, and again on Hopper where few fast ones span nodes (connect.cc).
+    compute = min(2 * channels, MAX_CHANNELS)
+    if _generation(cluster) >= HOPPER and several and speed > 45 and compute < 16:
+        compute *= 2
+    return RingGraph(len(group), nodes, patterns, channels, speed, compute)
+
+
+# --- 2. the choice -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An algorithm with a protocol, and what NCCL's model expects: ``algorithm_bw`` is bytes of message per second."""
+
+    algorithm: Algorithm
+    protocol: Protocol
+    latency_s: float
+    algorithm_bw: float
+    time_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.algorithm}/{self.protocol}"
+
+
+def _log2i(n: int) -> int:
+    return n.bit_length() - 1
+
+
+def _nvls_graph(cluster: Cluster, graph: RingGraph) -> tuple[int, float] | None:
+    """Return (heads, GB/s of each) of the NVLS search, or None where NVLS cannot be used.
+
+    It needs switches that multicast and more than two GPUs a node. Every GPU is a head on one node, every GPU with a
+    NIC of its own on several. A GPU's NVLinks count n/(n-1) times, as data need not come back to where it started.
+    Source: nccl src/graph/search.cc; src/transport/nvls.cc, ncclNvlsInit.
+    """
+    local = min(len(gpus) for _, gpus in graph.nodes)
+    if not cluster.spec.node.nvswitch_multicast or _generation(cluster) < HOPPER or local <= 2:
+        return None
+    if not all(p.nvlink for p in graph.patterns):
+        return None
+    several = graph.num_nodes > 1
+    heads = len(graph.patterns[0].rails) if several else local
+    gpu_bw = _nvlink_bytes_per_s(cluster, graph) / GB
+    limit = min(gpu_bw, gpu_bw * local / (local - 1) / heads)
+    if several:
+        limit = min(limit, cluster.nic_bytes_per_s / GB)
+    row = _generation(cluster) - 1
+    fits = [s for s in (SPEEDS_INTER if several else SPEEDS_INTRA)[row] if s <= limit + 1e-6]
+    return (heads, fits[0]) if fits and heads >= 2 else None
+
+
+def _nvlink_bytes_per_s(cluster: Cluster, graph: RingGraph) -> float:
+    """Return what a GPU of the group can send over NVLink."""
+    gpus = graph.nodes[0][1]
+    return cluster.bytes_per_s(cluster.local_route(gpus[0], gpus[1]).links[0])
+
+
+class Candidate(NamedTuple):
+    """Latency (us) and algorithm bandwidth (GB/s: message bytes over time) of an algorithm with a protocol."""
+
+    algorithm: Algorithm
+    protocol: Protocol
+    latency_us: float
+    bw: float
+
+
+class Shape(NamedTuple):
+    """What the formulas of tuning.cc look at: ``bus`` GB/s of all ``channels``, hardware inside and between nodes."""
+
+    num_ranks: int
+    num_nodes: int
+    local_ranks: int
+    one_gpu_a_node: bool
+    generation: int
+    column: int
+    amd: bool
+    intra_hw: str
+    ll128: bool
+    channels: int
+    bus: float
+    same_channels: bool
+
+    @property
+    def hw(self) -> str:
+        return "net" if self.num_nodes > 1 else self.intra_hw
+
+    def inter_latency(self, algorithm: Algorithm, p: int) -> float:
+        """Return the latency of the network; with one GPU a node the tree's, as it is fully exposed."""
+        return HW_LATENCY_US["net"]["tree" if self.one_gpu_a_node else algorithm][p]
+
+
+def _shape(cluster: Cluster, graph: RingGraph) -> Shape:
+    generation = _generation(cluster)
+    several = graph.num_nodes > 1
+    local = graph.num_ranks // graph.num_nodes
+    nvlink = all(p.nvlink for p in graph.patterns)
+    inter = max((p.inter for p in graph.patterns), key=PATH_KINDS.index)
+    reach: PathKind = "PXN" if generation >= HOPPER else "PXB"
+    near = not several or PATH_KINDS.index(inter) <= PATH_KINDS.index(reach)
+    return Shape(
+        num_ranks=graph.num_ranks,
+        num_nodes=graph.num_nodes,
+        local_ranks=local,
+        one_gpu_a_node=graph.num_ranks == graph.num_nodes,
+        generation=generation,
+        column=min(graph.num_nodes, 3) - 1,
+        amd=cluster.spec.node.cpu_vendor == "amd",
+        intra_hw="nvlink" if nvlink else "pci",
+        ll128=(local == 1 or nvlink) and near,
+        channels=graph.channels,
+        bus=graph.channels * graph.channel_bw,
+        same_channels=len(set(graph.patterns[0].orders)) == 1,
+    )
+
+
+def _num_steps(kind: str, n: int) -> int:
+    return 2 * (n - 1) if kind == "all_reduce" else n - 1 if kind in ("all_gather", "reduce_scatter") else n
+
+
+def _ll_max_bw(shape: Shape) -> float:
+    row = shape.generation if shape.num_nodes == 1 else AMPERE if shape.amd else VOLTA
+    return LL_MAX_BW[row][shape.column]
+
+
+def _ring(shape: Shape, kind: str, p: int) -> Candidate:
+    """Rings. Every step inside a node costs at least what it takes to post to the network, if there is one."""
+    protocol = PROTOCOLS[p]
+    bw = shape.bus
+    if protocol == "LL":
+        bw = min(_ll_max_bw(shape), shape.bus * 0.5)
+    elif protocol == "LL128":
+        bw = min(0.92 * shape.bus, shape.channels * CHANNEL_RING_LL128_BW[shape.generation][shape.column])
+    steps = _num_steps(kind, shape.num_ranks)
+    latency = BASE_LATENCY_US["ring"][p]
+    if kind in ("broadcast", "reduce"):
+        if shape.same_channels:
+            latency += HW_LATENCY_US[shape.hw]["ring"][p]
+        else:
+            latency += steps * HW_LATENCY_US[shape.hw]["tree" if protocol == "Simple" else "ring"][p]
+    else:
+        post = 0.0
+        if shape.num_nodes > 1:
+            post = NET_OVERHEAD_US["amd" if shape.amd else "other"] * (3 if protocol == "Simple" else 1)
+        crossings = (2 if kind == "all_reduce" else 1) * (shape.num_nodes - 1)
+        inside = max(HW_LATENCY_US[shape.intra_hw]["ring"][p], post)
+        latency += (steps - crossings) * inside + crossings * shape.inter_latency("ring", p)
+    return Candidate("ring", protocol, latency, bw * shape.num_ranks / steps)
+
+
+def _tree(shape: Shape, p: int) -> Candidate:
+    """Trees between nodes, chains inside; all-reduce only."""
+    protocol = PROTOCOLS[p]
+    bw = min(0.92 * shape.bus, shape.channels * CHANNEL_TREE_BW[shape.generation][shape.column])
+    if protocol == "LL":
+        bw = min(bw / 3.8, _ll_max_bw(shape))
+    elif protocol == "LL128":
+        cap = shape.channels * CHANNEL_TREE_LL128_BW[shape.generation][shape.column]
+        bw = min(bw * (120 / 128 if shape.num_nodes > 1 else 7 / 9), cap)
+    if shape.one_gpu_a_node:
+        bw *= 0.85
+    inside = (shape.local_ranks - 1) * HW_LATENCY_US[shape.intra_hw]["tree"][p]
+    latency = BASE_LATENCY_US["tree"][p] + 2 * (inside + _log2i(shape.num_nodes) * shape.inter_latency("tree", p))
+    return Candidate("tree", protocol, latency, bw * 0.5)
+
+
+def _nvls(shape: Shape, kind: str, heads: int, speed: float) -> Candidate | None:
+    """NVLS on one node; on several NVLSTree, all-reduce only (NVLS itself needs CollNet there)."""
+    simple = PROTOCOLS.index("Simple")
+    n, local = shape.num_ranks, shape.num_ranks / shape.num_nodes
+    inside = speed * NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
+    inside *= 2 if kind == "all_reduce" else (local - 1) / local
+    latency = HW_LATENCY_US["nvlink"]["nvls"][simple]
+    if shape.num_nodes == 1 and kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        bw = heads * min(inside, speed)
+        ratio = n / _num_steps(kind, n) if kind == "all_reduce" else 1.0
+        return Candidate("nvls", "Simple", latency, bw * ratio)
+    if shape.num_nodes > 1 and kind == "all_reduce":
+        between = speed * (2 if shape.num_nodes <= 2 else 1)
+        bw = heads * min(inside, between, CHANNEL_NVLS_TREE_BW[shape.generation][shape.column])
+        latency += 2 * _log2i(shape.num_nodes) * shape.inter_latency("nvls_tree", simple)
+        return Candidate("nvls_tree", "Simple", latency, bw * n / _num_steps(kind, n))
+    return None
+
+
+def _pat(shape: Shape) -> Candidate:
+    """Parallel aggregated trees: all-gather and reduce-scatter with one GPU a node."""
+    simple = PROTOCOLS.index("Simple")
+    latency = BASE_LATENCY_US["pat"][simple] + _log2i(shape.num_nodes) * shape.inter_latency("pat", simple) / 3.5
+    return Candidate("pat", "Simple", latency + shape.num_ranks * 2.8, shape.bus * 0.75)
+
+
+def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidate, ...]:
+    """Return everything NCCL may choose from, by nccl ncclTopoTuneModel (src/graph/tuning.cc)."""
+    shape = _shape(cluster, graph)
+    protocols = [p for p, protocol in enumerate(PROTOCOLS) if protocol != "LL128" or shape.ll128]
+    found: list[Candidate | None] = [_ring(shape, kind, p) for p in protocols]
+    if kind == "all_reduce":
+        found += [_tree(shape, p) for p in protocols]
+    if kind in ("all_gather", "reduce_scatter") and shape.num_nodes > 1 and shape.one_gpu_a_node:
+        found.append(_pat(shape))
+    nvls = _nvls_graph(cluster, graph)
+    if nvls is not None:
+        found.append(_nvls(shape, kind, *nvls))
+    return tuple(c for c in found if c is not None)
+
+
+def _at_size(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: int, candidate: Candidate) -> Candidate:
+    """Return a candidate with what depends on the size of the message: nccl ncclTopoGetAlgoTime."""
+    algorithm, protocol, latency, bw = candidate
+    generation = _generation(cluster)
+    size_class = _log2i(tensor_bytes >> 6) if tensor_bytes >= 64 else -1
+    x86 = cluster.spec.node.cpu_vendor in ("intel", "amd")
+    dips = (algorithm == "tree" and 0 <= size_class < 23) or (
+        algorithm == "nvls_tree" and 0 <= size_class < 24 and generation >= BLACKWELL and x86
+    )
+    if dips:
+        bw *= TREE_CORRECTION[protocol][size_class]
+    spans = graph.num_nodes > 1 and tensor_bytes / (graph.compute_channels * graph.num_ranks) >= 64
+    if algorithm == "ring" and protocol == "Simple" and kind == "all_reduce" and spans:
+        latency *= 1.4 if generation >= AMPERE else 1.9
+    return Candidate(algorithm, protocol, latency, bw)
+
+
+def choose(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: int) -> Choice:
+    """Return what NCCL would run: the smallest time by its own model, the first of equals."""
+    key = ("candidates", kind, graph.patterns[0], graph.num_ranks, graph.num_nodes, graph.channels, graph.channel_bw)
+    candidates: tuple[Candidate, ...] | None = cluster.memo.get(key)
+    if candidates is None:
+        candidates = cluster.memo[key] = _candidates(cluster, graph, kind)
+    best: Choice | None = None
+    for candidate in candidates:
+        c = _at_size(cluster, graph, kind, tensor_bytes, candidate)
+        time_s = c.latency_us * US + tensor_bytes / (c.bw * GB)
+        if best is None or time_s < best.time_s:
+            best = Choice(c.algorithm, c.protocol, c.latency_us * US, c.bw * GB, time_s)
+    assert best is not None
+    return best
+
+
+def _sms(cluster: Cluster, graph: RingGraph, choice: Choice, tensor_bytes: int) -> int:
+    """Return the SMs taken: one for each channel; channels are dropped while a message is too small for their threads.
+
+    Source: nccl src/enqueue.cc, topoGetAlgoInfo.
+    """
+    generation = _generation(cluster)
+    if choice.algorithm in ("nvls", "nvls_tree"):
+        return NVLS_CHANNELS[generation][graph.num_nodes > 1]
+    threads = MAX_THREADS[choice.protocol]
+    if choice.algorithm == "ring" and choice.protocol == "Simple" and graph.channels * graph.channel_bw <= 12.0:
+        threads = 256
+    threshold = THREAD_THRESHOLD[choice.protocol]
+    if choice.algorithm == "ring" and choice.protocol == "LL":
+        threshold *= graph.num_ranks
+    return max(1, min(graph.compute_channels, tensor_bytes // (threads * threshold)))
+
+
+# --- 3. the traffic ----------------------------------------------------------------------------
+
+Loads = dict[int, float]
+
+
+def _add(loads: Loads, base: int, links: Iterable[int], num_bytes: float) -> None:
+    for link in links:
+        loads[base + link] = loads.get(base + link, 0.0) + num_bytes
+
+
+def _ring_loads(cluster: Cluster, graph: RingGraph, hop_bytes: float, loads: Loads, kind: str, root: int) -> None:
+    """Add a ring's bytes: every hop carries ``hop_bytes``, split over the rings. A chain leaves out the hop that would
+    close the circle at the root."""
+    stride = cluster.links_per_node
+    nodes, patterns = graph.nodes, graph.patterns
+    for (node, _), pattern in zip(nodes, patterns, strict=True):
+        base = node * stride
+        for link, share in pattern.loads:
+            loads[base + link] = loads.get(base + link, 0.0) + hop_bytes * share
+    if len(nodes) > 1:
+        each = hop_bytes / len(patterns[0].rails)
+        for i, (node, _) in enumerate(nodes):
+            j = (i + 1) % len(nodes)
+            for rail, to_rail in zip(patterns[i].rails, patterns[j].rails, strict=True):
+                _add(loads, 0, cluster.fabric(node, rail, nodes[j][0], to_rail), each)
+    if kind in ("broadcast", "reduce"):
+        each = -hop_bytes / len(patterns[0].orders)
+        at = next(i for i, (node, _) in enumerate(nodes) if node == cluster.node_of(root))
+        local = cluster.local_index(root)
+        for r, order in enumerate(patterns[at].orders):
+            place = order.index(local) + (0 if kind == "broadcast" else 1)
+            if 0 < place < len(order):
+                _add(loads, nodes[at][0] * stride, cluster.local_route(order[place - 1], order[place]).links, each)
+            elif len(nodes) == 1:
+                _add(loads, nodes[at][0] * stride, cluster.local_route(order[-1], order[0]).links, each)
+            else:
+                before = (at - 1) % len(nodes) if place == 0 else at
+                _between(cluster, graph, before, (before + 1) % len(nodes), r, each, loads)
+
+
+def _between(cluster: Cluster, graph: RingGraph, i: int, j: int, ring: int, num_bytes: float, loads: Loads) -> None:
+    """Add bytes from the last GPU of ring ``ring`` on the group's i-th node to the first on its j-th."""
+    stride = cluster.links_per_node
+    source, target = graph.patterns[i], graph.patterns[j]
+    out = cluster.local_nic_route(source.orders[ring][-1], source.rails[ring], outward=True)
+    into = cluster.local_nic_route(target.orders[ring][0], target.rails[ring], outward=False)
+    _add(loads, graph.nodes[i][0] * stride, out.links, num_bytes)
+    fabric = cluster.fabric(graph.nodes[i][0], source.rails[ring], graph.nodes[j][0], target.rails[ring])
+    _add(loads, 0, fabric, num_bytes)
+    _add(loads, graph.nodes[j][0] * stride, into.links, num_bytes)
+
+
+def _tree_between(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: Loads) -> None:
+    """Add a double binary tree between the nodes, for each rail: half of its share goes up and down each tree.
+
+    Both ends are the GPU beside the NIC (the first of the ring).
+    """
+    stride = cluster.links_per_node
+    rings = len(graph.patterns[0].rails)
+    each = tensor_bytes / rings / 2
+    for parents in collective.double_binary_tree(graph.num_nodes):
+        for child, parent in enumerate(parents):
+            if parent < 0:
+                continue
+            for i, j in ((child, parent), (parent, child)):
+                a, b = graph.patterns[i], graph.patterns[j]
+                for r in range(rings):
+                    out = cluster.local_nic_route(a.orders[r][0], a.rails[r], outward=True)
+                    into = cluster.local_nic_route(b.orders[r][0], b.rails[r], outward=False)
+                    _add(loads, graph.nodes[i][0] * stride, out.links, each)
+                    _add(loads, 0, cluster.fabric(graph.nodes[i][0], a.rails[r], graph.nodes[j][0], b.rails[r]), each)
+                    _add(loads, graph.nodes[j][0] * stride, into.links, each)
+
+
+def _tree_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: Loads) -> None:
+    """Add a tree: within a node a chain that ends at the GPU beside the NIC, up and down; trees between nodes."""
+    for (node, _), pattern in zip(graph.nodes, graph.patterns, strict=True):
+        each = tensor_bytes / len(pattern.orders)
+        for order in pattern.orders:
+            for a, b in pairwise(order):
+                _add(loads, node * cluster.links_per_node, cluster.local_route(a, b).links, each)
+                _add(loads, node * cluster.links_per_node, cluster.local_route(b, a).links, each)
+    if graph.num_nodes > 1:
+        _tree_between(cluster, graph, tensor_bytes, loads)
+
+
+def _nvls_loads(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
+    """Add what GPUs and switches exchange when switches reduce and multicast.
+
+    Reducing: each head reads its part (S/heads), the switch fetches it from every GPU and adds: every GPU sends S and
+    every head receives S/heads. Multicast: each head writes its part once, every GPU receives S.
+    """
+    for node, gpus in graph.nodes:
+        heads = gpus if graph.num_nodes == 1 else tuple(o[0] for o in graph.patterns[0].orders)
+        base = node * cluster.links_per_node
+        for i, gpu in enumerate(gpus):
+            up, down = cluster.local_route(gpu, gpus[i - 1]).links[0], cluster.local_route(gpus[i - 1], gpu).links[-1]
+            part = tensor_bytes / len(heads) if gpu in heads else 0.0
+            reduces, spreads = kind != "all_gather", kind != "reduce_scatter"
+            _add(loads, base, (up,), tensor_bytes * reduces + part * spreads)
+            _add(loads, base, (down,), part * reduces + tensor_bytes * spreads)
+    if graph.num_nodes > 1:
+        _tree_between(cluster, graph, tensor_bytes, loads)
+
+
+def _pat_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: Loads) -> None:
+    """Add parallel aggregated trees: as in Bruck's algorithm, rank i exchanges with ranks at distances 1, 2, 4, ...
+
+    Source: nccl src/collectives, PAT; Bruck et al. 1997. Every rank sends (n-1)/n S in all.
+    """
+    n = graph.num_nodes
+    distance = 1
+    while distance < n:
+        each = min(distance, n - distance) * tensor_bytes / n / len(graph.patterns[0].rails)
+        for i in range(n):
+            for ring in range(len(graph.patterns[0].rails)):
+                _between(cluster, graph, i, (i + distance) % n, ring, each, loads)
+        distance *= 2
+
+
+def _all_to_all_loads(cluster: Cluster, groups: Iterable[Sequence[int]], tensor_bytes: float, loads: Loads) -> None:
+    """Add S/n between every two ranks of each group, straight."""
+    for group in groups:
+        each = tensor_bytes / len(group)
+        for source in group:
+            for target in group:
+                if source != target:
+                    for link in cluster.route(source, target).links:
+                        loads[link] = loads.get(link, 0.0) + each
+
+
+def _message_latency_s(cluster: Cluster, pairs: Iterable[tuple[int, int]]) -> float:
+    """Return the latency of messages that start together: NCCL's for one Simple step over the farthest of them."""
+    simple = PROTOCOLS.index("Simple")
+    worst = 0.0
+    for source, target in pairs:
+        if cluster.node_of(source) != cluster.node_of(target):
+            hw = "net"
+        else:
+            route = cluster.local_route(cluster.local_index(source), cluster.local_index(target))
+            hw = "nvlink" if route.kind in ("NVL", "NVB") else "pci"
+        worst = max(worst, HW_LATENCY_US[hw]["ring"][simple])
+        if hw == "net":
+            break
+    return (BASE_LATENCY_US["ring"][simple] + worst) * US
+
+
+def _phase(
+    cluster: Cluster, latency_s: float, loads: Loads, stream_bytes: float = 0.0, max_bytes_per_s: float = 0.0
+) -> Phase:
+    entries = tuple((link, loads[link]) for link in sorted(loads) if loads[link] > 0)
+    return Phase(latency_s, entries, stream_bytes, max_bytes_per_s)
+
+
+def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: str, tensor_bytes: int) -> Traffic:
+    """Return the traffic of a collective that all ``groups`` (of GPUs; equal in size) run at the same time.
+
+    NCCL orders the ranks of a ring itself, by node and by place on the node; only the order of the nodes follows the
+    group. Roots are the first of their group. A barrier is an all-reduce of one element, as torch makes it.
+    """
+    n = len(groups[0])
+    assert all(len(group) == n for group in groups), "groups of different sizes cannot be folded into one"
+    if n <= 1:
+        return Traffic("none", (), 0)
+    wire_bytes = collective.wire_bytes(kind, n, tensor_bytes)
+    loads: Loads = {}
+    if kind == "all_to_all":
+        _all_to_all_loads(cluster, groups, tensor_bytes, loads)
+        latency_s = _message_latency_s(cluster, ((g[0], other) for g in groups for other in g[1:]))
+        return Traffic("pairwise/Simple", (_phase(cluster, latency_s, loads),), wire_bytes)
+    if kind == "barrier":
+        kind, tensor_bytes = "all_reduce", max(tensor_bytes, 4)
+    graphs = [ring_graph(cluster, tuple(group)) for group in groups]
+    choice = choose(cluster, graphs[0], kind, tensor_bytes)
+    volume = tensor_bytes * WIRE_OVERHEAD[choice.protocol]
+    cap = choice.algorithm_bw
+    for graph, group in zip(graphs, groups, strict=True):
+        if choice.algorithm == "ring":
+            _ring_loads(cluster, graph, collective.ring_hop_bytes(kind, n, volume), loads, kind, group[0])
+        elif choice.algorithm == "tree":
+            _tree_loads(cluster, graph, volume, loads)
+        elif choice.algorithm == "pat":
+            _pat_loads(cluster, graph, volume, loads)
+        else:
+            _nvls_loads(cluster, graph, kind, volume, loads)
+    if choice.algorithm in ("nvls", "nvls_tree"):
+        cap = _nvls_bytes_per_s(cluster, graphs[0], choice, kind)
+    sms = _sms(cluster, graphs[0], choice, tensor_bytes)
+    phase = _phase(cluster, choice.latency_s, loads, float(tensor_bytes), cap)
+    return Traffic(choice.name, (phase,), wire_bytes, sms)
+
+
+def _nvls_bytes_per_s(cluster: Cluster, graph: RingGraph, choice: Choice, kind: str) -> float:
+    """Return the algorithm bandwidth that NVLS reaches: NVLinks at NVLS's efficiency carry S + S/heads each way.
+
+    On one node NCCL's own figure is for choosing only; it takes no account of how a switch's reads and multicasts
+    share the links. Between nodes NCCL's limit of a channel holds as well.
+    """
+    heads = len(graph.nodes[0][1]) if graph.num_nodes == 1 else len(graph.patterns[0].rails)
+    efficiency = NVLS_EFFICIENCY[_generation(cluster)]
+    per_byte = 1 + 1 / heads if kind == "all_reduce" else 1.0
+    limit = efficiency * _nvlink_bytes_per_s(cluster, graph) / per_byte
+    return min(limit, choice.algorithm_bw) if graph.num_nodes > 1 else limit
+
+
+def plan_point_to_point(cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int) -> Traffic:
+    """Return the traffic of messages of ``tensor_bytes`` from the first to the second GPU of each pair, together."""
+    moving = [(source, target) for source, target in pairs if source != target]
+    if not moving:
+        return Traffic("none", (), 0)
+    loads: Loads = {}
+    for source, target in moving:
+        for link in cluster.route(source, target).links:
+            loads[link] = loads.get(link, 0.0) + tensor_bytes
+    phase = _phase(cluster, _message_latency_s(cluster, moving), loads)
+    return Traffic("direct/Simple", (phase,), tensor_bytes)
+
+
+def plan_copy(cluster: Cluster, gpus: Sequence[int], direction: str, num_bytes: int) -> Traffic:
+    """Return the traffic of a ``host_to_device`` or ``device_to_host`` copy of ``num_bytes`` on each GPU, together.
+
+    The copy engines move pinned memory of the GPU's own socket; GPUs behind one switch or socket share its wires.
+    """
+    loads: Loads = {}
+    latency_s = 0.0
+    for gpu in gpus:
+        route = cluster.host_route(gpu, direction)
+        latency_s = max(latency_s, route.latency_s)
+        for link in route.links:
+            loads[link] = loads.get(link, 0.0) + num_bytes
+    return Traffic("copy", (_phase(cluster, latency_s, loads),), num_bytes)
