@@ -29,7 +29,7 @@ MAX_SAMPLES = 2000
 PINNED = "pinned"
 """The stream of host storages that ``CachingHostAllocator`` serves; any other is pageable memory."""
 
-# A slot is the number of a storage. Those of which each microbatch has its own carry a bit; the microbatch goes above it.
+# A slot is the number of a storage. Those of which each microbatch has its own carry a bit, the microbatch above it.
 _OWN = 1 << 24
 _MICROBATCH = 25
 _SLOT_MASK = _OWN - 1
@@ -325,7 +325,7 @@ class _Replay:
                     peak = allocator.peak_allocated_bytes
                     peak_at = last - length_hint(iterator)
             elif action.__class__ is int:
-                slot = action + bits if action & _OWN else action  # type: ignore[operator]
+                slot = action + bits if action & _OWN else action
                 block = live.pop(slot)
                 if block.used_elsewhere:
                     at = None if ready is None else ready.get(code.positions[last - length_hint(iterator)])
