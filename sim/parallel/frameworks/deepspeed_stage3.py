@@ -1,0 +1,580 @@
+"""ZeRO 3: parameters, gradients and states in partitions; a parameter is whole only around the modules that read it.
+
+Source: deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py, partition_parameters.py and
+parameter_offload.py of DeepSpeed 0.19.8.
+
+* Each parameter is padded to the ranks and cut by itself; small ones (``param_persistence_threshold``) stay whole.
+* The first pass records which modules run in which order. From then on every module that is entered fetches what it
+  lacks, waits for it, and prefetches along the record, up to ``prefetch_bucket_size`` and ``max_live_parameters``.
+* What is fetched together is one all-gather into one flat buffer; when it has arrived each parameter is copied out,
+  and the buffer goes when the last of them has been asked for. A parameter fetched alone is used where it arrived.
+* A module that is left lets go of its parameters, unless the record uses them again within ``max_reuse_distance``.
+* Gradients are copied into a permanent bucket, reduce-scattered when the next does not fit, added to one flat buffer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sim.interop.deepspeed_config import DeepSpeedSettings
+from sim.ir.ledger import DTYPE_BYTES, DType, Layer
+from sim.ir.program import COMPUTE, Alloc, Chunk, Compute, Free, HostWait, Instruction, Mark, Storage, UseOn
+from sim.parallel.frameworks.deepspeed_base import DeepSpeed, communication_dtype, named_dtype
+from sim.parallel.frameworks.flat import (
+    Trained,
+    accumulate,
+    copy,
+    flat_storage,
+    host_sync,
+    in_place,
+    partition_elements,
+    pointwise,
+    record,
+    sub_groups,
+    wait,
+    wait_stream,
+)
+from sim.parallel.frameworks.plan import Plan
+
+ALL_GATHER_STREAM = "all_gather"
+REDUCE_STREAM = "reduce_and_partition"
+MAX_FETCH_EVENTS = 2
+"""``__max_ongoing_fetch_events``: more than these, and the host waits for the oldest."""
+MAX_REDUCE_EVENTS = 2
+"""``max_param_reduce_events``."""
+
+_PARTITIONED, _IN_FLIGHT, _AVAILABLE = range(3)
+_ROOT = (-1, "")
+_Place = tuple[int, str]
+"""A torch module: (index of the layer, path in it); the modules around the layers are ``_ROOT``."""
+
+
+class _Handle:
+    """An all-gather under way. ``flat`` is its buffer, dropped when none of the ``waiting`` is to be asked for."""
+
+    __slots__ = ("alone", "complete", "event", "flat", "group", "waiting")
+
+    def __init__(self, group: list[int], flat: Storage | None, event: str, alone: bool) -> None:
+        self.group = group
+        self.flat = flat
+        self.event = event
+        self.alone = alone
+        self.waiting = len(group)
+        self.complete = False
+
+
+class Stage3(DeepSpeed):
+    """Hooks, setup and optimizer step of ZeRO 3.
+
+    Emission needs the record of modules. Give it with :meth:`use_trace`; else the first microbatch that is written is
+    what the first one of a job is (fetching without prefetching, recording), and those after it follow its record.
+    """
+
+    def __init__(self, layers: Sequence[Layer], settings: DeepSpeedSettings, plan: Plan) -> None:
+        super().__init__(layers, settings, plan)
+        self.sizes = [p.num_elements for p in self.parameters]
+        self.partitions = [partition_elements(count, plan.dp) for count in self.sizes]
+        self.partition = sum(self.partitions)
+        self.groups = sub_groups(self.partitions, settings.sub_group_size)
+        self.gather_stream = ALL_GATHER_STREAM if settings.overlap_comm else COMPUTE
+        self.reduce_stream = REDUCE_STREAM if settings.overlap_comm else COMPUTE
+        self.communication_dtype = communication_dtype(settings, plan.parameter_dtype)
+        self.accumulation_dtype: DType = named_dtype(settings.grad_accum_dtype) or plan.parameter_dtype
+        self.persistent = self._persistent()
+        self.modules = self._modules()
+        self.trace: list[_Place] | None = None
+        self.recorded: list[_Place] = []
+        self.pending: dict[int, Storage] = {}
+        # one storage of a gathered parameter: it is gathered, dropped and gathered again
+        self.whole = [self._gathered(index) for index in range(len(self.parameters))]
+        self.releases: list[tuple[Instruction, ...]] = [
+            (Free(s),) if self.gather_stream == COMPUTE else (UseOn(s, COMPUTE), Free(s)) for s in self.whole
+        ]
+        self.status = [_AVAILABLE if keeps else _PARTITIONED for keeps in self.persistent]
+        self.active: list[set[_Place]] = [set() for _ in self.parameters]
+
+    def _persistent(self) -> list[bool]:
+        """``mark_persistent_parameters``: in order, those that are small enough while all together are."""
+        total, marks = 0, []
+        for count in self.sizes:
+            keeps = (
+                count + total <= self.settings.model_persistence_threshold
+                and count <= self.settings.param_persistence_threshold
+            )
+            marks.append(keeps)
+            total += count if keeps else 0
+        return marks
+
+    def _modules(self) -> dict[_Place, tuple[int, ...]]:
+        """Return the parameters that each torch module owns itself, tied ones included.
+
+        A parameter whose module runs no op of its own belongs to the nearest container that does.
+        """
+        found: dict[_Place, list[int]] = {}
+        entered: dict[int, set[str]] = {}
+        for index, layer in enumerate(self.layers):
+            known = entered.get(id(layer))
+            if known is None:
+                known = entered[id(layer)] = {""}
+                for op in (*layer.forward, *layer.backward):
+                    parts = op.module.split(".")
+                    known.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+            for parameter in layer.parameters:
+                module = parameter.module
+                while module not in known:
+                    module = module.rpartition(".")[0]
+                found.setdefault((index, module), []).append(self.owner[index, parameter.name].index)
+        return {place: tuple(sorted(set(indices))) for place, indices in found.items()}
+
+    def _gathered(self, index: int) -> Storage:
+        dp = self.plan.dp
+        count = self.partitions[index] * dp if dp > 1 else 0
+        return flat_storage(self.parameters[index].name, count, self.dtype, "parameters", self.gather_stream)
+
+    # setup
+
+    def setup(self) -> Chunk:
+        """Parameters are made whole and cut one by one (``zero.Init``), then laid into one flat buffer."""
+        out: list[Instruction] = [Mark("setup", "model")]
+        pieces = []
+        for parameter, count in zip(self.parameters, self.partitions, strict=True):
+            full = flat_storage(parameter.name, parameter.num_elements, self.dtype, "temporary")
+            piece = flat_storage(parameter.name, count, self.dtype, "parameters")
+            pieces.append(piece)
+            out += [Alloc(full), Alloc(piece), Free(full)]
+        out.extend(self.model_buffers())
+        out.append(Mark("setup", "optimizer"))
+        out.extend(Free(piece) for piece in pieces)  # defragment(): by way of the host
+        out.append(Alloc(flat_storage("parameters.partition", self.partition, self.dtype, "parameters")))
+        converted: Storage | None = None
+        for number, group in enumerate(self.groups):
+            count = sum(self.partitions[i] for i in group)
+            master = flat_storage(f"master.{number}", count, "fp32", "optimizer")
+            if self.dtype == "fp32":
+                out.append(Alloc(master))
+                continue
+            previous, converted = converted, flat_storage("converted", count, "fp32", "temporary")
+            out += [Alloc(converted), copy("master", count, self.dtype, "fp32")]
+            if previous is not None:
+                out.append(Free(previous))
+            out.append(Alloc(master))
+        if converted is not None:
+            out.append(Free(converted))
+        largest = max((sum(self.partitions[i] for i in group) for group in self.groups), default=0)
+        zeros = flat_storage("grad.buffer", largest, "fp32", "temporary")
+        out += [Alloc(zeros), Free(zeros)]
+        if self.settings.contiguous_gradients:
+            size = self.settings.reduce_bucket_size
+            out.append(Alloc(flat_storage("ipg", size, self.communication_dtype, "buffers")))
+        out.append(Alloc(flat_storage("grad.partition", self.partition, self.accumulation_dtype, "gradients")))
+        # every parameter is gathered once for its hook; one of each size has the same effect on the allocator
+        for index in {self.sizes[i]: i for i in reversed(range(len(self.sizes)))}.values():
+            full = flat_storage(
+                self.parameters[index].name, self.partitions[index] * self.plan.dp, self.dtype, "temporary"
+            )
+            out += [Alloc(full), Free(full)]
+        if self.plan.dp > 1:
+            # the first pass gathers the persistent ones; every step ends with them gathered
+            out.extend(Alloc(self.whole[i]) for i, keeps in enumerate(self.persistent) if keeps)
+        return tuple(out)
+
+    # the record
+
+    def use_trace(self, emitter: Any) -> None:
+        """Take the record from the plans of an :class:`~sim.parallel.emit.Emitter`, without writing a pass."""
+        places: list[_Place] = [_ROOT] * self.plan.root_modules
+        wanted = ("pre", "pre_again", "pre_back")
+        for index, plan in enumerate(emitter.plans):
+            places.extend((index, step[2]) for step in plan.forward if isinstance(step, tuple) and step[0] in wanted)
+        places.extend([_ROOT] * self.plan.root_modules)
+        for index in reversed(range(len(emitter.plans))):
+            steps = emitter.plans[index].backward
+            places.extend((index, step[2]) for step in steps if isinstance(step, tuple) and step[0] in wanted)
+        self._complete([place for place in places if self._is_module(place)])
+
+    def _is_module(self, place: _Place) -> bool:
+        """Embedding and head are groups of modules here, not modules of their own, unless they own a parameter."""
+        return place == _ROOT or bool(place[1]) or place in self.modules or self.layers[place[0]].kind == "block"
+
+    def _complete(self, trace: list[_Place]) -> None:
+        """``construct_parameter_trace_from_module_trace``, and what release asks of it, as running sums."""
+        self.trace = trace
+        self.queue: list[tuple[int, int]] = []
+        self.reach = [0]
+        self.uses: list[list[int]] = [[] for _ in self.parameters]
+        none: tuple[int, ...] = ()
+        for step, place in enumerate(trace):
+            mine = self.modules.get(place, none)
+            total = self.reach[-1]
+            for index in mine:
+                self.queue.append((index, step))
+                self.uses[index].append(step)
+                total += self.sizes[index]
+            self.reach.append(total)
+
+    # passes
+
+    def begin_microbatch(self, first: bool, last: bool) -> None:
+        """``reset_step``. Every fetch event is over: the host waited for the reductions that follow them."""
+        super().begin_microbatch(first, last)
+        if self.trace is None and self.recorded:
+            self._complete(self.recorded)
+        self.recorded = []
+        self.step_id = 0
+        self.front = 0
+        self.recent = [-1] * len(self.parameters)
+        self.next_use = [0] * len(self.parameters)
+        self.num_available = 0
+        self.handles: dict[int, _Handle] = {}
+        self.fetch_events: deque[str] = deque()
+        self.num_gathers = self.num_fetches = self.num_reductions = 0
+        self.reduce_events: deque[str] = deque()
+        self.behind = False
+        self.in_bucket: list[tuple[Trained, Storage | None]] = []
+        self.elements = 0
+        self.leftovers: list[_Place] = []
+        self.started = self.turned = False
+
+    def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
+        out: list[Instruction] = []
+        if not self.started:
+            self.started = True
+            for _ in range(self.plan.root_modules):
+                self._fetch(_ROOT, out)
+        place = (layer, module)
+        if self._is_module(place):
+            self._fetch(place, out)
+        return out
+
+    def post_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
+        place = (layer, module)
+        return self._release(place) if place in self.modules else ()
+
+    def pre_backward(self, layer: int, module: str) -> Iterable[Instruction]:
+        out: list[Instruction] = []
+        if not self.turned:
+            self.turned = True
+            for _ in range(self.plan.root_modules):
+                self._fetch(_ROOT, out)
+        place = (layer, module)
+        if self._is_module(place):
+            self._fetch(place, out)
+        return out
+
+    def post_backward(self, layer: int, module: str) -> Iterable[Instruction]:
+        place = (layer, module)
+        if place not in self.modules:
+            return ()
+        if self.layers[layer].kind == "embedding":
+            self.leftovers.append(place)  # token ids need no gradient: the hook on the input never runs
+            return ()
+        return self._release(place)
+
+    def _fetch(self, place: _Place, out: list[Instruction]) -> None:
+        """``fetch_sub_module``: gather what is missing, wait for it, prefetch."""
+        step = self.step_id
+        mine = self.modules.get(place, ())
+        if self.trace is None:
+            self.recorded.append(place)
+        else:
+            assert self.trace[step] == place, f"ZeRO-3 trace: expected {self.trace[step]} at {step}, not {place}"
+        if mine:
+            missing = [index for index in mine if self.status[index] == _PARTITIONED]
+            if missing:
+                self._gather(missing, out)
+            for index in mine:
+                self.active[index].add(place)
+                if index in self.handles:
+                    self._await(index, out)
+        if self.behind:
+            self.behind = False
+            out.extend(wait_stream(COMPUTE, self.gather_stream))
+        if self.trace is not None:
+            self._prefetch(mine, out)
+        self.step_id = step + 1
+
+    def _prefetch(self, mine: tuple[int, ...], out: list[Instruction]) -> None:
+        """Take what this module needs off the queue, then gather what comes next, as far as the limits allow."""
+        recent, queue, front, status = self.recent, self.queue, self.front, self.status
+        for index in mine:
+            if recent[index] < self.step_id:
+                fetched, at = queue[front]
+                assert fetched in mine, "ZeRO-3 trace: the queue of parameters is out of step"
+                recent[fetched] = at
+                front += 1
+        limit = min(self.settings.max_live_parameters - self.num_available, self.settings.prefetch_bucket_size)
+        ahead: list[int] = []
+        while front < len(queue) and limit > 0:
+            index, at = queue[front]
+            front += 1
+            recent[index] = max(recent[index], at)
+            if status[index] == _PARTITIONED and index not in ahead:
+                ahead.append(index)
+                limit -= self.sizes[index]
+        self.front = front
+        if ahead:
+            self._gather(sorted(ahead), out)
+
+    def _gather(self, group: list[int], out: list[Instruction]) -> None:
+        """``all_gather_coalesced``: on the gather stream, into one flat buffer, or its own if it is alone."""
+        self.num_available += sum(self.sizes[index] for index in group)
+        dp, stream = self.plan.dp, self.gather_stream
+        event = f"gather.{self.num_gathers}"
+        self.num_gathers += 1
+        count = sum(self.partitions[index] for index in group)
+        alone = len(group) == 1
+        flat = None
+        if dp > 1:
+            if alone:
+                out.append(Alloc(self.whole[group[0]]))
+            else:
+                flat = flat_storage("gathered", count * dp, self.dtype, "buffers", stream)
+                out += [Alloc(flat), copy("gather.flatten", count, self.dtype, self.dtype, stream)]
+                self.behind = stream != COMPUTE
+            name = self.parameters[group[0]].name if alone else "parameters"
+            out.extend(self.nccl.asynchronous(name, "all_gather", count * dp * self.element, self.dtype, stream, event))
+        handle = _Handle(group, flat, event, alone)
+        for index in group:
+            self.status[index] = _IN_FLIGHT
+            self.handles[index] = handle
+
+    def _await(self, index: int, out: list[Instruction]) -> None:
+        """Take a parameter out of the registry of those in flight, and wait for it on the gather stream."""
+        stream = self.gather_stream
+        if len(self.fetch_events) > MAX_FETCH_EVENTS:
+            out.append(HostWait(self.fetch_events.popleft()))
+        handle = self.handles.pop(index)
+        handle.waiting -= 1
+        if not handle.complete:
+            handle.complete = True
+            if self.plan.dp > 1:
+                out.append(wait(handle.event, stream))
+                if not handle.alone:
+                    for each in handle.group:
+                        out.append(Alloc(self.whole[each]))
+                        out.append(copy("gather.unflatten", self.sizes[each], self.dtype, self.dtype, stream))
+            else:
+                out.extend(host_sync("gathered", stream))  # NoGatherHandle.wait synchronises the stream
+            for each in handle.group:
+                self.status[each] = _AVAILABLE
+        if handle.waiting == 0 and handle.flat is not None:
+            out.append(Free(handle.flat))
+        if stream != COMPUTE:
+            self.behind = True
+        event = f"fetch.{self.num_fetches % (MAX_FETCH_EVENTS + 2)}"
+        self.num_fetches += 1
+        out.append(record(event, stream))
+        self.fetch_events.append(event)
+
+    def _release(self, place: _Place) -> list[Instruction]:
+        """``release_sub_module``: keep what persists, was skipped by the prefetch, or is used again soon."""
+        out: list[Instruction] = []
+        step = self.step_id
+        for index in self.modules[place]:
+            self.active[index].discard(place)
+            if self.persistent[index] or self.status[index] != _AVAILABLE or self.active[index]:
+                continue
+            if self.trace is not None:
+                if self.recent[index] > step:
+                    continue
+                uses, at = self.uses[index], self.next_use[index]
+                while at < len(uses) and uses[at] < step:
+                    at += 1
+                self.next_use[index] = at
+                if at < len(uses):
+                    distance = self.reach[uses[at]] - self.reach[step]
+                    if distance < self.settings.max_reuse_distance:
+                        continue
+            self._drop(index, out)
+        return out
+
+    def _drop(self, index: int, out: list[Instruction]) -> None:
+        self.status[index] = _PARTITIONED
+        self.num_available -= self.sizes[index]
+        if self.plan.dp > 1:
+            out.extend(self.releases[index])
+
+    # gradients
+
+    def gradient_ready(self, layer: int, parameter: str, gradient: Storage) -> Iterable[Instruction]:
+        """``reduce_independent_p_g_buckets_and_remove_grads`` and ``__add_grad_to_ipg_bucket``."""
+        trained = self.owner[layer, parameter]
+        count, size, stream = trained.num_elements, self.settings.reduce_bucket_size, self.reduce_stream
+        out: list[Instruction] = []
+        if self.elements + count > size and self.elements > 0:
+            out.extend(self._reduce())
+        out.extend(wait_stream(stream, COMPUTE))
+        if self.settings.contiguous_gradients and self.elements + count <= size:
+            out.append(copy("gradient to bucket", count, self.dtype, self.communication_dtype, stream))
+            self._forget(gradient, out)
+            self.in_bucket.append((trained, None))
+        else:
+            self.in_bucket.append((trained, gradient))
+        self.elements += count
+        return out
+
+    def _forget(self, gradient: Storage, out: list[Instruction]) -> None:
+        """Free a gradient that the reduce stream still reads."""
+        if self.reduce_stream != COMPUTE:
+            out.append(UseOn(gradient, self.reduce_stream))
+        out.append(Free(gradient))
+
+    def _reduce(self) -> list[Instruction]:
+        """``__reduce_and_partition_ipg_grads``: reduce-scatter what is in the bucket, add it to the partitions."""
+        bucket, total, stream = self.in_bucket, self.elements, self.reduce_stream
+        if not bucket:
+            return []
+        self.in_bucket, self.elements = [], 0
+        out: list[Instruction] = []
+        if len(self.reduce_events) > MAX_REDUCE_EVENTS:
+            out.append(HostWait(self.reduce_events.popleft()))
+        dp, dtype = self.plan.dp, self.communication_dtype
+        counts = [self.partitions[t.index] for t, _ in bucket]
+        scattered = sum(counts) * dp
+        temporary: list[Storage] = []
+        if (
+            self.settings.contiguous_gradients
+            and total <= self.settings.reduce_bucket_size
+            and not self.settings.reduce_scatter
+        ):
+            out.append(in_place("bucket.average", total, dtype, stream))
+            out.extend(self.nccl.blocking("gradients", "all_reduce", total * DTYPE_BYTES[dtype], dtype, stream))
+            if dp > 1:
+                # postscale: .mul(), out of place (gradient_predivide_factor 1 is not the number of ranks)
+                temporary.append(flat_storage("bucket.scaled", total, dtype, "buffers", stream))
+                out += [Alloc(temporary[-1]), copy("bucket.scale", total, dtype, dtype, stream)]
+        else:
+            whole = bucket[0][1] is not None
+            if whole and dtype != self.dtype:
+                cast = flat_storage("bucket.cast", total, dtype, "buffers", stream)
+                temporary.append(cast)
+                out += [Alloc(cast), copy("bucket.cast", total, self.dtype, dtype, stream)]
+            if len(bucket) > 1 or bucket[0][0].num_elements % dp:
+                flat = flat_storage("bucket.flat", scattered, dtype, "buffers", stream)
+                temporary.append(flat)
+                out += [Alloc(flat), copy("bucket.interleave", scattered, dtype, dtype, stream)]
+            out.append(in_place("bucket.average", scattered, dtype, stream))
+            size = scattered * DTYPE_BYTES[dtype]
+            out.extend(self.nccl.blocking("gradients", "reduce_scatter", size, dtype, stream))
+        if dtype != self.accumulation_dtype:
+            cast = flat_storage("partition.cast", sum(counts), self.accumulation_dtype, "buffers", stream)
+            temporary.append(cast)
+            out.append(Alloc(cast))
+            out.extend(copy("partition.cast", count, dtype, self.accumulation_dtype, stream) for count in counts)
+        out.extend(self._partition(count) for count in counts)
+        for _, gradient in bucket:
+            if gradient is not None:
+                self._forget(gradient, out)
+        out.extend(Free(s) for s in temporary)
+        event = f"reduced.{self.num_reductions % (MAX_REDUCE_EVENTS + 2)}"
+        self.num_reductions += 1
+        out.append(record(event, stream))
+        self.reduce_events.append(event)
+        return out
+
+    def _partition(self, count: int) -> Compute:
+        """``partition_grads``: the first microbatch overwrites, later ones add."""
+        dtype, stream = self.accumulation_dtype, self.reduce_stream
+        if self.first:
+            return copy("gradient to partition", count, dtype, dtype, stream)
+        return accumulate("accumulate partition", count, dtype, dtype, stream)
+
+    def end_of_backward(self) -> Iterable[Instruction]:
+        """``independent_gradient_partition_epilogue``, then modules whose hooks never ran let go."""
+        out = self._reduce()
+        out.extend(host_sync("reduced", self.reduce_stream))
+        for place in reversed(self.leftovers):
+            for index in self.modules[place]:
+                self.active[index].discard(place)
+                if not self.persistent[index] and self.status[index] == _AVAILABLE and not self.active[index]:
+                    self._drop(index, out)
+        self.leftovers = []
+        held = [index for index, status in enumerate(self.status) if status != _PARTITIONED]
+        for index in held:
+            if self.status[index] == _IN_FLIGHT:  # _clean_inflight_param_registry, at the next forward
+                self._await(index, out)
+            if not self.persistent[index]:
+                self._drop(index, out)
+        return out
+
+    # optimizer
+
+    def optimizer_step(self, first_step: bool) -> Chunk:
+        self.nccl.reset()
+        out: list[Instruction] = [Mark("optimizer", "norm")]
+        kept = [index for index, keeps in enumerate(self.persistent) if keeps]
+        if self.plan.dp > 1:  # _partition_all_parameters: the persistent ones too
+            for index in kept:
+                out.extend(self.releases[index])
+        dtype = self.accumulation_dtype
+        if self.plan.loss_scaling:
+            out.extend(self._overflow())
+        for group in self.groups:
+            out.extend(self.steps.norm((self.partitions[i] for i in group), dtype))
+            out.extend(self.nccl.blocking("norm", "all_reduce", 8, "fp32", COMPUTE))
+        out.extend(host_sync("norm"))
+        out.append(Mark("optimizer", "step"))
+        for number, group in enumerate(self.groups):
+            out.extend(self._step_group(number, group, first_step))
+        out.append(Mark("optimizer", "gather"))
+        if self.plan.dp > 1 and kept:
+            out.extend(Alloc(self.whole[index]) for index in kept)
+            for number, index in enumerate(kept):
+                size = self.partitions[index] * self.plan.dp * self.element
+                event = f"persistent.{number}"
+                name = self.parameters[index].name
+                out.extend(self.nccl.asynchronous(name, "all_gather", size, self.dtype, COMPUTE, event))
+            out.extend(wait(f"persistent.{number}", COMPUTE) for number in range(len(kept)))
+            out.extend(host_sync("persistent"))
+        return tuple(out)
+
+    def _overflow(self) -> list[Instruction]:
+        """``has_overflow``: isinf makes the absolute values and a mask, isnan a mask, of the whole partition."""
+        stream, count, dtype = self.reduce_stream, self.partition, self.accumulation_dtype
+        absolute = flat_storage("overflow.abs", count, dtype, "temporary", stream)
+        mask = flat_storage("overflow.mask", count, "bool", "temporary", stream)
+        return [
+            Alloc(absolute),
+            copy("overflow.abs", count, dtype, dtype, stream),
+            Alloc(mask),
+            pointwise("overflow.isinf", "elementwise", ((count, dtype),), ((count, "bool"),), stream),
+            Free(absolute),
+            pointwise("overflow.any", "reduce", ((count, "bool"),), (), stream),
+            Free(mask),
+            Alloc(mask),
+            pointwise("overflow.isnan", "elementwise", ((count, dtype),), ((count, "bool"),), stream),
+            pointwise("overflow.any", "reduce", ((count, "bool"),), (), stream),
+            Free(mask),
+            *wait_stream(COMPUTE, stream),
+            *self.nccl.blocking("overflow", "all_reduce", 1, "uint8", COMPUTE),
+            *host_sync("overflow"),
+        ]
+
+    def _step_group(self, number: int, group: range, first_step: bool) -> list[Instruction]:
+        """Flatten the group's gradients, cast, unscale, step, write the 16-bit partition."""
+        count = sum(self.partitions[i] for i in group)
+        dtype = self.accumulation_dtype
+        gradient = flat_storage("grad.fp32", count, "fp32", "gradients")
+        out: list[Instruction] = []
+        owns = len(group) > 1 or dtype != "fp32"
+        if dtype == "fp32":
+            if owns:
+                out += [Alloc(gradient), copy("grad.flatten", count, dtype, dtype)]
+        else:
+            flat = flat_storage("grad.flat", count, dtype, "gradients")
+            if len(group) > 1:
+                out += [Alloc(flat), copy("grad.flatten", count, dtype, dtype)]
+            out += [Alloc(gradient), copy("grad.cast", count, dtype, "fp32")]
+            if len(group) > 1:
+                out.append(Free(flat))
+        out.append(in_place("unscale", count, "fp32"))
+        stepped = [(f"partition.{number}", count)]
+        if first_step:
+            out.extend(Alloc(s) for s in self.steps.states(stepped))
+        out.extend(self.steps.update(stepped))
+        out.append(copy("update parameters", count, "fp32", self.dtype))
+        if owns:
+            out.append(Free(gradient))
+        return out

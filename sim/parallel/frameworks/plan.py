@@ -1,0 +1,43 @@
+"""What a framework has to know of the job besides the layers and its own settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sim.ir.ledger import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The job, as one rank's framework sees it.
+
+    ``dp``                 ranks that share the model states (the data-parallel group)
+    ``parameter_dtype``    dtype of the parameters that the passes read, and of the gradients that autograd hands over
+    ``master``             fp32 master weights beside 16-bit parameters (without them the parameters are fp32)
+    ``num_microbatches``   microbatches of a rank in one optimizer step
+    ``optimizer``          adamw | adam | sgd
+    ``gradient_clipping``  largest norm; 0 is no clipping
+    ``fused``              DeepSpeed's multi-tensor FusedAdam, what a config's "AdamW" means on a GPU; else torch's own
+    ``dp_axis``            name of the data-parallel axis
+    ``dp_rank``            which partition is this rank's; None: the one that holds most
+    ``num_gpus_per_node``  ranks of one node
+    ``root_modules``       torch modules around the layers that own no parameter (a Hugging Face model has two, the
+                           causal model and its decoder): ZeRO-3 prefetches as it enters each
+    """
+
+    dp: int
+    parameter_dtype: DType
+    master: bool
+    num_microbatches: int
+    optimizer: str = "adamw"
+    gradient_clipping: float = 0.0
+    fused: bool = True
+    dp_axis: str = "dp"
+    dp_rank: int | None = None
+    num_gpus_per_node: int = 8
+    root_modules: int = 1
+
+    @property
+    def loss_scaling(self) -> bool:
+        """fp16 scales the loss and looks for overflow; bf16 and fp32 do not."""
+        return self.parameter_dtype == "fp16"
