@@ -131,9 +131,10 @@ class _Tape:
     autograd saved the node that releases it.
     """
 
-    def __init__(self, layer: Layer, gradient_dtype: DType) -> None:
+    def __init__(self, layer: Layer, gradient_dtype: DType, batch_inputs: Sequence[Tensor]) -> None:
         self.layer = layer
         self.gradient_dtype = gradient_dtype
+        self.resident = {t.name for t in (*batch_inputs, *layer.buffers)}  # live whatever the layer does
         self.slots: list[Slot] = []
         self.nodes: list[_Node] = []
         self.death: dict[int, int] = {}
@@ -150,7 +151,8 @@ class _Tape:
         """Append a run of ``op`` whose tensors are looked up and entered in ``names``; return the node's index."""
         index = len(self.nodes)
         for name in op.reads:
-            self.hold(names[name], index)
+            if name not in self.resident:
+                self.hold(names[name], index)
         node = _Node(op, verbs, [], [], [], [])
         for tensor in (*op.writes, *op.keeps):
             slot = border[tensor.name] if tensor.name in border else self.slot(tensor, "activations")
@@ -165,12 +167,15 @@ class _Tape:
         return index
 
 
-def plan_layer(layer: Layer, recompute: Recompute, gradient_dtype: DType) -> LayerPlan:
+def plan_layer(
+    layer: Layer, recompute: Recompute, gradient_dtype: DType, batch_inputs: Sequence[Tensor] = ()
+) -> LayerPlan:
     """Work out what lives when in the passes of one layer.
 
     ``gradient_dtype`` is the dtype in which autograd hands over parameter gradients: that of the parameters.
+    ``batch_inputs`` and the layer's buffers may be read and saved; they stay whatever the layer does.
     """
-    tape = _Tape(layer, gradient_dtype)
+    tape = _Tape(layer, gradient_dtype, batch_inputs)
     recomputed = recompute.ops(layer)
     again = [op for op in layer.forward if op.name in recomputed]
     made_again = {t.name for op in again for t in (*op.writes, *op.keeps)}
@@ -219,9 +224,11 @@ def _hold_saved(
     again = [op for op in forward if op.name in recomputed]
     done = max((node_of[op.name] for op in again if op.name in node_of), default=-1)
     made = {t.name for op in again for t in (*op.writes, *op.keeps)}
-    read = {name for op in again for name in op.reads}
+    read = {name for op in again for name in op.reads if name not in tape.resident}
     for op in forward:
         for name in op.saves:
+            if name in tape.resident:
+                continue
             tape.hold((second if op.name in recomputed else first)[name], node_of[op.name])
     for name in sorted(read - made):
         tape.hold(first[name], done)  # what the checkpoint saved
@@ -310,7 +317,7 @@ class Emitter:
         plans: dict[int, LayerPlan] = {}
         for layer in self.layers:
             if id(layer) not in plans:
-                plans[id(layer)] = plan_layer(layer, recompute, gradient_dtype)
+                plans[id(layer)] = plan_layer(layer, recompute, gradient_dtype, batch_inputs)
         self.plans = tuple(plans[id(layer)] for layer in self.layers)
         self.owners = {
             (index, own): _owner(self.layers, layer_name, parameter)

@@ -115,7 +115,7 @@ CUBLAS_WORKSPACE_BYTES = {"hopper": 32 * 2**20, "other": 2 * 4096 * 1024 + 8 * 1
 
 
 def _workspaces(scenario: Scenario) -> Chunk:
-    """cuBLAS' workspace: taken from the caching allocator at the first matmul, once for each handle and stream, and kept."""
+    """cuBLAS' workspace: from the caching allocator at the first matmul, once for each handle and stream, and kept."""
     modern = scenario.cluster.gpu.compute_capability >= (9, 0)
     size = CUBLAS_WORKSPACE_BYTES["hopper" if modern else "other"]
     return (Mark("forward", "cublas"), Alloc(Storage("cublas workspace", size, "buffers")))
