@@ -8,9 +8,7 @@ puts items into the queues with the tick at which it issues them, so that issuin
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Any
 
-from sim.engine.cost import Cost
 from sim.engine.segments import (
     LAUNCH_QUEUE_DEPTH,
     CompiledChunk,
@@ -19,7 +17,7 @@ from sim.engine.segments import (
     compile_chunk,
     shared_storages,
 )
-from sim.engine.stream import Await, Happening, Move, Place, Process, Reach, Run, Stream
+from sim.engine.stream import Await, Happening, Machine, Move, Place, Process, Reach, Run, Stream
 from sim.ir.program import (
     HOST,
     Alloc,
@@ -42,17 +40,16 @@ from sim.units import Ticks, ticks
 
 
 class Host:
-    """The host thread of the representative of one class. ``clock`` is when it has issued what it has issued."""
+    """The host thread of the representative of one class. ``clock`` is when it got through with its last one."""
 
-    def __init__(self, env: Any, program: Program, cost: Cost, streams: dict[str, Stream]) -> None:
+    def __init__(self, program: Program, machine: Machine) -> None:
         self.clock = 0
         self.spans: list[Span] = []
+        self.streams: dict[str, Stream] = {}
         self.waits_for = ""
-        self._env = env
-        self._program = program
-        self._cost = cost
-        self._streams = streams
-        self._prices = Prices(cost, program.rank)
+        self.program = program
+        self._machine = machine
+        self._prices = Prices(machine.cost, program.rank)
         self._shared = shared_storages(program)
         self._compiled: dict[int, CompiledChunk] = {}
         self._recorded: dict[str, Happening] = {}
@@ -64,26 +61,32 @@ class Host:
         self._freed: list[tuple[Position, int, list[Happening]]] = []
 
     def _chunk(self, name: str) -> CompiledChunk:
-        chunk = self._program.chunks[name]
+        chunk = self.program.chunks[name]
         found = self._compiled.get(id(chunk))
         if found is None:
             found = self._compiled[id(chunk)] = compile_chunk(chunk, self._prices, self._shared)
         return found
 
+    def _stream(self, name: str) -> Stream:
+        found = self.streams.get(name)
+        if found is None:
+            found = self.streams[name] = Stream(name, self.program, self._machine)
+        return found
+
     def process(self) -> Process:
         phase = module = ""
-        streams, recorded = self._streams, self._recorded
-        for number, call in enumerate(self._program.step):
+        stream_of, recorded = self._stream, self._recorded
+        for number, call in enumerate(self.program.step):
             microbatch = call.microbatch
             for index, step in self._chunk(call.chunk):
                 if isinstance(step, Segment):
                     yield from self._launch(step, Place(phase, module, microbatch, (number, index)))
                 elif isinstance(step, Record):
                     happening = recorded[step.event] = Happening()
-                    streams[step.stream].put(Reach(happening, self.clock))
+                    stream_of(step.stream).put(Reach(happening, self.clock))
                 elif isinstance(step, Wait):
                     if (awaited := recorded.get(step.event)) is not None:
-                        streams[step.stream].put(Await(awaited, self.clock))
+                        stream_of(step.stream).put(Await(awaited, self.clock))
                 elif isinstance(step, Mark):
                     phase, module = step.phase, step.module
                 elif isinstance(step, HostWait):
@@ -94,11 +97,11 @@ class Host:
                     self._life(step, microbatch, (number, index))
                 else:
                     yield from self._transfer(step, Place(phase, module, microbatch, (number, index)))
-        for stream in streams.values():
+        for stream in self.streams.values():
             stream.put(None)
 
     def _launch(self, segment: Segment, place: Place) -> Process:
-        stream = self._streams[segment.stream]
+        stream = self._stream(segment.stream)
         first = stream.num_launched
         stream.num_launched = first + len(segment.kernels)
         last = stream.num_launched - 1 - LAUNCH_QUEUE_DEPTH  # the launch that must end before the segment's last one
@@ -107,20 +110,22 @@ class Host:
         if last < 0 or (last < len(ends) and ends[last] <= self.clock):
             self.clock += segment.host
         else:
-            issued, paid = [], 0
+            issued, paid, clock = [], 0, self.clock
             for before, (_, offset, _) in enumerate(segment.kernels, first - LAUNCH_QUEUE_DEPTH):
-                self.clock += offset - paid
+                clock += offset - paid
                 paid = offset
                 if before >= 0:
                     if before >= len(ends):
                         yield from self._slot(stream, before)
-                    self.clock = max(self.clock, ends[before])
-                issued.append(self.clock)
+                    if ends[before] > clock:  # noqa: PLR1730  (as in segments.execute)
+                        clock = ends[before]
+                issued.append(clock)
+            self.clock = clock
         stream.put(Run(segment, issued, place))
         self._note(place.position, segment, issued)
 
     def _transfer(self, message: Collective | Send | Recv | Copy, place: Place) -> Process:
-        stream = self._streams[message.stream]
+        stream = self._stream(message.stream)
         before = stream.num_launched - LAUNCH_QUEUE_DEPTH
         stream.num_launched += 1
         self.clock += self._prices.issue
@@ -128,7 +133,13 @@ class Host:
             if before >= len(stream.ends):
                 yield from self._slot(stream, before)
             self.clock = max(self.clock, stream.ends[before])
-        stream.put(Move(message, self.clock, place))
+        if isinstance(message, Copy):
+            stream.put(Move(message, self.clock, place))
+        else:
+            machine = self._machine
+            communicator = machine.world.communicators[self.program.axes[message.axis]]
+            instance = machine.meetings.number(communicator, self.program, message)
+            stream.put(Move(message, self.clock, place, communicator, instance))
         self._note(place.position)
 
     def _slot(self, stream: Stream, launch: int) -> Process:
@@ -143,17 +154,17 @@ class Host:
             return
         if happening.at < 0:
             self.waits_for = f"event '{step.event}'"
-            yield happening.wait(self._env)
+            yield happening.wait(self._machine.env)
             self.waits_for = ""
         self.clock = max(self.clock, happening.at)
         self._note(position)
 
     def _compute(self, work: HostCompute, place: Place) -> None:
         start = self.clock
-        self.clock += ticks(self._cost.host_s(work, self._program.ranks))
+        self.clock += ticks(self._machine.cost.host_s(work, self.program.ranks))
         self.spans.append(
             Span(
-                self._program.rank,
+                self.program.rank,
                 HOST,
                 "host",
                 work.op,
@@ -171,6 +182,9 @@ class Host:
         self._issued_at.append(self.clock)
         self._issued.append((*position, segment, issued))
 
+    def held_up(self) -> str:
+        return f"the host of rank {self.program.rank} waits for {self.waits_for}"
+
     # --- blocks used on several streams ----------------------------------------------------------
 
     def _life(self, step: Alloc | Free | UseOn, microbatch: int, position: Position) -> None:
@@ -185,7 +199,7 @@ class Host:
             happenings = []
             for name in used_on:
                 happening = Happening()
-                self._streams[name].put(Reach(happening, self.clock))
+                self._stream(name).put(Reach(happening, self.clock))
                 happenings.append(happening)
             self._freed.append((position, self.clock, happenings))
 
@@ -199,14 +213,14 @@ class Host:
         for freed_at, at, happenings in self._freed:
             drained = max(happening.at for happening in happenings)
             if drained > at:
-                found.append(Release(self._program.rank, freed_at, self._position_at(drained)))
+                found.append(Release(self.program.rank, freed_at, self._position_at(drained)))
         return found
 
     def _position_at(self, tick: int) -> Position:
         """Return the position of the first instruction issued at that tick or later."""
         at = bisect_left(self._issued_at, tick)
         if at == len(self._issued_at):
-            return (len(self._program.step), 0)
+            return (len(self.program.step), 0)
         call, index, segment, issued = self._issued[at]
         if segment is not None:
             for k, (kernel, offset, _) in enumerate(segment.kernels):

@@ -14,7 +14,7 @@ Leaves out: packets, transients of congestion control, unfairness between flows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import fsum, inf
 from typing import Any
 
@@ -27,6 +27,9 @@ from sim.units import TICKS_PER_S, Ticks, ticks
 _TIE = 1 + 1e-12
 """Links that fill within this of the first are taken to fill with it: their jobs stop at the lower level."""
 
+_LAST = 9
+"""Priority of what comes last within a tick (simpy: urgent is 0, normal is 1)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
@@ -34,16 +37,20 @@ class Flow:
 
     ``links_s``  its time with all its links to itself; 0 if it loads none
     ``alone_s``  that, or longer if its own cap is the limit
-    ``uses``     (link, fraction of the link it uses at share 1)
+    ``cap``      the share that its own cap leaves it
+    ``uses``     (link, fraction of the link it uses at share 1), to twelve digits: the same for all sizes of a message
     ``mask``     its links as bits
+    ``number``   equal for flows of equal ``uses``
     """
 
     latency: Ticks
     links_s: float
     alone_s: float
+    cap: float
     loads: tuple[tuple[int, float], ...]
     uses: tuple[tuple[int, float], ...]
     mask: int
+    number: int = 0
 
 
 def flow_of(phase: Phase, links: Sequence[Link]) -> Flow:
@@ -52,28 +59,31 @@ def flow_of(phase: Phase, links: Sequence[Link]) -> Flow:
     times = [num_bytes / links[link].bytes_per_s for link, num_bytes in loads]
     links_s = max(times, default=0.0)
     capped = phase.stream_bytes > 0 and phase.max_bytes_per_s > 0
+    alone_s = max(links_s, phase.stream_bytes / phase.max_bytes_per_s if capped else 0.0)
     return Flow(
         latency=ticks(phase.latency_s),
         links_s=links_s,
-        alone_s=max(links_s, phase.stream_bytes / phase.max_bytes_per_s if capped else 0.0),
+        alone_s=alone_s,
+        cap=links_s / alone_s if alone_s else 1.0,
         loads=loads,
-        uses=tuple((link, time / links_s) for (link, _), time in zip(loads, times, strict=True)),
+        uses=tuple((link, round(time / links_s, 12)) for (link, _), time in zip(loads, times, strict=True)),
         mask=sum(1 << link for link in dict.fromkeys(link for link, _ in loads)),
     )
 
 
 def fair_shares(flows: Sequence[Flow]) -> list[float]:
     """Return each flow's share, max-min fair. All load links; sums are exact, so the order does not matter."""
-    caps = [flow.links_s / flow.alone_s for flow in flows]
+    caps = [flow.cap for flow in flows]
     shares = [0.0] * len(flows)
     users: dict[int, list[tuple[int, float]]] = {}
     for j, flow in enumerate(flows):
         for link, use in flow.uses:
             users.setdefault(link, []).append((j, use))
+    constraints = list(dict.fromkeys(map(tuple, users.values())))  # most links are used alike
     rising = dict.fromkeys(range(len(flows)))
     while rising:
-        fills: list[tuple[float, list[tuple[int, float]]]] = []
-        for on_link in users.values():
+        fills: list[tuple[float, tuple[tuple[int, float], ...]]] = []
+        for on_link in constraints:
             demand = fsum(use for j, use in on_link if j in rising)
             if demand > 0:
                 taken = fsum(use * shares[j] for j, use in on_link if j not in rising)
@@ -124,9 +134,11 @@ class Network:
         self._active: dict[_Job, Flow] = {}
         self._flows: dict[int, tuple[Traffic, tuple[Flow, ...]]] = {}
         self._phases: dict[Phase, Flow] = {}
-        self._shares: dict[tuple[int, ...], list[float]] = {}
+        self._uses: dict[tuple[tuple[int, float], ...], int] = {}
+        self._shares: dict[tuple[tuple[int, float], ...], list[float]] = {}
         self._moved: dict[Flow, int] = {}
         self._busy: dict[int, _Busy] = {}
+        self._changed: list[int] = []
 
     def start(self, traffic: Traffic) -> simpy.Event:
         """Begin a transfer now; return the event of its end."""
@@ -139,7 +151,9 @@ class Network:
         if found is None:
             for phase in traffic.phases:
                 if phase not in self._phases:
-                    self._phases[phase] = flow_of(phase, self._links)
+                    flow = flow_of(phase, self._links)
+                    number = self._uses.setdefault(flow.uses, len(self._uses))
+                    self._phases[phase] = replace(flow, number=number)
             # the traffic is kept as well: its id stays its own
             found = self._flows[id(traffic)] = (traffic, tuple(self._phases[phase] for phase in traffic.phases))
         return found[1]
@@ -162,17 +176,16 @@ class Network:
         if not flow.loads:
             self._finish_at(job, now + ticks(flow.alone_s))
             return
-        self._active[job] = flow
         busy = self._busy.setdefault(flow.mask, _Busy())
         if not busy.num_active:
             busy.since = now
         busy.num_active += 1
-        others = self._sharing(flow.mask)
-        if len(others) == 1:  # alone
-            job.share = flow.links_s / flow.alone_s
-            self._finish_at(job, now + ticks(flow.alone_s))
+        shared = self._loaded(flow.mask)
+        self._active[job] = flow
+        if shared:
+            self._change(flow.mask)
         else:
-            self._share(others)
+            self._set_share(job, flow, flow.cap)
 
     def _finish_at(self, job: _Job, due: int) -> None:
         job.due = due
@@ -193,10 +206,35 @@ class Network:
             busy.num_active -= 1
             if not busy.num_active:
                 busy.spans.append((busy.since, now))
-            others = self._sharing(flow.mask)
-            if others:
-                self._share(others)
+            if self._loaded(flow.mask):
+                self._change(flow.mask)
         self._next_phase(job)
+
+    def _loaded(self, mask: int) -> bool:
+        """Return whether a job loads a link of ``mask`` beyond this tick."""
+        now = self._env.now
+        return any(flow.mask & mask and job.due != now for job, flow in self._active.items())
+
+    def _change(self, mask: int) -> None:
+        """Have the shares on these links worked out anew when all that happens at this tick has happened.
+
+        So the shares do not depend on the order of what happens at one tick.
+        """
+        if not self._changed:
+            last = self._env.event()
+            last._ok, last._value = True, None
+            last.callbacks.append(lambda _: self._settle())
+            self._env.schedule(last, priority=_LAST)
+        self._changed.append(mask)
+
+    def _settle(self) -> None:
+        changed, self._changed = self._changed, []
+        settled: set[_Job] = set()
+        for mask in dict.fromkeys(changed):
+            jobs = self._sharing(mask)
+            if jobs and not settled.issuperset(jobs):
+                settled.update(jobs)
+                self._share(jobs)
 
     def _sharing(self, mask: int) -> list[_Job]:
         """Return the jobs that share a link of ``mask`` directly or through others, in the order they began.
@@ -223,7 +261,7 @@ class Network:
     def _share(self, jobs: list[_Job]) -> None:
         now = self._env.now
         flows = [self._active[job] for job in jobs]
-        key = tuple(map(id, flows))  # flows live as long as the network
+        key = tuple((flow.number, flow.cap) for flow in flows)
         shares = self._shares.get(key)
         if shares is None:
             shares = self._shares[key] = fair_shares(flows)
@@ -233,8 +271,12 @@ class Network:
             if now > job.since:
                 moved = (now - job.since) / TICKS_PER_S * job.share / flow.links_s
                 job.left, job.since = max(job.left - moved, 0.0), now
-            job.share = share
-            self._finish_at(job, now + ticks(job.left * flow.links_s / share))
+            self._set_share(job, flow, share)
+
+    def _set_share(self, job: _Job, flow: Flow, share: float) -> None:
+        job.share = share
+        whole_s = flow.alone_s if share == flow.cap else flow.links_s / share
+        self._finish_at(job, self._env.now + ticks(job.left * whole_s))
 
     def link_use(self) -> tuple[LinkUse, ...]:
         """Return what each link carried, and for how long it carried anything; links that carried nothing are left out.

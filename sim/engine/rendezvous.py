@@ -1,7 +1,8 @@
-"""Where ranks meet: the n-th collective that each class issues on a communicator is one meeting, as in NCCL.
+"""Where ranks meet: the n-th collective that each host issues on a communicator is one meeting, as in NCCL.
 
-Nothing names a meeting but its number. So classes that disagree about the order meet in the wrong one: seen as a
-mismatch of kinds or sizes where they differ, and as a deadlock where two communicators are entered crosswise.
+Nothing names a meeting but its number, and the number is that of issue, whatever stream it is issued to. So classes
+that disagree about the order meet in the wrong one: seen as a mismatch of kinds or sizes where they differ, and as a
+deadlock where two communicators are entered crosswise.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def kind_of(message: Message) -> str:
     if isinstance(message, Collective):
         return message.kind
     return "send" if isinstance(message, Send) else "recv"
+
+
+def _role(program: Program, message: Message) -> Role:
+    return ("all" if isinstance(message, Collective) else kind_of(message), program.rank)
 
 
 @dataclass(slots=True, eq=False)
@@ -54,14 +59,18 @@ class Meetings:
         self._open: dict[tuple[str, int], Meeting] = {}
         self._traffic: dict[tuple[int, str], tuple[Message, Traffic]] = {}
 
-    def arrive(self, communicator: Communicator, program: Program, message: Message) -> Meeting:
+    def number(self, communicator: Communicator, program: Program, message: Message) -> int:
+        """Return which meeting on the communicator a class means with the message that its host issues now."""
+        key = (communicator.name, _role(program, message))
+        found = self._count.get(key, 0)
+        self._count[key] = found + 1
+        return found
+
+    def arrive(self, communicator: Communicator, program: Program, message: Message, instance: int) -> Meeting:
         """Note that a class has reached a message; start the transfer if it was the last. Wait for ``done``."""
-        collective = isinstance(message, Collective)
-        roles = self._roles_of(communicator, collective)
-        role: Role = ("all" if collective else kind_of(message), program.rank)
+        roles = self._roles_of(communicator, isinstance(message, Collective))
+        role = _role(program, message)
         assert role in roles, f"{_who(program.ranks)} {kind_of(message)} on {communicator.name} takes no part in it"
-        instance = self._count.get((communicator.name, role), 0)
-        self._count[communicator.name, role] = instance + 1
         meeting = self._open.get((communicator.name, instance))
         if meeting is None:
             meeting = Meeting(communicator, instance, self._env.event())

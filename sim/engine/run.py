@@ -10,8 +10,7 @@ from sim.engine.cost import Cost
 from sim.engine.host import Host
 from sim.engine.network import Network
 from sim.engine.rendezvous import Meetings
-from sim.engine.segments import streams_of
-from sim.engine.stream import Machine, Stream
+from sim.engine.stream import Machine
 from sim.errors import DeadlockError
 from sim.ir.program import World
 from sim.ir.timeline import Timeline
@@ -21,9 +20,9 @@ from sim.units import Ticks
 def run(world: World, cost: Cost) -> Timeline:
     """Return when everything of ``Program.step`` happens, from tick 0.
 
-    Classes are created in the order of their representatives' ranks and a class's streams in the order in which they
-    first appear, so that ties do not depend on how the world is written down. Spans stand by rank, then the host's,
-    then stream by stream in that order, each in the order of time.
+    Classes are created in the order of their representatives' ranks and a class's streams in the order in which the
+    host first uses them, so that ties do not depend on how the world is written down. Spans stand by rank, then the
+    host's, then stream by stream in that order, each in the order of time.
 
     Raises DeadlockError and CollectiveMismatchError, which name the ranks.
     """
@@ -31,23 +30,24 @@ def run(world: World, cost: Cost) -> Timeline:
     network = Network(env, cost.links)
     meetings = Meetings(env, network, cost, world)
     machine = Machine(env, world, cost, network, meetings)
-    hosts: list[tuple[int, Host, list[Stream]]] = []
-    processes = []
-    for program in sorted(world.programs, key=lambda program: program.rank):
-        streams = {name: Stream(name, program, machine) for name in streams_of(program)}
-        host = Host(env, program, cost, streams)
-        processes.append(env.process(host.process()))
-        processes.extend(env.process(stream.process()) for stream in streams.values())
-        hosts.append((program.rank, host, list(streams.values())))
+    hosts = [Host(program, machine) for program in sorted(world.programs, key=lambda program: program.rank)]
+    threads = [env.process(host.process()) for host in hosts]
     env.run()  # returns in silence when everyone waits
-    if any(process.is_alive for process in processes):
-        held_up = [f"the host of rank {rank} waits for {host.waits_for}" for rank, host, _ in hosts if host.waits_for]
-        raise DeadlockError("\n".join(meetings.who_waits() + held_up))
-    rank_end = {rank: Ticks(max(host.clock, *(stream.free for stream in streams), 0)) for rank, host, streams in hosts}
+    streams = [list(host.streams.values()) for host in hosts]
+    if any(thread.is_alive for thread in threads) or not all(stream.finished for stream in chain(*streams)):
+        raise DeadlockError("\n".join(meetings.who_waits() + [host.held_up() for host in hosts if host.waits_for]))
+    rank_end = {
+        host.program.rank: Ticks(max(host.clock, *(stream.free for stream in own), 0))
+        for host, own in zip(hosts, streams, strict=True)
+    }
     return Timeline(
-        spans=tuple(span for _, host, streams in hosts for span in chain(host.spans, *(s.spans for s in streams))),
+        spans=tuple(
+            span
+            for host, own in zip(hosts, streams, strict=True)
+            for span in chain(host.spans, *(stream.spans for stream in own))
+        ),
         end=max(rank_end.values(), default=Ticks(0)),
         rank_end=rank_end,
-        releases=tuple(release for _, host, _ in hosts for release in host.releases()),
+        releases=tuple(release for host in hosts for release in host.releases()),
         link_use=network.link_use(),
     )

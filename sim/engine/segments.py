@@ -67,6 +67,9 @@ CompiledChunk = tuple[tuple[int, Step], ...]
 """(index into the chunk, what to do), in the order in which the host issues."""
 
 
+_LIFE = (Alloc, Free, UseOn)
+
+
 class Prices:
     """Ticks of one class's kernels, asked of the cost layer once for each kernel object."""
 
@@ -114,7 +117,7 @@ def compile_chunk(chunk: Chunk, prices: Prices, shared: frozenset[Storage]) -> C
             first, offset = None, 0
 
     for index, step in enumerate(chunk):
-        if isinstance(step, (Alloc, Free, UseOn)):
+        if isinstance(step, _LIFE):
             if not shared or step.storage not in shared:
                 continue
             if isinstance(step, UseOn) and step.stream == step.storage.stream:
@@ -135,17 +138,6 @@ def compile_chunk(chunk: Chunk, prices: Prices, shared: frozenset[Storage]) -> C
         steps.append((index, step))
     close()
     return tuple(steps)
-
-
-def streams_of(program: Program) -> tuple[str, ...]:
-    """Return the streams of a step in the order in which they first appear."""
-    seen: dict[str, None] = {}
-    chunks = {id(chunk): chunk for chunk in (program.chunks[call.chunk] for call in program.step)}
-    for chunk in chunks.values():
-        for step in chunk:
-            if type(step) is not Alloc and type(step) is not Free and hasattr(step, "stream"):
-                seen.setdefault(step.stream)
-    return tuple(seen)
 
 
 def execute(

@@ -14,7 +14,7 @@ from sim.engine.cost import Cost
 from sim.engine.network import Network
 from sim.engine.rendezvous import Meetings, kind_of
 from sim.engine.segments import Segment, execute
-from sim.ir.program import Collective, Copy, Program, Recv, Send, World
+from sim.ir.program import Collective, Communicator, Copy, Program, Recv, Send, World
 from sim.ir.timeline import Position, Span, SpanKind, Transfer
 from sim.ir.traffic import Traffic
 from sim.units import Ticks
@@ -67,11 +67,13 @@ class Run:
 
 @dataclass(slots=True)
 class Move:
-    """A transfer."""
+    """A transfer; ``instance`` is the number of its meeting on ``communicator``. A copy meets nobody."""
 
     message: Collective | Send | Recv | Copy
     at: int
     place: Place
+    communicator: Communicator | None = None
+    instance: int = 0
 
 
 @dataclass(slots=True)
@@ -105,7 +107,7 @@ class Machine:
 
 
 class Stream:
-    """An in-order stream of the representative of one class.
+    """An in-order stream of the representative of one class. It comes into being when the host first uses it.
 
     ``num_launched``  launches the host has put into it
     ``ends``          the end of each launch as far as it is known: of kernels, from the moment their segment starts
@@ -127,6 +129,11 @@ class Stream:
         self._known: Any = None
         self._num_copies = 0
         self._copies: dict[int, Traffic] = {}
+        self._process = machine.env.process(self.process())
+
+    @property
+    def finished(self) -> bool:
+        return not self._process.is_alive
 
     def put(self, item: Item | None) -> None:
         """Append an item; None ends the stream."""
@@ -175,22 +182,21 @@ class Stream:
                 self._tell()
 
     def _move(self, item: Move) -> Process:
-        message = item.message
+        message, communicator = item.message, item.communicator
         if isinstance(message, Copy):
             yield from self._copy(message, item.place)
             return
+        assert communicator is not None
         start = self._env.now
-        communicator = self._machine.world.communicators[self._program.axes[message.axis]]
         kind = kind_of(message)
         span_kind: SpanKind = "send" if kind == "send" else "recv" if kind == "recv" else "collective"
-        wire_bytes, algorithm, instance, began = 0, "none", 0, start
+        wire_bytes, algorithm, began = 0, "none", start
         if communicator.num_ranks > 1:  # else nobody to meet
-            meeting = self._machine.meetings.arrive(communicator, self._program, message)
+            meeting = self._machine.meetings.arrive(communicator, self._program, message, item.instance)
             yield meeting.done
             traffic = meeting.traffic
             assert traffic is not None
-            wire_bytes, algorithm = traffic.wire_bytes, traffic.algorithm
-            instance, began = meeting.instance, meeting.start
+            wire_bytes, algorithm, began = traffic.wire_bytes, traffic.algorithm, meeting.start
         transfer = Transfer(
             kind=kind,
             axis=communicator.axis,
@@ -198,7 +204,7 @@ class Stream:
             tensor_bytes=message.tensor_bytes,
             wire_bytes=wire_bytes,
             algorithm=algorithm,
-            instance=instance,
+            instance=item.instance,
             start=Ticks(began),
             communicator=communicator.name,
         )
