@@ -1,0 +1,198 @@
+"""The measured coefficients of a GPU, read from ``sim/catalog/measured`` when first needed, and what was assumed.
+
+A GPU is *measured* when its figures are those of a machine of ``index.yaml``. Another takes the coefficients of
+the machine that stands for it: they are shares of its own peak, bandwidth and clock, so they scale with its figures.
+A GPU that may draw less power for each FLOP/s than that machine cannot hold the clock either: its compute rate falls
+with the cube root of the ratio, as dynamic power goes with clock times voltage squared and voltage with clock.
+(A100 PCIe, 300 W, against SXM, 400 W: cube root 0.91; best measured 253 and 271 TFLOP/s: 0.93.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sim import units
+from sim.catalog.schema import GpuFacts
+from sim.cost.attention import AttentionCoefficients
+from sim.cost.gemm import Alignment, GemmCoefficients
+
+MEASURED = Path(__file__).parents[1] / "catalog" / "measured"
+ALIGNMENT = Alignment(four_bytes=0.685, two_bytes=0.5)
+"""4 bytes: n = 10922 against 10944 with k = 4096 on H100, 272.7 and 398.4 TFLOP/s (stas00/ml-engineering @744d01e1,
+model sizes); 2 bytes: assumed. A property of the library's fallback kernels, the same on all GPUs."""
+_SIMILAR = 0.03
+_KERNEL_OF = {
+    "flash-2": ("flash-2",),
+    "flash-3": ("flash-3", "cudnn", "flash-2"),
+    "sdpa": ("flash-2", "cudnn"),
+    "cudnn": ("cudnn", "flash-3", "flash-2"),
+    "memory-efficient": ("flash-2", "cudnn"),
+}
+"""Kernels whose coefficients may stand for another's, best first. torch's ``sdpa`` runs its copy of FlashAttention-2
+(aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash before cudnn)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCoefficients:
+    """Kernels bound by memory: share of the bandwidth by family, floor, and where the L2 helps."""
+
+    fractions: Mapping[str, float]
+    assumed: frozenset[str]
+    floor_s: float
+    resident_fraction: float
+    l2_over_memory: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostCoefficients:
+    """Times of the issuing CPU thread, in seconds, and the share of host memory bandwidth of CPU Adam."""
+
+    driver_s: float
+    framework_s: float
+    compiled_s: float
+    collective_s: float
+    python_step_s: float
+    cpu_adam_fraction: float
+    assumed: tuple[str, ...]
+
+
+@lru_cache(maxsize=64)
+def _read(name: str) -> Any:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    path = MEASURED / name
+    return yaml.load(path.read_text(encoding="utf-8"), loader) if path.exists() else None
+
+
+def _near(value: float, other: float) -> bool:
+    return abs(value - other) <= _SIMILAR * other
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Whose measurements a GPU uses; ``same``: its own; ``power``: share of the clock that its power leaves."""
+
+    name: str
+    same: bool
+    why: str
+    power: float
+
+
+def source_of(gpu: GpuFacts) -> Source:
+    """Return the measured machine for ``gpu``."""
+    index = _read("index.yaml")
+    capability = ".".join(map(str, gpu.compute_capability))
+    peak = gpu.peak_flops.get("bf16") or gpu.peak_flops.get("fp16") or gpu.peak_flops.get("fp32", 0.0)
+    if gpu.vendor == "nvidia":
+        for entry in index["measured"]:
+            if (
+                entry["capability"] == capability
+                and entry["num_sms"] == gpu.num_sms
+                and _near(gpu.memory_bytes_per_s, units.parse_rate(entry["memory"]))
+                and _near(peak, units.parse_flops(entry["bf16"]))
+            ):
+                return Source(entry["name"], True, "", _power_factor(gpu, peak, entry))
+    for rule in index["stands_for"]:
+        if (
+            gpu.name in rule.get("gpus", ())
+            or (gpu.vendor == "nvidia" and capability in rule.get("capabilities", ()))
+            or rule.get("vendor") == gpu.vendor
+        ):
+            return Source(rule["take"], False, rule["why"], _power_factor(gpu, peak, _entry(rule["take"])))
+    return Source("a100-sxm", False, "no nearer architecture was measured", 1.0)
+
+
+def _entry(name: str) -> Any:
+    index = _read("index.yaml")
+    return next(entry for entry in (*index["measured"], *index["others"]) if entry["name"] == name)
+
+
+def _power_factor(gpu: GpuFacts, peak: float, entry: Mapping[str, Any]) -> float:
+    """Share of the clock that the power of ``gpu`` allows, against the machine of the measurements."""
+    if not gpu.power_w or not peak:
+        return 1.0
+    ratio = gpu.power_w / peak * units.parse_flops(entry["bf16"]) / units.parse_power(entry["power"])
+    return 1.0 if ratio > 1 - _SIMILAR else float(ratio ** (1 / 3))
+
+
+def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, bool]:
+    """Return the coefficients for matmuls of ``dtype``, and whether they are measured ones for that precision.
+
+    fp16 runs on the same units as bf16 and counts as measured; others take bf16's shares.
+    """
+    data = _read(f"gemm_{source.name.replace('-', '_')}.yaml")
+    key = dtype if dtype in data else "bf16"
+    fields = GemmCoefficients.__dataclass_fields__
+    values = data[key]["coefficients"]
+    same = source.same and data.get("kind") != "assumed" and dtype in (key, "fp16")
+    return GemmCoefficients(**{name: values[name] for name in fields}), same
+
+
+def attention_coefficients(source: Source, kernel: str, backward: bool) -> tuple[AttentionCoefficients, str]:
+    """Return the coefficients of an attention kernel, and in words what was assumed ("" if nothing)."""
+    direction = "backward" if backward else "forward"
+    wanted = _KERNEL_OF.get(kernel, ("flash-2",))
+    places = [source.name, *_ATTENTION_FALLBACK.get(source.name, ()), "a100-sxm"]
+    for name in wanted:
+        for place in places:
+            data = _read(f"attention_{place.replace('-', '_')}.yaml")
+            if data is None or name not in data:
+                continue
+            assumed = []
+            if not source.same or place != source.name:
+                assumed.append(f"takes the shares of {name} on {place}")
+            elif data.get("kind") == "assumed":
+                assumed.append(f"{name} on {place} is assumed")
+            if name != wanted[0]:
+                assumed.append(f"stands for {kernel}")
+            if backward and "backward_kind" in data[name]:
+                assumed.append(f"backward of {name} on {place} in proportion to forward")
+            return AttentionCoefficients(**data[name][direction]), ", ".join(assumed)
+    raise AssertionError(f"no coefficients for attention kernel {kernel}")
+
+
+_ATTENTION_FALLBACK: dict[str, tuple[str, ...]] = {
+    "h100-sxm": (),
+    "h200-sxm": ("h100-sxm",),
+    "b200-sxm": ("h100-sxm",),
+    "b300-sxm": ("b200-sxm", "h100-sxm"),
+    "gb200": ("b200-sxm", "h100-sxm"),
+    "gb300": ("b200-sxm", "h100-sxm"),
+    "rtx-pro-6000": ("l40s",),
+    "mi300x": (),
+}
+"""Machines whose attention kernels stand in, nearest first, where the machine itself has none measured."""
+
+
+def memory_coefficients(gpu: GpuFacts) -> MemoryCoefficients:
+    """Return the coefficients of kernels bound by memory."""
+    data = _read("memory_bound.yaml")
+    own = data["by_capability"].get(".".join(map(str, gpu.compute_capability)), {}) if gpu.vendor == "nvidia" else {}
+    facts = {**data["default"], **own}
+    floor, resident, l2 = facts.pop("floor"), facts.pop("resident_fraction"), facts.pop("l2_over_memory")
+    return MemoryCoefficients(
+        fractions={family: float(fact["value"]) for family, fact in facts.items()},
+        assumed=frozenset(family for family, fact in facts.items() if fact["kind"] != "measured"),
+        floor_s=units.parse_duration(floor["value"]),
+        resident_fraction=float(resident["value"]),
+        l2_over_memory=float(l2["value"]),
+    )
+
+
+def host_coefficients() -> HostCoefficients:
+    """Return the times of the issuing CPU thread."""
+    data = _read("host.yaml")
+    return HostCoefficients(
+        driver_s=units.parse_duration(data["driver"]["value"]),
+        framework_s=units.parse_duration(data["framework"]["value"]),
+        compiled_s=units.parse_duration(data["compiled"]["value"]),
+        collective_s=units.parse_duration(data["collective"]["value"]),
+        python_step_s=units.parse_duration(data["python_step"]["value"]),
+        cpu_adam_fraction=float(data["cpu_adam_fraction"]["value"]),
+        assumed=tuple(name for name, fact in data.items() if fact["kind"] != "measured"),
+    )

@@ -1,0 +1,143 @@
+"""How long a matrix multiplication takes: tiles, waves, operand traffic, power.
+
+C[m, n] = A[m, k] B[k, n] is cut into tiles of C; an SM works on one tile at a time, and where there are
+fewer tiles than SMs the depth k may be cut as well (split-K). For one choice of tile TM x TN and split s:
+
+    depth    = ceil(k / s), in steps of 64
+    tile     = prologue + depth * max(2 TM TN / (f * peak / SMs), (TM + TN) * e / L2 rate of an SM)
+    waves    = 1 if tiles <= SMs, else (1 - q) * ceil(tiles / SMs) + q * tiles / SMs
+    compute  = waves * tile
+    memory   = max(compulsory bytes, bytes with re-reads) / achieved bandwidth  +  partial sums through the L2
+    together = (compute^p + memory^p)^(1/p)
+
+with e bytes an element. The library picks the tile and the split; so does the model (the fastest). A and B together
+larger than the L2 are read again for each block of ``block_rows`` rows or columns. A compute-bound kernel that runs
+long draws more power than the GPU may, and the clock falls: the compute time grows by ``droop`` as the kernel's time
+grows past ``droop_s``.
+
+    T = floor + together + droop * (FLOPs / peak) * x,    x = together / (together + droop_s), 1 when sustained
+
+Sources: NVIDIA, "Matrix Multiplication Background User's Guide" (tiles, wave quantisation, alignment); CUTLASS,
+``media/docs/efficient_gemm.md`` (tile hierarchy, split-K, stream-K: q towards 1); Osama et al., "Stream-K", PPoPP 2023.
+Leaves out: the heuristics of cuBLAS, which now and then choose badly. Grows with each dimension as long as dimensions
+are multiples of 64. Checked by: tests/laws/test_cost_laws.py, validation/measure/fit_gemm.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sim.cost.roofline import Machine, bound_s
+
+TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
+"""Thread-block tiles that cuBLAS and CUTLASS ship for tensor cores (CUTLASS, ``media/docs/efficient_gemm.md``)."""
+SPLITS = (1, 2, 4, 8, 16)
+DEPTH_STEP = 64
+"""Elements of k that a tile loads at a time (cutlass default of 128 bytes of 16-bit elements)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemmCoefficients:
+    """What the formulas cannot know, fitted on measured times of one GPU and precision.
+
+    ``peak_fraction``       share of the dense peak in a tile's main loop
+    ``l2_bytes_per_clock``  operand bytes that one SM takes from the L2 in a clock
+    ``prologue_clocks``     clocks to fill the pipeline and write the tile of C
+    ``floor_s``             the shortest kernel
+    ``memory_fraction``     share of the memory bandwidth that is achieved
+    ``overlap_exponent``    p above: 1 adds compute and memory, infinity hides the shorter
+    ``tail_smoothing``      q above: 0 whole waves, 1 as if work were divided evenly
+    ``block_rows``          side of the block of C whose operands stay in the L2
+    ``resident_fraction``   share of the L2 up to which operands are found there
+    ``droop``, ``droop_s``  growth of a long compute-bound kernel, and after how long
+    """
+
+    peak_fraction: float
+    l2_bytes_per_clock: float
+    prologue_clocks: float
+    floor_s: float
+    memory_fraction: float
+    overlap_exponent: float
+    tail_smoothing: float
+    block_rows: float
+    resident_fraction: float
+    droop: float
+    droop_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Rates of matmuls whose rows do not start at multiples of 16 bytes, as a share of aligned ones."""
+
+    four_bytes: float
+    two_bytes: float
+
+
+def alignment_factor(n: int, k: int, element_bytes: int, alignment: Alignment) -> float:
+    """Return the share of the rate that is left, from the alignment of the rows of A, B and C.
+
+    16-byte loads (cp.async, TMA) need rows that start at multiples of 16 bytes; else the library falls back to kernels
+    that load 4 bytes or single elements.
+    """
+    if n == 1 or k == 1:
+        return 1.0
+    row = min((n * element_bytes) & -(n * element_bytes), (k * element_bytes) & -(k * element_bytes))
+    if row >= 16:
+        return 1.0
+    return alignment.four_bytes if row >= 4 else alignment.two_bytes
+
+
+def gemm_s(
+    m: int,
+    n: int,
+    k: int,
+    batch: int,
+    machine: Machine,
+    coefficients: GemmCoefficients,
+    factor: float = 1.0,
+    sustained: bool = False,
+) -> float:
+    """Return the time of ``batch`` products C[m, n] = A[m, k] B[k, n], in seconds, on an idle GPU.
+
+    ``factor`` is what alignment leaves of the rate; ``sustained`` means that such kernels follow each other, so that
+    the clock has already fallen when this one starts.
+    """
+    c = coefficients
+    element = machine.element_bytes
+    sms = machine.num_sms
+    l2_rate = c.l2_bytes_per_clock * machine.clock_hz
+    flop_rate = machine.peak_flops / sms * c.peak_fraction * factor
+    operand_bytes = batch * element * (m * k + n * k)
+    result_bytes = batch * max(element, 2) * m * n
+    moved = operand_bytes + result_bytes
+    memory_s = moved / (sms * l2_rate)
+    if moved > c.resident_fraction * machine.l2_bytes:
+        if operand_bytes > machine.l2_bytes:
+            moved = max(moved, result_bytes + int(2 * batch * element * m * n * k / c.block_rows))
+        memory_s = max(memory_s, moved / (c.memory_fraction * machine.memory_bytes_per_s))
+    prologue_s = c.prologue_clocks / machine.clock_hz
+    partial_s = batch * 8 * m * n / (sms * l2_rate)
+    p, q = c.overlap_exponent, c.tail_smoothing
+    best = float("inf")
+    for tile_m, tile_n in TILES:
+        tiles = batch * -(-m // tile_m) * -(-n // tile_n)
+        step_s = max(2 * tile_m * tile_n / flop_rate, (tile_m + tile_n) * element / l2_rate)
+        for split in SPLITS if tiles < sms else (1,):
+            depth = -(-k // (split * DEPTH_STEP)) * DEPTH_STEP
+            waves = tiles * split / sms
+            waves = 1.0 if waves <= 1 else (1 - q) * -(-tiles * split // sms) + q * waves
+            compute_s = waves * (depth * step_s + prologue_s)
+            memory = memory_s + partial_s * split if split > 1 else memory_s
+            longer, shorter = (compute_s, memory) if compute_s > memory else (memory, compute_s)
+            if longer < best:
+                together = longer * (1 + (shorter / longer) ** p) ** (1 / p)
+                best = min(best, together)
+    flops = 2 * batch * m * n * k
+    share = 1.0 if sustained else best / (best + c.droop_s)
+    return c.floor_s + best + c.droop * share * flops / machine.peak_flops
+
+
+def gemm_bound_s(m: int, n: int, k: int, batch: int, machine: Machine) -> float:
+    """Return the roofline of the product, in seconds: FLOPs at peak; each byte once beyond what the L2 can hold."""
+    moved = batch * (machine.element_bytes * (m * k + n * k) + max(machine.element_bytes, 2) * m * n)
+    return bound_s(2 * batch * m * n * k, max(0, moved - machine.l2_bytes), machine)

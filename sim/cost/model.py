@@ -1,0 +1,239 @@
+"""CostModel: how long each single instruction takes. The one object of this layer that the engine sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sim.catalog.schema import GpuFacts
+from sim.cost import efficiency, host
+from sim.cost.attention import AttentionCoefficients, attention_s
+from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_s
+from sim.cost.memory_bound import memory_bound_s
+from sim.cost.roofline import Machine, machine_of, peak_of
+from sim.ir.ledger import Attention, Gemm, Kernel, Pointwise, size
+from sim.ir.program import Collective, Communicator, Copy, HostCompute, Recv, Send
+from sim.ir.traffic import Link, Traffic
+
+if TYPE_CHECKING:
+    from sim.cluster.topology import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class CostSettings:
+    """How the job runs, as far as durations depend on it.
+
+    ``placement``   GPU index of each rank; empty: rank i is on GPU i
+    ``compiled``    kernels are issued by code that torch.compile wrote
+    ``sustained``   compute-bound kernels follow each other closely, as in training, so that the clock has settled;
+                    False: each kernel starts at the boost clock, as in a short benchmark
+    ``slow``        rank -> factor on its kernels' times
+    """
+
+    placement: tuple[int, ...] = ()
+    compiled: bool = False
+    sustained: bool = True
+    slow: Mapping[int, float] = field(default_factory=dict)
+
+
+_DEFAULT = CostSettings()
+
+
+class CostModel:
+    """Durations on ``cluster``, all of whose GPUs are ``gpu``. Implements ``sim.engine.cost.Cost``.
+
+    Kernels are priced once by value and found again by identity: layers that repeat are the same objects.
+    """
+
+    def __init__(self, cluster: Cluster, gpu: GpuFacts, settings: CostSettings = _DEFAULT) -> None:
+        self._cluster = cluster
+        self._gpu = gpu
+        self._settings = settings
+        self._source = efficiency.source_of(gpu)
+        self._host = efficiency.host_coefficients()
+        self._memory = efficiency.memory_coefficients(gpu)
+        self._launch_s = host.launch_s(self._host, settings.compiled)
+        vector_flops = gpu.peak_flops.get("fp32") or min(gpu.peak_flops.values())
+        self._vector = Machine(vector_flops, 4, gpu.num_sms, gpu.boost_clock_hz, gpu.memory_bytes_per_s, gpu.l2_bytes)
+        self._machines: dict[str, Machine] = {}
+        self._gemms: dict[str, tuple[GemmCoefficients, str]] = {}
+        self._attentions: dict[tuple[str, bool, str], tuple[AttentionCoefficients, str]] = {}
+        self._by_identity: dict[int, tuple[float, Kernel]] = {}
+        self._by_value: dict[tuple[object, ...], float] = {}
+        self._traffic: dict[tuple[object, ...], Traffic] = {}
+        self._assumed: dict[str, int] = {}
+        self.num_kernels = 0
+        """Different kernels priced so far."""
+        self.num_assumed_kernels = 0
+        """Those of them whose time rests on numbers that were not measured on this GPU."""
+
+    # --- kernels -------------------------------------------------------------------------------
+
+    def kernel_s(self, kernel: Kernel, rank: int) -> float:
+        """Return the time of ``kernel`` alone on the GPU of ``rank``, in seconds."""
+        found = self._by_identity.get(id(kernel))
+        if found is None:
+            found = self._by_identity[id(kernel)] = (self._price(kernel), kernel)
+        slow = self._settings.slow
+        return found[0] * slow.get(rank, 1.0) if slow else found[0]
+
+    def _price(self, kernel: Kernel) -> float:
+        key: tuple[object, ...]
+        if isinstance(kernel, Gemm):
+            key = ("gemm", size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch), kernel.dtype)
+        elif isinstance(kernel, Pointwise):
+            key = (kernel.kind, kernel.moved_bytes, kernel.flops)
+        else:
+            shapes = (kernel.batch, kernel.heads, kernel.kv_heads, kernel.query, kernel.key, kernel.head_dim)
+            key = (kernel.kernel, kernel.direction, *map(size, shapes), kernel.causal, kernel.dtype)
+        time_s = self._by_value.get(key)
+        if time_s is None:
+            if isinstance(kernel, Gemm):
+                time_s, assumed = self._gemm(kernel)
+            elif isinstance(kernel, Pointwise):
+                time_s, assumed = self._pointwise(kernel)
+            else:
+                time_s, assumed = self._attention(kernel)
+            self._by_value[key] = time_s
+            self.num_kernels += 1
+            if assumed:
+                self.num_assumed_kernels += 1
+                self._assumed[assumed] = self._assumed.get(assumed, 0) + 1
+        return time_s
+
+    def _machine(self, dtype: str) -> Machine:
+        machine = self._machines.get(dtype)
+        if machine is None:
+            machine = self._machines[dtype] = machine_of(self._gpu, dtype)
+        return machine
+
+    def _gemm(self, kernel: Gemm) -> tuple[float, str]:
+        dtype = kernel.dtype
+        if dtype not in self._gemms:
+            rate_of = peak_of(self._gpu, dtype)[1]
+            coefficients, measured = efficiency.gemm_coefficients(self._source, rate_of)
+            assumed = ""
+            if not measured:
+                whose = (
+                    f"those of bf16 on {self._source.name}" if self._source.same else f"those of {self._source.name}"
+                )
+                reason = f" ({self._source.why})" if self._source.why else ""
+                assumed = (
+                    f"matmuls in {dtype} on {self._gpu.name}: shares of peak and bandwidth taken from {whose}{reason}"
+                )
+            if rate_of != dtype:
+                assumed += f"{'; ' if assumed else f'matmuls in {dtype}: '}run at the rate of {rate_of}"
+            self._gemms[dtype] = (coefficients, assumed)
+        coefficients, assumed = self._gemms[dtype]
+        machine = self._machine(dtype)
+        m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)
+        factor = alignment_factor(n, k, machine.element_bytes, efficiency.ALIGNMENT) * self._source.power
+        return gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained), assumed
+
+    def _attention(self, kernel: Attention) -> tuple[float, str]:
+        backward = kernel.direction == "backward"
+        key = (kernel.kernel, backward, kernel.dtype)
+        if key not in self._attentions:
+            coefficients, assumed = efficiency.attention_coefficients(self._source, kernel.kernel, backward)
+            if assumed:
+                assumed = f"attention ({kernel.kernel}, {kernel.direction}) on {self._gpu.name}: {assumed}"
+            self._attentions[key] = (coefficients, assumed)
+        coefficients, assumed = self._attentions[key]
+        time_s = attention_s(
+            size(kernel.batch), size(kernel.heads), size(kernel.kv_heads), size(kernel.query), size(kernel.key),
+            size(kernel.head_dim), kernel.causal, backward, self._machine(kernel.dtype), coefficients,
+        )  # fmt: skip
+        return time_s / self._source.power, assumed
+
+    def _pointwise(self, kernel: Pointwise) -> tuple[float, str]:
+        time_s = memory_bound_s(kernel.kind, kernel.moved_bytes, kernel.flops, self._vector, self._memory)
+        if kernel.kind not in self._memory.assumed and kernel.kind in self._memory.fractions:
+            return time_s, ""
+        return time_s, f"{kernel.kind} kernels on {self._gpu.name}: share of the memory bandwidth assumed"
+
+    # --- host ----------------------------------------------------------------------------------
+
+    def launch_s(self, kernel: Kernel, rank: int) -> float:
+        """Return the time that the CPU takes to issue ``kernel``, in seconds."""
+        return self._launch_s
+
+    def issue_s(self, rank: int) -> float:
+        """Return the time that the CPU takes to issue a collective, message or copy, in seconds."""
+        return self._host.collective_s
+
+    def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
+        """Return the time of CPU work that all of ``ranks`` do at the same time, in seconds."""
+        if work.kind != "cpu_adam":
+            return host.python_s(work.num_elements, self._host)
+        self._assume("CPU Adam: half the bandwidth of host memory")
+        nodes: dict[int, int] = {}
+        for gpu in self._place(ranks):
+            node = self._cluster.node_of(gpu)
+            nodes[node] = nodes.get(node, 0) + 1
+        bandwidth = self._cluster.spec.node.host_memory_bytes_per_s
+        return host.cpu_adam_s(work.num_elements, max(nodes.values()), bandwidth, self._host)
+
+    # --- transfers -----------------------------------------------------------------------------
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All links; ``Phase.loads`` index into it."""
+        return self._cluster.links
+
+    def collective(self, collective: Collective, communicator: Communicator) -> Traffic:
+        """Return the traffic of all groups of ``communicator`` together."""
+        key = (communicator.name, collective.kind, collective.tensor_bytes)
+        traffic = self._traffic.get(key)
+        if traffic is None:
+            from sim.cost.nccl import plan_collective
+
+            traffic = plan_collective(
+                self._cluster, self._groups(communicator), collective.kind, collective.tensor_bytes
+            )
+            self._traffic[key] = traffic
+        return traffic
+
+    def point_to_point(self, message: Send | Recv, communicator: Communicator) -> Traffic:
+        """Return the traffic of one message on all pairs of ``communicator`` together."""
+        key = (communicator.name, "send", message.tensor_bytes)
+        traffic = self._traffic.get(key)
+        if traffic is None:
+            from sim.cost.nccl import plan_point_to_point
+
+            pairs = tuple((group[0], group[1]) for group in self._groups(communicator))
+            traffic = self._traffic[key] = plan_point_to_point(self._cluster, pairs, message.tensor_bytes)
+        return traffic
+
+    def copy(self, copy: Copy, ranks: tuple[int, ...]) -> Traffic:
+        """Return the traffic of ``copy`` on all of ``ranks`` together."""
+        key = (ranks, copy.direction, copy.num_bytes)
+        traffic = self._traffic.get(key)
+        if traffic is None:
+            from sim.cost.nccl import plan_copy
+
+            traffic = self._traffic[key] = plan_copy(self._cluster, self._place(ranks), copy.direction, copy.num_bytes)
+        return traffic
+
+    def _place(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the GPUs of ``ranks``."""
+        placement = self._settings.placement
+        return tuple(placement[rank] for rank in ranks) if placement else ranks
+
+    def _groups(self, communicator: Communicator) -> tuple[tuple[int, ...], ...]:
+        return tuple(self._place(group) for group in communicator.groups)
+
+    # --- what was guessed ----------------------------------------------------------------------
+
+    def _assume(self, text: str) -> None:
+        self._assumed.setdefault(text, 0)
+
+    def assumptions(self) -> tuple[str, ...]:
+        """Return what the answers so far rest on that was not measured on this GPU, in the order of first use."""
+        texts = [f"{text} ({count} kernels)" if count else text for text, count in self._assumed.items()]
+        if self._source.power < 1 and any(key[0] == "gemm" for key in self._by_value):
+            texts.append(
+                f"{self._gpu.name} draws less power per FLOP/s than {self._source.name}: "
+                f"clock of compute-bound kernels assumed at {self._source.power:.0%} (cube root of the ratio)"
+            )
+        return tuple(texts)

@@ -1,0 +1,185 @@
+"""CostModel and the kernel models: what a kernel costs, and what is said about how that is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sim.catalog.schema import GpuFacts
+from sim.cost import efficiency
+from sim.cost.gemm import alignment_factor, gemm_bound_s
+from sim.cost.model import CostModel, CostSettings
+from sim.cost.roofline import machine_of, peak_of
+from sim.ir.ledger import Attention, Dim, Gemm, Pointwise, Tensor
+from sim.ir.program import HostCompute
+
+H100 = GpuFacts(
+    name="h100-sxm-80gb", vendor="nvidia", architecture="hopper", compute_capability=(9, 0), memory_bytes=80 * 2**30,
+    total_memory_bytes=81082 * 2**20, memory_bytes_per_s=3350e9, l2_bytes=50 * 2**20, num_sms=132, boost_clock_hz=1830e6,
+    power_w=700, peak_flops={"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp8": 1978.9e12, "fp32": 66.9e12},
+    cuda_context_bytes=525 * 2**20,
+)  # fmt: skip
+RTX_4090 = dataclasses.replace(
+    H100, name="rtx-4090", architecture="ada", compute_capability=(8, 9), memory_bytes_per_s=1008e9, l2_bytes=72 * 2**20,
+    num_sms=128, boost_clock_hz=2520e6, power_w=450,
+    peak_flops={"bf16": 165.2e12, "fp16": 165.2e12, "tf32": 82.6e12, "fp8": 330.3e12, "fp32": 82.6e12},
+)  # fmt: skip
+V100 = dataclasses.replace(
+    H100, name="v100-sxm2-32gb", architecture="volta", compute_capability=(7, 0), memory_bytes_per_s=900e9,
+    l2_bytes=6 * 2**20, num_sms=80, boost_clock_hz=1530e6, power_w=300, peak_flops={"fp16": 125e12, "fp32": 15.7e12},
+)  # fmt: skip
+
+
+def model(gpu: GpuFacts = H100, **settings: Any) -> CostModel:
+    node = SimpleNamespace(host_memory_bytes_per_s=400e9)
+    cluster: Any = SimpleNamespace(node_of=lambda g: g // 8, spec=SimpleNamespace(node=node), links=())
+    return CostModel(cluster, gpu, CostSettings(**settings))
+
+
+def gemm(m: int, n: int, k: int, dtype: Any = "bf16") -> Gemm:
+    return Gemm((Dim("seq", m),), (Dim("ffn", n),), (Dim("hidden", k),), dtype)
+
+
+def attention(seq: int, direction: Any = "forward", kernel: str = "flash-2", causal: bool = True) -> Attention:
+    def dim(name: str, size: int) -> tuple[Dim, ...]:
+        return (Dim(name, size),)
+
+    return Attention(
+        kernel, direction, dim("batch", 16384 // seq), dim("heads", 16), dim("kv_heads", 16), dim("seq", seq),
+        dim("seq", seq), dim("head_dim", 128), causal, "bf16",
+    )  # fmt: skip
+
+
+def pointwise(kind: str, num_elements: int) -> Pointwise:
+    x = Tensor("x", (Dim("hidden", num_elements),), "bf16")
+    return Pointwise(kind, (x,), (x,))
+
+
+def test_a_large_matmul_on_h100_runs_at_three_quarters_of_peak() -> None:
+    """m 4096, n = k = 8192 was measured at 0.69-0.78 ms, 710-800 TFLOP/s, around m = 2048 to 8192."""
+    tflops = 2 * 4096 * 8192 * 8192 / model().kernel_s(gemm(4096, 8192, 8192), 0) / 1e12
+    assert 650 < tflops < 800
+
+
+def test_a_matmul_of_few_rows_reads_its_weights() -> None:
+    """m = 64: 16384 x 4096 weights of 134 MB; 47-50 us measured, 2.8 TB/s."""
+    assert model().kernel_s(gemm(64, 16384, 4096), 0) == pytest.approx(49e-6, rel=0.1)
+
+
+def test_short_benchmarks_are_faster_than_training() -> None:
+    kernel = gemm(2048, 4096, 4096)
+    assert model(sustained=False).kernel_s(kernel, 0) < model().kernel_s(kernel, 0)
+
+
+def test_a_wave_more() -> None:
+    """A100-like whole waves (q near 0): 109 tiles on 108 SMs cost two waves, so more tiles in it are nearly free."""
+    source = efficiency.Source("a100-sxm", True, "", 1.0)
+    assert efficiency.gemm_coefficients(source, "bf16")[0].tail_smoothing < 0.5
+
+
+def test_rows_that_are_not_aligned_lose_the_wide_loads() -> None:
+    """d_ff 10922 (4-byte rows) against 10944 on H100: 272.7 and 398.4 TFLOP/s, a factor of 0.68; odd vocabularies lose more."""
+    align = efficiency.ALIGNMENT
+    assert alignment_factor(10944, 4096, 2, align) == 1.0
+    assert alignment_factor(10922, 4096, 2, align) == align.four_bytes
+    assert alignment_factor(50257, 768, 2, align) == align.two_bytes
+    assert model().kernel_s(gemm(4096, 50257, 768), 0) > 1.3 * model().kernel_s(gemm(4096, 50304, 768), 0)
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("flash-2", 335), ("sdpa", 335), ("flash-3", 616), ("cudnn", 539)])
+def test_causal_attention_forward_as_its_authors_plot_it(kernel: str, expected: float) -> None:
+    """TFLOP/s at 16k tokens, 16 heads of 128, H100: flash-attention @0251105a, assets."""
+    op = attention(16384, kernel=kernel)
+    assert op.flops / model().kernel_s(op, 0) / 1e12 == pytest.approx(expected, rel=0.06)
+
+
+def test_attention_backward_of_flash_3_as_its_paper_plots_it() -> None:
+    """Not causal, 16k: 561 TFLOP/s (arXiv 2407.08608, figure 6)."""
+    op = attention(16384, "backward", "flash-3", causal=False)
+    assert op.flops / model().kernel_s(op, 0) / 1e12 == pytest.approx(561, rel=0.06)
+
+
+def test_a_large_addition_reaches_its_share_of_the_bandwidth_and_a_small_one_the_floor() -> None:
+    cost = model()
+    big = pointwise("elementwise", 2**30)
+    assert big.moved_bytes / cost.kernel_s(big, 0) == pytest.approx(0.92 * 3350e9, rel=0.01)
+    assert cost.kernel_s(pointwise("elementwise", 64), 0) == pytest.approx(3e-6, rel=0.01)
+
+
+def test_v100_has_no_bf16_and_runs_it_at_the_next_best_rate() -> None:
+    assert peak_of(V100, "bf16") == (125e12, "fp16")
+    assert peak_of(V100, "fp32") == (15.7e12, "fp32")
+    cost = model(V100)
+    assert cost.kernel_s(gemm(4096, 4096, 4096, "fp16"), 0) < cost.kernel_s(gemm(4096, 4096, 4096, "fp32"), 0) / 3
+
+
+def test_measured_gpus_are_recognised_by_their_figures_and_others_say_whose_shares_they_take() -> None:
+    assert efficiency.source_of(H100).same
+    assert efficiency.source_of(dataclasses.replace(H100, memory_bytes_per_s=2400e9)).same is False
+    cost = model()
+    cost.kernel_s(gemm(4096, 4096, 4096), 0)
+    assert cost.assumptions() == ()
+    assert (cost.num_kernels, cost.num_assumed_kernels) == (1, 0)
+    other = model(RTX_4090)
+    other.kernel_s(gemm(4096, 4096, 4096), 0)
+    other.kernel_s(attention(4096), 0)
+    assert (other.num_kernels, other.num_assumed_kernels) == (2, 2)
+    assert "rtx-pro-6000" in other.assumptions()[0]
+
+
+def test_a_power_cap_lowers_the_clock_by_its_cube_root() -> None:
+    """500 W instead of 700 W: (5/7)^(1/3) = 0.894."""
+    capped = dataclasses.replace(H100, power_w=500)
+    assert efficiency.source_of(capped).power == pytest.approx((5 / 7) ** (1 / 3))
+    cost = model(capped)
+    slower = cost.kernel_s(gemm(8192, 8192, 8192), 0) / model().kernel_s(gemm(8192, 8192, 8192), 0)
+    assert 1.05 < slower < 1.13
+    assert any("cube root" in text for text in cost.assumptions())
+
+
+def test_a_slow_rank_is_slow_and_the_others_are_not() -> None:
+    cost, kernel = model(slow={3: 1.5}), gemm(1024, 1024, 1024)
+    assert cost.kernel_s(kernel, 3) == 1.5 * cost.kernel_s(kernel, 0)
+
+
+def test_equal_kernels_are_priced_once() -> None:
+    cost = model()
+    assert cost.kernel_s(gemm(512, 512, 512), 0) == cost.kernel_s(gemm(512, 512, 512), 7)
+    assert cost.num_kernels == 1
+
+
+def test_cpu_adam_shares_the_memory_of_the_node() -> None:
+    """8 ranks of one node, 1e9 elements each: 8 * 28 GB at half of 400 GB/s = 1.12 s."""
+    work = HostCompute("adam", "cpu_adam", 10**9)
+    assert model().host_s(work, tuple(range(16))) == pytest.approx(8 * 28e9 / 200e9)
+    assert model().host_s(work, (0,)) == pytest.approx(28e9 / 200e9)
+    assert model().host_s(HostCompute("loop", "python", 1000), (0,)) == pytest.approx(50e-6)
+
+
+def test_compiled_code_is_issued_faster() -> None:
+    kernel = gemm(64, 64, 64)
+    assert model(compiled=True).launch_s(kernel, 0) < model().launch_s(kernel, 0)
+    assert model().issue_s(0) > 0
+
+
+def test_a_lookup_is_cheap() -> None:
+    """A hit is one dictionary lookup: well under 3 us even on a busy machine; a miss well under 200 us."""
+    cost, kernel = model(), gemm(4096, 4096, 4096)
+    cost.kernel_s(kernel, 0)
+    best = min(_timed(lambda: [cost.kernel_s(kernel, 0) for _ in range(1000)]) for _ in range(5))
+    assert best / 1000 < 3e-6
+
+
+def _timed(run: Any) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def test_nothing_beats_the_roofline_even_without_a_floor() -> None:
+    machine = machine_of(H100, "bf16")
+    assert gemm_bound_s(8192, 8192, 8192, 1, machine) == pytest.approx(2 * 8192**3 / 989.4e12)
