@@ -173,8 +173,10 @@ def network_in_words(text: str, node: NodeFacts) -> NetworkFacts:
             f"{text!r} does not describe a network; write '800 Gbit/s per node', '400 Gbit/s RoCE per GPU' or a name"
         )
     line = units.parse_rate(found["rate"])
-    if line <= 0:
-        raise ValueError(f"{text!r}: a network of no bandwidth; leave `network` out for a single node")
+    if not 0 < line < float("inf"):
+        raise ValueError(
+            f"{text!r} is no bandwidth; write '800 Gbit/s per node', or leave it out for the usual network"
+        )
     usual = network(node.default_network) if node.default_network in names("network") else None
     like = network(_TEMPLATES[fabric]) if fabric else (usual or network("ib-ndr-400-rail"))
     if usual is not None and usual.fabric == like.fabric:
@@ -307,6 +309,7 @@ class _Reader:
         return str(self._data.get("alias_of", ""))
 
     def has(self, key: str) -> bool:
+        self._seen.add(key)
         return key in self._data
 
     def raw(self, key: str) -> Any:
@@ -328,7 +331,7 @@ class _Reader:
 
     def fact(self, key: str, parse: Callable[[Any], T], name: str = "", default: T | None = None) -> T:
         """Return the parsed value of a fact and note where it comes from under ``name``."""
-        if key not in self._data:
+        if not self.has(key):
             if default is None:
                 self.problem((), f"{key} is missing", f"add `{key}:` with its unit")
                 return cast(T, 0)
@@ -361,17 +364,16 @@ class _Reader:
         )
         try:
             return parse(value)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             self.problem(path, f"{where}: {error}")
             return cast(T, 0)
 
-    def finish(self, known: Sequence[str] = ()) -> None:
+    def finish(self) -> None:
         """Raise what was found. A fault in the catalogue's own files is ours and raises AssertionError."""
         if self._users:
-            allowed = [*known, "sources"] if known else sorted(self._seen)
             for key in self._data:
                 if key not in self._seen:
-                    self.problem((key,), f"unknown key {key!r}", _nearest(str(key), allowed))
+                    self.problem((key,), f"unknown key {key!r}", _nearest(str(key), sorted(self._seen)))
         if not self._problems:
             return
         if not self._users:
