@@ -2,18 +2,19 @@
 
 Nodes are alike, so there is one :class:`~sim.cluster.routing.NodeGraph` and a little arithmetic, whatever their number:
 
-    links of node k    [k * L, (k + 1) * L)   L = wires of the node, then its sockets' memories, then two for each NIC
-                                              (to the leaf, from the leaf)
-    links of the fabric  from num_nodes * L   two for each leaf switch (to the spine, from the spine)
+    links of domain k  [k * L, (k + 1) * L)   the L of a domain: wires, then its sockets' memories, then two for each
+                                              NIC (to the leaf, from the leaf)
+    links of the fabric  from num_domains * L on  two for each leaf switch (to the spine, from the spine)
 
-GPU g is GPU ``g % gpus_per_node`` of node ``g // gpus_per_node``. The list of devices and links is the one source;
+A *domain* is what one scale-up fabric joins, and what NCCL calls a node: a node, or the trays of an NVL72 rack.
+GPU g is GPU ``g % gpus_per_domain`` of domain ``g // gpus_per_domain``. The list of devices and links is the one source;
 ``Cluster.graph`` draws it as a networkx graph, ``Cluster.route`` walks it without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 class Cluster:
     """GPUs, links and routes. Built by :func:`build_cluster`.
 
+    ``node``  one domain: ``nodes_per_domain`` nodes, nearly always 1
     ``nic_bytes_per_s``  payload of one NIC device and direction (0 without a network)
     ``leaf_uplink_bytes_per_s``  capacity between one leaf switch and the spine, each direction
     """
@@ -40,6 +42,7 @@ class Cluster:
     node: NodeGraph
     num_nodes: int
     gpus_per_node: int
+    nodes_per_domain: int
     nic_bytes_per_s: float
     leaf_uplink_bytes_per_s: float
     network_latency_s: float
@@ -57,12 +60,20 @@ class Cluster:
         return self.num_nodes * self.gpus_per_node
 
     @cached_property
+    def num_domains(self) -> int:
+        return self.num_nodes // self.nodes_per_domain
+
+    @cached_property
+    def gpus_per_domain(self) -> int:
+        return self.gpus_per_node * self.nodes_per_domain
+
+    @cached_property
     def num_nics(self) -> int:
-        """NICs of one node that lead into the network (none on a single node without one)."""
+        """NICs of one domain that lead into the network (none on a single node without one)."""
         return len(self.node.nics) if self.nic_bytes_per_s else 0
 
     @cached_property
-    def links_per_node(self) -> int:
+    def links_per_domain(self) -> int:
         return self._nic_base + 2 * self.num_nics
 
     @cached_property
@@ -74,26 +85,30 @@ class Cluster:
         if not self.num_nics:
             return 0
         groups = -(-self.num_nodes // self.nodes_per_leaf)
-        return groups * (self.num_nics if self.rail_optimised else 1)
+        return groups * (self.num_nics // self.nodes_per_domain if self.rail_optimised else 1)
 
     @property
     def num_links(self) -> int:
-        return self.num_nodes * self.links_per_node + 2 * self.num_leaves
+        return self.num_domains * self.links_per_domain + 2 * self.num_leaves
 
     def node_of(self, gpu: int) -> int:
         return gpu // self.gpus_per_node
 
+    def domain_of(self, gpu: int) -> int:
+        return gpu // self.gpus_per_domain
+
     def local_index(self, gpu: int) -> int:
-        return gpu % self.gpus_per_node
+        """Return the place of a GPU in its domain."""
+        return gpu % self.gpus_per_domain
 
     # --- links ---------------------------------------------------------------------------------
 
     @cached_property
     def _local_links(self) -> tuple[Link, ...]:
-        """The links of one node, without the node's name."""
+        """The links of one domain, without its name."""
         names = [device.name for device in self.node.devices]
         links = [Link(f"{names[w.source]}>{names[w.target]}", w.kind, w.bytes_per_s) for w in self.node.wires]
-        each = self.spec.node.host_memory_bytes_per_s / max(len(self.node.memory), 1)
+        each = self.spec.node.host_memory_bytes_per_s * self.nodes_per_domain / max(len(self.node.memory), 1)
         links += [Link(f"{names[socket]}.memory", "memory", each) for socket in self.node.memory]
         for nic in self.node.nics[: self.num_nics]:
             links.append(Link(f"{names[nic]}>leaf", "nic", self.nic_bytes_per_s))
@@ -102,11 +117,11 @@ class Cluster:
 
     def link(self, index: int) -> Link:
         """Return one link without building the others."""
-        node, local = divmod(index, self.links_per_node)
-        if node < self.num_nodes:
+        domain, local = divmod(index, self.links_per_domain)
+        if domain < self.num_domains:
             found = self._local_links[local]
-            return Link(f"node{node}.{found.name}", found.kind, found.bytes_per_s)
-        leaf, down = divmod(index - self.num_nodes * self.links_per_node, 2)
+            return Link(f"node{domain}.{found.name}", found.kind, found.bytes_per_s)
+        leaf, down = divmod(index - self.num_domains * self.links_per_domain, 2)
         assert leaf < self.num_leaves, f"no link {index}"
         name = f"spine>leaf{leaf}" if down else f"leaf{leaf}>spine"
         return Link(name, "network", self.leaf_uplink_bytes_per_s)
@@ -115,27 +130,35 @@ class Cluster:
     def links(self) -> tuple[Link, ...]:
         """All links; routes and ``Phase.loads`` index into it."""
         nodes = [
-            Link(f"node{node}.{local.name}", local.kind, local.bytes_per_s)
-            for node in range(self.num_nodes)
+            Link(f"node{domain}.{local.name}", local.kind, local.bytes_per_s)
+            for domain in range(self.num_domains)
             for local in self._local_links
         ]
-        first = self.num_nodes * self.links_per_node
+        first = self.num_domains * self.links_per_domain
         return (*nodes, *(self.link(i) for i in range(first, self.num_links)))
+
+    @cached_property
+    def nic_line_bytes_per_s(self) -> float:
+        """What a NIC's port is sold as: the speed that NCCL reads from the system."""
+        network = self.spec.network
+        if network is None or not network.line_bytes_per_s:
+            return self.nic_bytes_per_s
+        return self.nic_bytes_per_s * network.line_bytes_per_s / network.nic_bytes_per_s
 
     def bytes_per_s(self, index: int) -> float:
         """Return the capacity of a link."""
-        node, local = divmod(index, self.links_per_node)
-        return self._local_links[local].bytes_per_s if node < self.num_nodes else self.leaf_uplink_bytes_per_s
+        domain, local = divmod(index, self.links_per_domain)
+        return self._local_links[local].bytes_per_s if domain < self.num_domains else self.leaf_uplink_bytes_per_s
 
     # --- NICs ----------------------------------------------------------------------------------
 
-    def nics(self, node: int) -> tuple[str, ...]:
-        """Return the names of the NICs of a node."""
-        return tuple(f"node{node}.{self.node.devices[nic].name}" for nic in self.node.nics[: self.num_nics])
+    def nics(self, domain: int) -> tuple[str, ...]:
+        """Return the names of the NICs of a domain (a node)."""
+        return tuple(f"node{domain}.{self.node.devices[nic].name}" for nic in self.node.nics[: self.num_nics])
 
     @cached_property
     def _nic_of(self) -> tuple[int, ...]:
-        """NIC (index among the node's) of each GPU of a node.
+        """NIC (index among the domain's) of each GPU of a domain.
 
         The nearest; GPUs that share several share them out: GPU i takes the one at i modulo their number, with the
         bits of i mirrored where that number is a power of two. Source: nccl src/graph/topo.cc, ncclTopoGetLocalNet.
@@ -149,20 +172,20 @@ class Cluster:
         return tuple(chosen)
 
     def nic_of(self, gpu: int) -> int:
-        """Return the rail of a GPU: the index, among its node's NICs, of the one it uses."""
+        """Return the rail of a GPU: the index, among its domain's NICs, of the one it uses."""
         return self._nic_of[self.local_index(gpu)]
 
     # --- routes --------------------------------------------------------------------------------
 
     def local_route(self, source: int, target: int) -> Route:
-        """Return the route between two GPUs of one node, by index on the node; links local to the node."""
+        """Return the route between two GPUs of one domain, by index there; links local to it."""
         key = (0, source, target)
         if key not in self._routes:
             self._routes[key] = routing.gpu_route(self.node, self.node.gpus[source], self.node.gpus[target])
         return self._routes[key]
 
     def local_nic_route(self, gpu: int, rail: int, outward: bool) -> Route:
-        """Return the route between a GPU and the network through NIC ``rail``; links local to the node."""
+        """Return the route between a GPU and the network through NIC ``rail``; links local to its domain."""
         key = (1 if outward else 2, gpu, rail)
         if key not in self._routes:
             found = routing.nic_route(self.node, self.node.gpus[gpu], self.node.nics[rail], outward, self.gpudirect)
@@ -171,17 +194,18 @@ class Cluster:
             self._routes[key] = Route(links, found.latency_s, found.kind)
         return self._routes[key]
 
-    def leaf_of(self, node: int, rail: int) -> int:
-        """Return the leaf switch that NIC ``rail`` of a node is plugged into."""
-        group = node // self.nodes_per_leaf
-        return group * self.num_nics + rail if self.rail_optimised else group
+    def leaf_of(self, domain: int, rail: int) -> int:
+        """Return the leaf switch that NIC ``rail`` of a domain is plugged into."""
+        nics = self.num_nics // self.nodes_per_domain
+        group = (domain * self.nodes_per_domain + rail // nics) // self.nodes_per_leaf
+        return group * nics + rail % nics if self.rail_optimised else group
 
-    def fabric(self, node: int, rail: int, to_node: int, to_rail: int) -> tuple[int, ...]:
+    def fabric(self, domain: int, rail: int, to_domain: int, to_rail: int) -> tuple[int, ...]:
         """Return the links between two NICs' leaves: none on one leaf, else up to the spine and down."""
-        up, down = self.leaf_of(node, rail), self.leaf_of(to_node, to_rail)
+        up, down = self.leaf_of(domain, rail), self.leaf_of(to_domain, to_rail)
         if up == down:
             return ()
-        first = self.num_nodes * self.links_per_node
+        first = self.num_domains * self.links_per_domain
         return (first + 2 * up, first + 2 * down + 1)
 
     def route(self, source: int, target: int, rail: int | None = None) -> Route:
@@ -191,21 +215,21 @@ class Cluster:
         (nccl src/graph/search.cc, ncclTopoGetNetDev with NCCL_P2P_PXN_LEVEL 2); where the sender has no NVLink it
         sends by its own NIC.
         """
-        node, to_node = self.node_of(source), self.node_of(target)
+        domain, to_domain = self.domain_of(source), self.domain_of(target)
         local, to_local = self.local_index(source), self.local_index(target)
-        if node == to_node:
+        if domain == to_domain:
             found = self.local_route(local, to_local)
-            return self._shifted(found, node)
+            return self._shifted(found, domain)
         to_rail = self.nic_of(target) if rail is None else rail
         out_rail = to_rail
         if rail is None and routing.worse(self.local_nic_route(local, to_rail, outward=True).kind, "PXN"):
             out_rail = self.nic_of(source)
         out = self.local_nic_route(local, out_rail, outward=True)
         into = self.local_nic_route(to_local, to_rail, outward=False)
-        base, to_base = node * self.links_per_node, to_node * self.links_per_node
+        base, to_base = domain * self.links_per_domain, to_domain * self.links_per_domain
         links = (
             *(base + i for i in out.links),
-            *self.fabric(node, out_rail, to_node, to_rail),
+            *self.fabric(domain, out_rail, to_domain, to_rail),
             *(to_base + i for i in into.links),
         )
         kind: PathKind = "PXN" if "PXN" in (out.kind, into.kind) else "NET"
@@ -217,10 +241,10 @@ class Cluster:
         key = (3 if to_gpu else 4, self.local_index(gpu))
         if key not in self._routes:
             self._routes[key] = routing.host_route(self.node, self.node.gpus[self.local_index(gpu)], to_gpu)
-        return self._shifted(self._routes[key], self.node_of(gpu))
+        return self._shifted(self._routes[key], self.domain_of(gpu))
 
-    def _shifted(self, route: Route, node: int) -> Route:
-        base = node * self.links_per_node
+    def _shifted(self, route: Route, domain: int) -> Route:
+        base = domain * self.links_per_domain
         return Route(tuple([base + i for i in route.links]), route.latency_s, route.kind) if base else route
 
     # --- drawing -------------------------------------------------------------------------------
@@ -232,14 +256,14 @@ class Cluster:
 
         graph = networkx.DiGraph()
         names = [device.name for device in self.node.devices]
-        for node in range(self.num_nodes):
-            base = node * self.links_per_node
+        for domain in range(self.num_domains):
+            base = domain * self.links_per_domain
             for device in self.node.devices:
-                graph.add_node(f"node{node}.{device.name}", kind=device.kind, node=node)
+                graph.add_node(f"node{domain}.{device.name}", kind=device.kind, domain=domain)
             for i, w in enumerate(self.node.wires):
                 graph.add_edge(
-                    f"node{node}.{names[w.source]}",
-                    f"node{node}.{names[w.target]}",
+                    f"node{domain}.{names[w.source]}",
+                    f"node{domain}.{names[w.target]}",
                     index=base + i,
                     kind=w.kind,
                     bytes_per_s=w.bytes_per_s,
@@ -247,17 +271,17 @@ class Cluster:
                     count=w.count,
                 )
             for socket, local in self.node.memory.items():
-                memory = f"node{node}.{names[socket]}.memory"
-                graph.add_node(memory, kind="memory", node=node)
-                self._add_pair(graph, f"node{node}.{names[socket]}", memory, base + local, base + local)
+                memory = f"node{domain}.{names[socket]}.memory"
+                graph.add_node(memory, kind="memory", domain=domain)
+                self._add_pair(graph, f"node{domain}.{names[socket]}", memory, base + local, base + local)
             for rail, nic in enumerate(self.node.nics[: self.num_nics]):
-                leaf = f"leaf{self.leaf_of(node, rail)}"
+                leaf = f"leaf{self.leaf_of(domain, rail)}"
                 graph.add_node(leaf, kind="leaf")
                 port = base + self._nic_base + 2 * rail
-                self._add_pair(graph, f"node{node}.{names[nic]}", leaf, port, port + 1)
+                self._add_pair(graph, f"node{domain}.{names[nic]}", leaf, port, port + 1)
         for leaf_index in range(self.num_leaves):
             graph.add_node("spine", kind="spine")
-            first = self.num_nodes * self.links_per_node + 2 * leaf_index
+            first = self.num_domains * self.links_per_domain + 2 * leaf_index
             self._add_pair(graph, f"leaf{leaf_index}", "spine", first, first + 1)
         return graph
 
@@ -293,6 +317,28 @@ def _switch_groups(facts: NodeFacts) -> dict[str, str]:
             first = seen.setdefault(other, ends[0])
             stands[find(ends[0])] = find(first)
     return {name: find(name) for name in stands}
+
+
+def _trays(facts: NodeFacts, num: int) -> NodeFacts:
+    """Return ``num`` nodes of one NVLink domain as one: their devices side by side, their NVSwitches the same."""
+
+    def named(name: str, tray: int) -> str:
+        return name if kind[name] == "nvswitch" else f"tray{tray}.{name}"
+
+    kind = dict(facts.devices)
+    devices = dict.fromkeys((named(name, tray), k) for tray in range(num) for name, k in facts.devices)
+    wires = tuple((named(a, tray), named(b, tray), k, c) for tray in range(num) for a, b, k, c in facts.wires)
+    return replace(facts, devices=tuple(devices), wires=wires, num_gpus=num * facts.num_gpus)
+
+
+def _nodes_per_domain(spec: ClusterSpec) -> int:
+    """Return how many nodes share an NVLink fabric: as few racks as hold them all equally filled."""
+    if spec.gpus_per_node < spec.node.num_gpus:
+        return 1
+    racks = -(-spec.num_nodes // spec.node.nvlink_domain_nodes)
+    while spec.num_nodes % racks:
+        racks += 1
+    return spec.num_nodes // racks
 
 
 def build_node(facts: NodeFacts, links: Mapping[str, LinkFacts], peer_to_peer: bool, num_nics: int = 0) -> NodeGraph:
@@ -351,20 +397,23 @@ def build_cluster(spec: ClusterSpec, links: Mapping[str, LinkFacts] | None = Non
 
         links = {kind: load.link(kind) for kind in dict.fromkeys(wire[2] for wire in spec.node.wires)}
     network = spec.network
-    node = build_node(spec.node, links, spec.gpu.peer_to_peer, network.nics_per_node if network else 0)
+    trays = _nodes_per_domain(spec)
+    facts = spec.node if trays == 1 else _trays(spec.node, trays)
+    node = build_node(facts, links, spec.gpu.peer_to_peer, network.nics_per_node * trays if network else 0)
     assert node.gpus, f"node {spec.node.name} has no GPU"
     nic_bytes_per_s = uplink = 0.0
     if network is not None and node.nics:
         # A NIC device of the file may stand for several ports (p5 has four 100 Gbit/s ports a GPU).
-        nic_bytes_per_s = network.nic_bytes_per_s * network.nics_per_node / len(node.nics)
+        nic_bytes_per_s = network.nic_bytes_per_s * network.nics_per_node * trays / len(node.nics)
         below = min(network.nodes_per_leaf, spec.num_nodes)
-        ports = below if network.topology == "rail-optimised" else below * len(node.nics)
+        ports = below if network.topology == "rail-optimised" else below * len(node.nics) // trays
         uplink = ports * nic_bytes_per_s / network.oversubscription
     return Cluster(
         spec=spec,
         node=node,
         num_nodes=spec.num_nodes,
         gpus_per_node=spec.gpus_per_node,
+        nodes_per_domain=trays,
         nic_bytes_per_s=nic_bytes_per_s,
         leaf_uplink_bytes_per_s=uplink,
         network_latency_s=network.latency_s if network else 0.0,

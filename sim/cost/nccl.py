@@ -11,6 +11,8 @@ Three steps, each as in NCCL (version 2.30):
 
 ``tensor_bytes`` follows nccl-tests: an all-gather's output, a reduce-scatter's input, else the buffer.
 
+A *node* in this file is what NCCL calls one: a domain of the cluster (a node, or the trays of one NVLink rack).
+
 Leaves out: CollNet and SHARP in the network; the tuner's per-version quirks; rings that differ between channels on
 NVSwitch (they load the wires alike).
 """
@@ -131,6 +133,8 @@ SPEEDS_INTER = (
 MAX_CHANNELS = 64
 MAX_THREADS: dict[Protocol, int] = {"LL": 512, "LL128": 640, "Simple": 512}
 THREAD_THRESHOLD: dict[Protocol, int] = {"LL": 8, "LL128": 8, "Simple": 64}
+MAX_NVLS_HEADS = 32
+"""NCCL_MAX_NVLS_ARITY, src/include/device.h."""
 NVLS_CHANNELS = {HOPPER: (16, 16), BLACKWELL: (24, 32)}
 """One node, several nodes: src/transport/nvls.cc."""
 
@@ -180,7 +184,7 @@ def _by_node(cluster: Cluster, group: Sequence[int]) -> tuple[tuple[int, tuple[i
     """Return (node, local GPUs ascending) in the order in which the group first reaches each node."""
     found: dict[int, list[int]] = {}
     for gpu in group:
-        found.setdefault(cluster.node_of(gpu), []).append(cluster.local_index(gpu))
+        found.setdefault(cluster.domain_of(gpu), []).append(cluster.local_index(gpu))
     return tuple((node, tuple(sorted(gpus))) for node, gpus in found.items())
 
 
@@ -314,6 +318,12 @@ def _channels(cluster: Cluster, num_rings: int, ring_bw: float, several_nodes: b
     return channels, speed
 
 
+def _known_bytes_per_s(cluster: Cluster, link: int) -> float:
+    """Return what NCCL takes a link to be able to: payload, but a NIC's nominal speed."""
+    nic = cluster.num_nics and cluster.link(link).kind == "nic"
+    return cluster.nic_line_bytes_per_s if nic else cluster.bytes_per_s(link)
+
+
 def ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
     """Return the rings of a group and the speed NCCL expects of them."""
     nodes = _by_node(cluster, group)
@@ -325,7 +335,7 @@ def ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
     found: tuple[int, float] | None = cluster.memo.get(key)
     if found is None:
         distinct = {(p.orders, p.rails): p for p in patterns}.values()
-        total = min((cluster.bytes_per_s(link) / share for p in distinct for link, share in p.loads), default=0.0) / GB
+        total = min((_known_bytes_per_s(cluster, link) / share for p in distinct for link, share in p.loads)) / GB
         rings = len(patterns[0].orders)
         found = _channels(cluster, rings, total / rings, several)
         cluster.memo[key] = found
@@ -372,11 +382,11 @@ def _nvls_graph(cluster: Cluster, graph: RingGraph) -> tuple[int, float] | None:
     if not all(p.nvlink for p in graph.patterns):
         return None
     several = graph.num_nodes > 1
-    heads = len(graph.patterns[0].rails) if several else local
+    heads = len(graph.patterns[0].rails) if several else min(local, MAX_NVLS_HEADS)
     gpu_bw = _nvlink_bytes_per_s(cluster, graph) / GB
     limit = min(gpu_bw, gpu_bw * local / (local - 1) / heads)
     if several:
-        limit = min(limit, cluster.nic_bytes_per_s / GB)
+        limit = min(limit, cluster.nic_line_bytes_per_s / GB)
     row = _generation(cluster) - 1
     fits = [s for s in (SPEEDS_INTER if several else SPEEDS_INTRA)[row] if s <= limit + 1e-6]
     return (heads, fits[0]) if fits and heads >= 2 else None
@@ -600,7 +610,7 @@ def _add(loads: Loads, base: int, links: Iterable[int], num_bytes: float) -> Non
 def _ring_loads(cluster: Cluster, graph: RingGraph, hop_bytes: float, loads: Loads, kind: str, root: int) -> None:
     """Add a ring's bytes: every hop carries ``hop_bytes``, split over the rings. A chain leaves out the hop that would
     close the circle at the root."""
-    stride = cluster.links_per_node
+    stride = cluster.links_per_domain
     nodes, patterns = graph.nodes, graph.patterns
     for (node, _), pattern in zip(nodes, patterns, strict=True):
         base = node * stride
@@ -614,7 +624,7 @@ def _ring_loads(cluster: Cluster, graph: RingGraph, hop_bytes: float, loads: Loa
                 _add(loads, 0, cluster.fabric(node, rail, nodes[j][0], to_rail), each)
     if kind in ("broadcast", "reduce"):
         each = -hop_bytes / len(patterns[0].orders)
-        at = next(i for i, (node, _) in enumerate(nodes) if node == cluster.node_of(root))
+        at = next(i for i, (node, _) in enumerate(nodes) if node == cluster.domain_of(root))
         local = cluster.local_index(root)
         for r, order in enumerate(patterns[at].orders):
             place = order.index(local) + (0 if kind == "broadcast" else 1)
@@ -629,7 +639,7 @@ def _ring_loads(cluster: Cluster, graph: RingGraph, hop_bytes: float, loads: Loa
 
 def _between(cluster: Cluster, graph: RingGraph, i: int, j: int, ring: int, num_bytes: float, loads: Loads) -> None:
     """Add bytes from the last GPU of ring ``ring`` on the group's i-th node to the first on its j-th."""
-    stride = cluster.links_per_node
+    stride = cluster.links_per_domain
     source, target = graph.patterns[i], graph.patterns[j]
     out = cluster.local_nic_route(source.orders[ring][-1], source.rails[ring], outward=True)
     into = cluster.local_nic_route(target.orders[ring][0], target.rails[ring], outward=False)
@@ -644,7 +654,7 @@ def _tree_between(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads
 
     Both ends are the GPU beside the NIC (the first of the ring).
     """
-    stride = cluster.links_per_node
+    stride = cluster.links_per_domain
     rings = len(graph.patterns[0].rails)
     each = tensor_bytes / rings / 2
     for parents in collective.double_binary_tree(graph.num_nodes):
@@ -667,8 +677,8 @@ def _tree_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: 
         each = tensor_bytes / len(pattern.orders)
         for order in pattern.orders:
             for a, b in pairwise(order):
-                _add(loads, node * cluster.links_per_node, cluster.local_route(a, b).links, each)
-                _add(loads, node * cluster.links_per_node, cluster.local_route(b, a).links, each)
+                _add(loads, node * cluster.links_per_domain, cluster.local_route(a, b).links, each)
+                _add(loads, node * cluster.links_per_domain, cluster.local_route(b, a).links, each)
     if graph.num_nodes > 1:
         _tree_between(cluster, graph, tensor_bytes, loads)
 
@@ -679,9 +689,9 @@ def _nvls_loads(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: flo
     Reducing: each head reads its part (S/heads), the switch fetches it from every GPU and adds: every GPU sends S and
     every head receives S/heads. Multicast: each head writes its part once, every GPU receives S.
     """
-    for node, gpus in graph.nodes:
-        heads = gpus if graph.num_nodes == 1 else tuple(o[0] for o in graph.patterns[0].orders)
-        base = node * cluster.links_per_node
+    for at, (node, gpus) in enumerate(graph.nodes):
+        heads = gpus[:MAX_NVLS_HEADS] if graph.num_nodes == 1 else tuple(o[0] for o in graph.patterns[at].orders)
+        base = node * cluster.links_per_domain
         for i, gpu in enumerate(gpus):
             up, down = cluster.local_route(gpu, gpus[i - 1]).links[0], cluster.local_route(gpus[i - 1], gpu).links[-1]
             part = tensor_bytes / len(heads) if gpu in heads else 0.0
@@ -723,7 +733,7 @@ def _message_latency_s(cluster: Cluster, pairs: Iterable[tuple[int, int]]) -> fl
     simple = PROTOCOLS.index("Simple")
     worst = 0.0
     for source, target in pairs:
-        if cluster.node_of(source) != cluster.node_of(target):
+        if cluster.domain_of(source) != cluster.domain_of(target):
             hw = "net"
         else:
             route = cluster.local_route(cluster.local_index(source), cluster.local_index(target))
@@ -785,7 +795,8 @@ def _nvls_bytes_per_s(cluster: Cluster, graph: RingGraph, choice: Choice, kind: 
     On one node NCCL's own figure is for choosing only; it takes no account of how a switch's reads and multicasts
     share the links. Between nodes NCCL's limit of a channel holds as well.
     """
-    heads = len(graph.nodes[0][1]) if graph.num_nodes == 1 else len(graph.patterns[0].rails)
+    local = min(len(graph.nodes[0][1]), MAX_NVLS_HEADS)
+    heads = local if graph.num_nodes == 1 else len(graph.patterns[0].rails)
     efficiency = NVLS_EFFICIENCY[_generation(cluster)]
     per_byte = 1 + 1 / heads if kind == "all_reduce" else 1.0
     limit = efficiency * _nvlink_bytes_per_s(cluster, graph) / per_byte
