@@ -65,7 +65,8 @@ def test_wires_join_devices_that_exist_and_reach_everything(name):
             assert "nic" in reached or not has_nic
     assert load.gpu(node.gpu)
     network = load.network(node.default_network)
-    assert network.nics_per_node == sum(kind == "nic" for kind in devices.values())
+    # A nic of the file may stand for several ports that one GPU drives together (EFA).
+    assert network.nics_per_node % sum(kind == "nic" for kind in devices.values()) == 0
 
 
 @pytest.mark.parametrize("name", load.names("node"))
