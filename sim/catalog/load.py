@@ -36,7 +36,7 @@ DEVICE_KINDS = ("gpu", "nvswitch", "pcie-switch", "cpu", "nic")
 CPU_VENDORS = ("intel", "amd", "arm", "power")
 FABRICS = ("infiniband", "roce", "efa", "slingshot", "omni-path", "ethernet")
 
-_FACT_KINDS = get_args(FactKind)
+FACT_KINDS = get_args(FactKind)
 _HERE = Path(__file__).resolve().parent
 _MAX_FILE_BYTES = 2**20
 _MAX_DEPTH = 16
@@ -353,8 +353,8 @@ class _Reader:
             row = {"value": written, "kind": "user", "source": self.file} if self._users else {}
         value = row.get("value")
         kind, source = row.get("kind"), str(row.get("source", ""))
-        if kind not in _FACT_KINDS:
-            self.problem(path, f"{where}: kind {kind!r} is none of {', '.join(_FACT_KINDS)}")
+        if kind not in FACT_KINDS:
+            self.problem(path, f"{where}: kind {kind!r} is none of {', '.join(FACT_KINDS)}")
         if not source:
             self.problem(path, f"{where} has no source")
         self.facts[name] = Fact(
