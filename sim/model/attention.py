@@ -8,7 +8,7 @@ copies that they force: a transposed view holds no bytes.
 from __future__ import annotations
 
 from sim.ir.ledger import Attention, Dim, DType, Gemm, Kernel, Pointwise, Shape, Tensor, size
-from sim.model.tape import Tape, Value, cast, dropout, pointwise
+from sim.model.tape import Tape, Value, cast, dropout, handed_on, pointwise
 
 REGION = "core_attention"
 """What Megatron's selective recompute redoes."""
@@ -219,20 +219,23 @@ def repeat_kv(tape: Tape, name: str, x: Value, heads: Shape, out: str, *, module
     )  # fmt: skip
 
 
-def contiguous(tape: Tape, name: str, x: Value, out: str, *, module: str, region: str = REGION) -> Value:
+def contiguous(tape: Tape, name: str, x: Value, out: str, *, module: str) -> Value:
     """A copy into another layout; its gradient is handed back as a view."""
-    result = Value(Tensor(out, x.shape, x.dtype))
-    tape.op(
-        name, (Pointwise("copy", (x.tensor,), (result.tensor,)),), reads=(x.name,), writes=(result.tensor,),
-        module=module, region=region,
-    )  # fmt: skip
+    return handed_on(tape, name, x, out, kind="copy", module=module, region=REGION)
 
-    def emit() -> None:
-        if (grad := tape.take(result)) is not None:
-            tape.give(x, grad, module, region)
 
-    tape.node(emit)
-    return result
+def for_bmm(
+    tape: Tape, module: str, q: Value, k: Value, v: Value, *, repeated: bool
+) -> tuple[Value, Value, Value]:  # fmt: skip
+    """``matmul`` folds batch and heads into one dimension: transposed operands are copied for it, unless there is one
+    sequence, when a view serves. Keys and values repeated for GQA are contiguous already."""
+    if q.shape[0].size == 1:
+        return q, k, v
+    q = contiguous(tape, f"{module}.query.contiguous", q, "query.contiguous", module=module)
+    if not repeated:
+        k = contiguous(tape, f"{module}.key.contiguous", k, "key.contiguous", module=module)
+        v = contiguous(tape, f"{module}.value.contiguous", v, "value.contiguous", module=module)
+    return q, k, v
 
 
 def sdpa_math(
@@ -242,23 +245,21 @@ def sdpa_math(
     root of the scale, the mask is added in place, softmax keeps its result, dropout its mask and result.
 
     Source: aten/src/ATen/native/transformers/attention.cpp (allowFP16BF16ReductionMathSDP is off by default).
-    Leaves out: the causal mask itself, [seq, seq] booleans made and dropped in each call, and the copies that ``bmm``
-    makes of batched transposed operands are counted as what they are: new tensors that replace the scaled ones.
+    Leaves out: the causal mask itself, [seq, seq] booleans made and dropped in each call.
     """
-    heads = q.shape[2:3]
+    heads, repeated = q.shape[2:3], q.shape[2].size != k.shape[2].size
     dtype = q.dtype
     q, k, v = (
-        cast(tape, f"{module}.{n}.float", x, "fp32", module=module, region=REGION)
+        cast(tape, f"{module}.{n}.float", x, "fp32", out=f"{n}.math", module=module, region=REGION)
         for n, x in (("query", q), ("key", k), ("value", v))
     )
-    k = repeat_kv(tape, f"{module}.repeat_key", k, heads, f"{k.name}.repeated", module=module)
-    v = repeat_kv(tape, f"{module}.repeat_value", v, heads, f"{v.name}.repeated", module=module)
-    q = pointwise(
-        tape, f"{module}.scale_query", (q,), f"{q.name}.scaled", grads=((),), module=module, region=REGION
-    )  # fmt: skip
-    k = pointwise(
-        tape, f"{module}.scale_key", (k,), f"{k.name}.scaled", grads=((),), module=module, region=REGION
-    )  # fmt: skip
+    k = repeat_kv(tape, f"{module}.repeat_key", k, heads, "key.repeated", module=module)
+    v = repeat_kv(tape, f"{module}.repeat_value", v, heads, "value.repeated", module=module)
+    q, k = (
+        pointwise(tape, f"{module}.scale_{n}", (x,), f"{n}.scaled", grads=((),), module=module, region=REGION)
+        for n, x in (("query", q), ("key", k))
+    )
+    q, k, v = for_bmm(tape, module, q, k, v, repeated=repeated)
     scores = matmul_scores(tape, f"{module}.scores", q, k, f"{out}.scores", module=module, heads=heads)
     mask = alibi if alibi is not None else Tensor("causal_mask", scores.shape[2:], "fp32")
     tape.op(

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sim.ir.ledger import Shape
-from sim.model.tape import Tape, Value, cast, dropout, linear, pointwise
+from sim.model.huggingface import gelu_new
+from sim.model.tape import Tape, Value, dropout, linear, pointwise
 
 MLP_ACTIVATION = "mlp_activation"
 
@@ -61,45 +62,10 @@ def _down(tape: Tape, mlp: Mlp, x: Value, out: str) -> Value:
 
 
 def activate(tape: Tape, module: str, activation: str, x: Value) -> Value:
-    """Write one activation. ``gelu`` and ``silu`` save the input, ``relu`` the result, ``gelu_new`` see below."""
+    """Write one activation. ``gelu`` and ``silu`` save the input, ``relu`` the result, ``gelu_new`` more."""
     if activation == "gelu_new":
-        return _gelu_new(tape, module, x)
+        return gelu_new(tape, module, x, region=MLP_ACTIVATION)
     saved = "activated" if activation == "relu" else x.name
     return pointwise(
         tape, module, (x,), "activated", grads=((saved,),), module=module, region=MLP_ACTIVATION
-    )  # fmt: skip
-
-
-def _gelu_new(tape: Tape, module: str, x: Value) -> Value:
-    """transformers' NewGELUActivation, op by op: 0.5 * x * (1 + tanh(c * (x + 0.044715 * pow(x, 3)))).
-
-    Kept: x (pow, product), 0.5 x and 1 + tanh (product), tanh's result. (transformers/activations.py)
-    ``pow`` is on autocast's fp32 list, so that under autocast what follows it is fp32.
-    """
-
-    def one(name: str, value: Value, *, saves: tuple[str, ...] = (), out: str = "") -> Value:
-        return pointwise(
-            tape, f"{module}.{name}", (value,), out or f"up.{name}", grads=(saves,), module=module,
-            region=MLP_ACTIVATION,
-        )  # fmt: skip
-
-    half = one("half", x)
-    base = (
-        cast(tape, f"{module}.float", x, "fp32", module=module, region=MLP_ACTIVATION) if tape.precision.autocast else x
-    )
-    cube = pointwise(
-        tape, f"{module}.pow", (base,), "up.cube", grads=((base.name,),), backward_scratch=2, module=module,
-        region=MLP_ACTIVATION,
-    )  # fmt: skip
-    scaled = one("cube_scaled", cube)
-    inner = pointwise(
-        tape, f"{module}.inner", (x, scaled), "up.inner", grads=((), ()), dtype=scaled.dtype, module=module,
-        region=MLP_ACTIVATION,
-    )  # fmt: skip
-    outer = one("outer", inner)
-    tanh = one("tanh", outer, saves=("up.tanh",))
-    plus = one("one_plus", tanh)
-    return pointwise(
-        tape, module, (half, plus), "activated", grads=((plus.name,), (half.name,)), dtype=plus.dtype, module=module,
-        region=MLP_ACTIVATION,
     )  # fmt: skip

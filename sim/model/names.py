@@ -34,13 +34,15 @@ class Names:
     activation: str = ""
     select: bool = False
     """Query, key and value are picked by index, whose backward makes a zeroed tensor for each, not by ``split``."""
+    fp32_softmax: bool = False
+    """Eager attention computes softmax in fp32 and casts it back."""
 
 
 LLAMA = Names(
     embed="embed_tokens", position="embed_positions", embed_norm="embed_norm", attention="self_attn",
     q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", qkv="", out="self_attn.o_proj",
     norm1="input_layernorm", norm2="post_attention_layernorm", gate="mlp.gate_proj", up="mlp.up_proj",
-    act="mlp.act_fn", down="mlp.down_proj", final_norm="norm",
+    act="mlp.act_fn", down="mlp.down_proj", final_norm="norm", fp32_softmax=True,
 )  # fmt: skip
 GPT2 = Names(
     embed="wte", position="wpe", embed_norm="ln_e", attention="attn", q="", k="", v="", qkv="attn.c_attn",
@@ -58,6 +60,7 @@ BLOOM = Names(
     attention="self_attention", q="", k="", v="", qkv="self_attention.query_key_value", out="self_attention.dense",
     norm1="input_layernorm", norm2="post_attention_layernorm", gate="mlp.gate", up="mlp.dense_h_to_4h",
     act="mlp.gelu_impl", down="mlp.dense_4h_to_h", final_norm="ln_f", select=True,
+    fp32_softmax=True,
 )  # fmt: skip
 FALCON = Names(
     embed="word_embeddings", position="position_embeddings", embed_norm="embed_norm", attention="self_attention",
@@ -68,7 +71,7 @@ FALCON = Names(
 MPT = Names(
     embed="wte", position="wpe", embed_norm="norm_e", attention="attn", q="", k="", v="", qkv="attn.Wqkv",
     out="attn.out_proj", norm1="norm_1", norm2="norm_2", gate="ffn.gate", up="ffn.up_proj", act="ffn.act",
-    down="ffn.down_proj", final_norm="norm_f",
+    down="ffn.down_proj", final_norm="norm_f", fp32_softmax=True,
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Shapes: x[batch, seq, hidden]; statistics [batch, seq] in fp32.
 from __future__ import annotations
 
 from sim.ir.ledger import DType, Parameter, Pointwise, Shape, Tensor
-from sim.model.tape import Tape, Value, cast, pointwise
+from sim.model.tape import Tape, Value, cast, handed_on, pointwise
 
 
 def norm(
@@ -104,7 +104,7 @@ def _llama_rms_norm(tape: Tape, module: str, x: Value, weight: Parameter, out: s
     mean = pointwise(
         tape, f"{module}.mean", (square,), f"{out}.variance", shape=rows, grads=((),), kind="reduce", module=module
     )  # fmt: skip
-    shifted = pointwise(tape, f"{module}.eps", (mean,), f"{out}.variance_eps", grads=((),), module=module)
+    shifted = handed_on(tape, f"{module}.eps", mean, f"{out}.variance_eps", module=module)
     rstd_name = f"{out}.rstd"
     rstd = pointwise(
         tape, f"{module}.rsqrt", (shifted,), rstd_name, grads=((rstd_name,),), also_reads=(mean.name,), module=module

@@ -320,6 +320,52 @@ def split(tape: Tape, name: str, x: Value, shapes: tuple[Shape, ...], *, module:
     return parts
 
 
+def narrow(tape: Tape, name: str, x: Value, shape: Shape, *, module: str = "") -> Value:
+    """A view of a part (slice, select): its gradient is filled with zeros to the full size of ``x``."""
+    part = Value(Tensor(x.name, shape, x.dtype), x.needs_grad)
+
+    def emit() -> None:
+        grad = tape.take(part)
+        if grad is None:
+            return
+        new = tape.fresh(x)
+        tape.back(
+            f"{name}.backward", (Pointwise("elementwise", (), (new,)), Pointwise("copy", (grad,), (grad,))),
+            reads=(grad.name,), writes=(new,), module=module,
+        )  # fmt: skip
+        tape.give(x, new, module)
+
+    tape.node(emit)
+    return part
+
+
+def handed_on(
+    tape: Tape,
+    name: str,
+    x: Value,
+    out: str,
+    *,
+    constants: tuple[Tensor, ...] = (),
+    dtype: DType | None = None,
+    kind: str = "elementwise",
+    module: str = "",
+    region: str = "",
+) -> Value:
+    """A new tensor whose gradient is handed on as it is: x plus a constant, or x in another layout."""
+    result = Value(Tensor(out, x.shape, dtype or x.dtype))
+    tape.op(
+        name, (Pointwise(kind, (x.tensor, *constants), (result.tensor,)),), reads=(x.name,), writes=(result.tensor,),
+        module=module, region=region,
+    )  # fmt: skip
+
+    def emit() -> None:
+        if (grad := tape.take(result)) is not None:
+            tape.give(x, grad, module, region)
+
+    tape.node(emit)
+    return result
+
+
 def linear(tape: Tape, module: str, x: Value, n: Shape, k: Shape, *, bias: bool, out: str) -> Value:
     """``F.linear``: y[m, n] = x[m, k] @ w[n, k]^T + b[n]. Saves x (and the weight, which is a parameter).
 

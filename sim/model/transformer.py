@@ -13,12 +13,13 @@ from typing import Literal
 from sim.ir.ledger import Dim, DType, Layer, Ledger, Pointwise, Shape, Tensor
 from sim.model import attention as core
 from sim.model.embedding import TOKENS, lookup, positions
+from sim.model.huggingface import eager_attention, rope_half
 from sim.model.loss import LABELS, cross_entropy
 from sim.model.mlp import Mlp, gated, plain
 from sim.model.names import Names, names_of
 from sim.model.norm import norm
 from sim.model.precision import Precision, promote
-from sim.model.tape import Tape, Value, add, dropout, linear, split
+from sim.model.tape import Tape, Value, add, dropout, linear, narrow, split
 from sim.scenario.schema import ModelConfig, Training
 
 FLOPS_FORMULA = (
@@ -244,8 +245,13 @@ def _buffers(c: Context) -> tuple[Tensor, ...]:
     if model.position == "alibi":
         found.append(core.alibi_tensor(d.heads, (d.seq,), c.precision.low))
     if c.code == "huggingface" and c.training.attention == "math":
-        found.append(Tensor("causal_mask", (d.batch, d.seq, Dim("key_seq", d.seq.size)), c.residual_dtype))
+        found.append(_causal_mask(c))
     return tuple(found)
+
+
+def _causal_mask(c: Context) -> Tensor:
+    """The mask that eager attention adds: zeros and the smallest number, in the model's dtype."""
+    return Tensor("causal_mask", (c.dims.batch, c.dims.seq, Dim("key_seq", c.dims.seq.size)), c.residual_dtype)
 
 
 def rope_cos_sin(c: Context) -> tuple[Tensor, Tensor]:
@@ -293,7 +299,13 @@ def _qkv(c: Context, tape: Tape, x: Value) -> tuple[Value, Value, Value]:
     if n.qkv:
         fused = project(n.qkv, d.qkv, "query_key_value")
         query, key = (*d.rows, d.heads, d.head_dim), (*d.rows, d.kv_heads, d.head_dim)
-        q, k, v = split(tape, f"{n.attention}.split", fused, (query, key, key), module=n.attention)
+        if n.select and c.code == "huggingface":
+            q, k, v = (
+                narrow(tape, f"{n.attention}.{name}", fused, shape, module=n.attention)
+                for name, shape in (("query", query), ("key", key), ("value", key))
+            )
+        else:
+            q, k, v = split(tape, f"{n.attention}.split", fused, (query, key, key), module=n.attention)
         return q, k, v
     return (
         project(n.q, (d.heads, d.head_dim), "query"),
@@ -311,7 +323,11 @@ def _attention(c: Context, tape: Tape, x: Value) -> Value:
         q = normalise(c, tape, f"{module}.q_norm", q, out="query_normed", width=width)
         k = normalise(c, tape, f"{module}.k_norm", k, out="key_normed", width=width)
     if model.position == "rope":
-        q, k = core.rope_complex(tape, module, q, k, table=_rope_table(c))
+        if c.code == "huggingface":
+            cos, sin = rope_cos_sin(c)
+            q, k = rope_half(tape, module, q, k, cos=cos, sin=sin)
+        else:
+            q, k = core.rope_complex(tape, module, q, k, table=_rope_table(c))
     out = _core_attention(c, tape, q, k, v)
     p, name = model.dropout, "attention_output"
     y = linear(
@@ -326,6 +342,11 @@ def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Val
     module, p, out = c.names.attention, c.model.attention_dropout, "attention"
     alibi = core.alibi_tensor(c.dims.heads, (c.dims.seq,), c.precision.low) if c.model.position == "alibi" else None
     kernel: str = c.training.attention
+    if c.code == "huggingface" and kernel == "math":
+        bias = alibi if alibi is not None else _causal_mask(c)
+        return eager_attention(
+            tape, q, k, v, out=out, module=module, p=p, fp32_softmax=c.names.fp32_softmax, bias=bias
+        )  # fmt: skip
     if tape.precision.autocast:
         q, k, v = core.to_low(tape, module, q, k, v)
     if kernel == "sdpa":
