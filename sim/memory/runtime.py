@@ -44,7 +44,7 @@ class NcclCommunicator:
     """A communicator of one rank, as NCCL has connected it.
 
     ``num_ranks``       of the group; ``num_nodes`` that it spans, evenly
-    ``link``            between GPUs of a node: ``p2p`` (NVLink, or PCIe with peer access) or ``shm`` (through host memory)
+    ``link``            between GPUs of a node: ``p2p`` (NVLink, PCIe with peer access) or ``shm`` (through the host)
     ``num_channels``    channels of its collectives
     ``algorithms``      those in use ("ring", "tree", "nvls", "nvlstree"; a protocol after a slash is ignored): from
                         NCCL 2.22 on, an algorithm's connections are made when it is first used
@@ -97,7 +97,7 @@ def nccl_bytes(communicator: NcclCommunicator) -> int:
 
     A connection is one channel, one peer, one direction; algorithms share it (src/transport.cc: connected ones are
     skipped). A ring has one receiving and one sending end, a tree both with each of its neighbours, of which there are
-    two in the chain inside a node. With several nodes one of a node's GPUs has the network's ends of a channel, in turn.
+    two in the chain inside a node. With several nodes one of a node's GPUs has a channel's network ends, in turn.
     Leaves out: the work queue and other structures of some MiB, registered user buffers, CollNet and PAT.
     """
     c = communicator
@@ -137,8 +137,8 @@ def outside_torch(
     """Return what one rank's process holds beside PyTorch's allocator.
 
     ``cuda_context_bytes`` is the context with the kernels that are loaded into it, ``library_bytes`` what libraries
-    allocate for themselves, ``context_band`` the range of the context. NCCL's band is from rings alone to every
-    algorithm of the communicator connected, as before NCCL 2.22.
+    allocate for themselves, ``context_band`` the range of the context (zeros: unknown). NCCL's band is from rings alone
+    to every algorithm of the communicator connected, as before NCCL 2.22.
     """
     counted = least = most = 0
     for communicator in communicators:
@@ -147,7 +147,7 @@ def outside_torch(
         counted += used
         least += min(used, nccl_bytes(_with(communicator, ("ring",))))
         most += max(used, nccl_bytes(_with(communicator, eager)))
-    low, high = context_band or (cuda_context_bytes, cuda_context_bytes)
+    low, high = context_band if context_band and any(context_band) else (cuda_context_bytes, cuda_context_bytes)
     words = [f"CUDA context of {_mib(cuda_context_bytes)}, with lazily loaded kernels ({_mib(low)} to {_mib(high)})"]
     if communicators:
         words.append(
@@ -170,8 +170,8 @@ def cublas_workspace_bytes(compute_capability: tuple[int, int]) -> int:
     """Return the workspace that PyTorch allocates for each cuBLAS handle and stream, from its caching allocator.
 
     aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``: ":4096:2:16:8", 2 x 4096 KiB + 8 x 16 KiB,
-    and 32 MiB from Hopper on (Blackwell: in releases of 2026). Handles belong to threads, so autograd's thread, which runs
-    backward, has a workspace of its own on the same stream.
+    and 32 MiB from Hopper on (Blackwell: in releases of 2026). Handles belong to threads, so autograd's thread, which
+    runs backward, has a workspace of its own on the same stream.
     """
     major, _ = compute_capability
     return 32 * MIB if major >= 9 else (2 * 4096 + 8 * 16) * KIB
