@@ -6,7 +6,7 @@ each value that the file did not give comes from. All sizes are base units.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -81,6 +81,8 @@ class ClusterSpec(_Frozen):
     network: NetworkFacts | None
     num_nodes: PositiveInt
     num_gpus: PositiveInt
+    written: dict[str, Any] = Field(default_factory=dict)
+    """``node``, ``network`` and ``gpu`` as a scenario file gives them, files by their absolute path."""
 
     @property
     def gpus_per_node(self) -> int:
@@ -131,6 +133,15 @@ class DdpSettings(_Frozen):
     """autocast: fp32 parameters, 16-bit matmuls; pure: parameters, gradients and optimizer in 16 bit."""
 
 
+class Fsdp1Settings(_Frozen):
+    """torch.distributed.fsdp.FullyShardedDataParallel, as MosaicML's trainer names its mixed precision.
+
+    DEFAULT reduces gradients in fp32, PURE in 16 bit, FULL keeps everything in fp32.
+    """
+
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+
+
 class AllocatorConfig(_Frozen):
     """PYTORCH_ALLOC_CONF, as the caching allocator reads it."""
 
@@ -151,6 +162,7 @@ class Scenario(_Frozen):
     training: Training
     ddp: DdpSettings = DdpSettings()
     deepspeed: DeepSpeedSettings
+    fsdp1: Fsdp1Settings = Fsdp1Settings()
     allocator: AllocatorConfig = AllocatorConfig()
     sources: dict[str, str] = Field(default_factory=dict)
     """dotted path of a resolved value -> where it comes from, for values that the file does not give."""

@@ -1,0 +1,458 @@
+"""Rules that relate fields: one rule, one function. Each yields where, what is wrong, and a remedy that works.
+
+A rule reads a ``Draft``; where a value that it needs is not known, it is skipped (``run_rules``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from sim.interop.values import Problem, either
+from sim.scenario.draft import Draft, UnknownError
+
+Rule = Callable[[Draft], Iterator[Problem]]
+
+MAX_MICROBATCHES = 16_384
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, ascending."""
+    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
+def nearest(values: list[int], wanted: int) -> list[int]:
+    """Return the one below and the one above of some values, those that exist."""
+    below = [v for v in values if v < wanted][-1:]
+    return below + [v for v in values if v > wanted][:1]
+
+
+def multiples(of: int, around: int) -> list[int]:
+    """Return the multiples next to a number, at least one of them positive."""
+    down = around // of * of
+    return [m for m in (down, down + of) if m > 0]
+
+
+def write(key: str, values: list[int]) -> str:
+    return f"write {key}: {either([str(value) for value in values])}"
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def kv_heads_divide_heads(d: Draft) -> Iterator[Problem]:
+    """Grouped queries: each key and value head serves the same number of query heads."""
+    heads, kv = d.model.num_attention_heads, d.model.num_key_value_heads
+    if heads % kv:
+        yield Problem(
+            ("model", "num_key_value_heads"),
+            f"model.num_key_value_heads = {kv} does not divide model.num_attention_heads = {heads}",
+            write("num_key_value_heads", nearest(divisors(heads), kv)),
+        )
+
+
+def heads_have_a_width(d: Draft) -> Iterator[Problem]:
+    """Without ``head_dim`` the hidden size is shared out over the heads."""
+    if d.model.knows("head_dim"):
+        return
+    hidden, heads = d.model.hidden_size, d.model.num_attention_heads
+    if hidden % heads:
+        yield Problem(
+            ("model", "num_attention_heads"),
+            f"model.num_attention_heads = {heads} does not divide model.hidden_size = {hidden}",
+            write("num_attention_heads", nearest(divisors(hidden), heads)) + ", or give model.head_dim too",
+        )
+
+
+def rope_needs_even_heads(d: Draft) -> Iterator[Problem]:
+    """Rotary embedding turns pairs of elements."""
+    if d.model.position == "rope" and d.model.head_dim % 2:
+        width = d.model.head_dim
+        yield Problem(
+            ("model", "head_dim"),
+            f"model.head_dim = {width} is odd; rotary positions turn pairs of elements",
+            write("head_dim", [w for w in (width - 1, width + 1) if w > 0]) + ", or position: learned",
+        )
+
+
+def experts_are_chosen(d: Draft) -> Iterator[Problem]:
+    """A token visits some of the experts, not more than there are."""
+    experts, chosen = d.model.num_local_experts, d.model.num_experts_per_tok
+    if experts is not None and chosen is None:
+        yield Problem(
+            ("model", "num_local_experts"),
+            f"model.num_local_experts = {experts}, but not how many a token visits",
+            "write num_experts_per_tok: 2, say",
+        )
+    if chosen is not None and experts is None:
+        yield Problem(
+            ("model", "num_experts_per_tok"),
+            f"model.num_experts_per_tok = {chosen}, but model.num_local_experts is missing",
+            "write how many experts there are, or remove num_experts_per_tok",
+        )
+    if experts is not None and chosen is not None and chosen > experts:
+        yield Problem(
+            ("model", "num_experts_per_tok"),
+            f"model.num_experts_per_tok = {chosen} is more than model.num_local_experts = {experts}",
+            f"write at most {experts}",
+        )
+
+
+def positions_reach(d: Draft) -> Iterator[Problem]:
+    """A learned position table has a row for each position."""
+    rows, tokens = d.model.max_position_embeddings, d.sequence_length
+    if d.model.position == "learned" and tokens > rows:
+        yield Problem(
+            ("training", "sequence_length"),
+            f"training.sequence_length = {tokens} is beyond the model's {rows} learned positions",
+            f"write sequence_length: {rows} or less, or raise model.max_position_embeddings to {tokens}",
+        )
+
+
+# --- the mesh ------------------------------------------------------------------------------------
+
+
+def mesh_fits_cluster(d: Draft) -> Iterator[Problem]:
+    """Every GPU is one rank of the mesh: dp * tp * pp * cp ranks."""
+    tp, pp, cp, gpus = d.tp, d.pp, d.cp, d.num_gpus
+    model_ranks = tp * pp * cp
+    axes = " * ".join(f"{name} {value}" for name, value in (("tp", tp), ("pp", pp), ("cp", cp)) if value > 1)
+    if d.knows("dp") and model_ranks * d.dp == gpus:
+        return
+    path = ("parallelism", "dp") if d.knows("dp") else ("parallelism", max(zip((tp, pp, cp), ("tp", "pp", "cp"), strict=True))[1])  # fmt: skip
+    if d.knows("dp"):
+        product = f"dp {d.dp}" + (f" * {axes}" if axes else "")
+        problem = f"parallelism needs {product} = {d.dp * model_ranks} ranks, but the cluster has {gpus} GPUs"
+    else:
+        problem = f"parallelism needs a multiple of {axes} = {model_ranks} ranks, but the cluster has {gpus} GPUs"
+    if gpus % model_ranks == 0:
+        yield Problem(path, problem, f"write dp: {gpus // model_ranks}, or leave dp out")
+        return
+    needed = model_ranks * (d.dp if d.knows("dp") else 1)
+    yield Problem(path, problem, _room_for(d, needed, model_ranks))
+
+
+def _room_for(d: Draft, needed: int, model_ranks: int) -> str:
+    """Say which clusters the mesh would fill: as they are, or with whole nodes."""
+    per_node = d.node.num_gpus
+    if not d.knows("dp"):
+        whole = needed
+        while whole > per_node and whole % per_node:
+            whole += model_ranks
+        needed = whole
+    if needed <= per_node or needed % per_node == 0:
+        return f"write cluster.num_gpus: {needed}" + (" and leave num_nodes out" if d.gives_nodes else "")
+    return "choose tp, pp and cp so that their product divides the number of GPUs"
+
+
+def tensor_parallelism_divides(d: Draft) -> Iterator[Problem]:
+    """Tensor parallelism gives each rank the same number of heads and columns."""
+    tp, heads = d.tp, d.model.num_attention_heads
+    if heads % tp:
+        yield Problem(
+            ("parallelism", "tp"),
+            f"parallelism.tp = {tp} does not divide model.num_attention_heads = {heads}",
+            write("tp", nearest(divisors(heads), tp)),
+        )
+        return
+    kv = d.model.num_key_value_heads
+    if kv % tp and tp % kv:
+        yield Problem(
+            ("parallelism", "tp"),
+            f"parallelism.tp = {tp} neither divides model.num_key_value_heads = {kv} nor is a multiple of it",
+            write("tp", nearest([t for t in divisors(heads) if kv % t == 0 or t % kv == 0], tp)),
+        )
+        return
+    ffn = d.model.intermediate_size
+    if ffn % tp:
+        yield Problem(
+            ("parallelism", "tp"),
+            f"parallelism.tp = {tp} does not divide model.intermediate_size = {ffn}",
+            write("tp", nearest([t for t in divisors(heads) if ffn % t == 0], tp)),
+        )
+
+
+def pipeline_has_layers(d: Draft) -> Iterator[Problem]:
+    """Each stage has a layer; the embedding and the head may stand for one each, as Megatron counts them."""
+    pp, layers = d.pp, d.model.num_hidden_layers
+    if pp > layers + 2:
+        yield Problem(
+            ("parallelism", "pp"),
+            f"parallelism.pp = {pp} stages, but model.num_hidden_layers = {layers}",
+            write("pp", nearest(divisors(layers), layers + 1)[:1]) + " or less",
+        )
+    elif pp > 1 and d.layers_per_stage is None and pp * d.vpp > layers + 2:
+        yield Problem(
+            ("parallelism", "vpp"),
+            f"pp {pp} * vpp {d.vpp} = {pp * d.vpp} virtual stages, but model.num_hidden_layers = {layers}",
+            f"write vpp: {max(1, layers // pp)} or less",
+        )
+
+
+def layers_per_stage_adds_up(d: Draft) -> Iterator[Problem]:
+    """The list has an entry for each (virtual) stage and adds up to the layers."""
+    given, layers = d.layers_per_stage, d.model.num_hidden_layers
+    if given is None:
+        return
+    if len(given) not in (d.pp, d.pp * d.vpp):
+        yield Problem(
+            ("parallelism", "layers_per_stage"),
+            f"parallelism.layers_per_stage has {len(given)} entries for {d.pp * d.vpp} stages",
+            f"write {d.pp * d.vpp} numbers that add up to {layers}",
+        )
+    elif sum(given) != layers:
+        yield Problem(
+            ("parallelism", "layers_per_stage"),
+            f"parallelism.layers_per_stage adds up to {sum(given)}, but model.num_hidden_layers = {layers}",
+            f"write {len(given)} numbers that add up to {layers}",
+        )
+
+
+def virtual_stages_need_a_schedule(d: Draft) -> Iterator[Problem]:
+    """Only some schedules give a rank more than one stage."""
+    if d.vpp > 1 and d.schedule in ("gpipe", "1f1b", "zb-h1", "zb-2p"):
+        yield Problem(
+            ("parallelism", "vpp"),
+            f"parallelism.vpp = {d.vpp}, but schedule {d.schedule} has one stage a rank",
+            "write schedule: interleaved, or leave vpp out",
+        )
+    if d.vpp > 1 and d.pp == 1:
+        yield Problem(
+            ("parallelism", "vpp"),
+            f"parallelism.vpp = {d.vpp}, but there is no pipeline: pp is 1",
+            "leave vpp out, or write pp: 2 or more",
+        )
+    if d.schedule == "interleaved" and d.vpp == 1 and d.pp > 1:
+        yield Problem(
+            ("parallelism", "schedule"),
+            "parallelism.schedule is interleaved, but vpp is 1",
+            "write vpp: 2 or more, or schedule: 1f1b",
+        )
+
+
+def interleaving_needs_full_groups(d: Draft) -> Iterator[Problem]:
+    """Megatron's interleaved schedule runs microbatches in groups of pp (megatron/core/pipeline_parallel/schedules.py)."""
+    if d.schedule != "interleaved" or d.pp == 1 or d.vpp == 1:
+        return
+    microbatches, rest = divmod(d.global_batch_size, d.dp * d.micro_batch_size)
+    if not rest and microbatches % d.pp:
+        yield Problem(
+            ("training", "global_batch_size"),
+            f"{microbatches} microbatches do not fill groups of pp = {d.pp}, as schedule interleaved needs",
+            write("global_batch_size", [m * d.dp * d.micro_batch_size for m in multiples(d.pp, microbatches)]),
+        )
+
+
+def expert_parallelism_divides(d: Draft) -> Iterator[Problem]:
+    """Each rank holds the same number of experts."""
+    if d.ep == 1:
+        return
+    experts = d.model.num_local_experts
+    if experts is None:
+        yield Problem(("parallelism", "ep"), f"parallelism.ep = {d.ep}, but the model has no experts", "leave ep out")
+    elif experts % d.ep:
+        yield Problem(
+            ("parallelism", "ep"),
+            f"parallelism.ep = {d.ep} does not divide model.num_local_experts = {experts}",
+            write("ep", nearest(divisors(experts), d.ep)),
+        )
+
+
+def context_parallelism_divides(d: Draft) -> Iterator[Problem]:
+    """Each rank holds two equal pieces of the sequence, an early and a late one, so that a causal mask is fair."""
+    pieces = 2 * d.cp if d.cp > 1 else 1
+    if d.sequence_length % pieces:
+        yield Problem(
+            ("training", "sequence_length"),
+            f"training.sequence_length = {d.sequence_length} does not divide into 2 * cp = {pieces} pieces",
+            write("sequence_length", multiples(pieces, d.sequence_length)),
+        )
+
+
+def sequence_parallelism_divides(d: Draft) -> Iterator[Problem]:
+    """Sequence parallelism splits the tokens over the tensor-parallel ranks."""
+    if d.sp and d.tp > 1 and (d.sequence_length // d.cp) % d.tp:
+        yield Problem(
+            ("training", "sequence_length"),
+            f"training.sequence_length = {d.sequence_length} does not divide over tp {d.tp} with sp"
+            + (f" and cp {d.cp}" if d.cp > 1 else ""),
+            write("sequence_length", multiples(d.tp * 2 * d.cp, d.sequence_length)),
+        )
+
+
+# --- the batch -----------------------------------------------------------------------------------
+
+
+def batch_divides(d: Draft) -> Iterator[Problem]:
+    """Each data-parallel rank runs a whole number of microbatches."""
+    dp, micro, batch = d.dp, d.micro_batch_size, d.global_batch_size
+    if batch % (dp * micro):
+        yield Problem(
+            ("training", "global_batch_size"),
+            f"training.global_batch_size = {batch} is no multiple of dp {dp} * micro_batch_size {micro} = {dp * micro}",
+            write("global_batch_size", multiples(dp * micro, batch)),
+        )
+    elif batch // (dp * micro) > MAX_MICROBATCHES:
+        yield Problem(
+            ("training", "global_batch_size"),
+            f"{batch // (dp * micro)} microbatches a step are more than sim runs ({MAX_MICROBATCHES})",
+            f"write global_batch_size: {MAX_MICROBATCHES * dp * micro} or less",
+        )
+
+
+# --- the hardware --------------------------------------------------------------------------------
+
+_UNIT_OF = {"mxfp8": "fp8"}
+
+
+def _sixteen_bit(d: Draft) -> list[str]:
+    return [name for name in ("bf16", "fp16") if name in d.gpu.peak_flops]
+
+
+def gpu_has_precision(d: Draft) -> Iterator[Problem]:
+    """The GPU's matrix units compute in this precision."""
+    have = d.gpu.peak_flops
+    unit = _UNIT_OF.get(d.precision, d.precision)
+    lacks = unit not in have
+    if d.precision == "mxfp8" and d.gpu.vendor == "nvidia":
+        lacks = lacks or d.gpu.compute_capability < (10, 0)
+    if lacks:
+        usable = [name for name in ("bf16", "fp16", "fp8", "tf32", "fp32") if name in have]
+        yield Problem(
+            ("training", "precision"),
+            f"GPU {d.gpu.name} does not compute in {d.precision}",
+            f"write precision: {either(usable)}",
+        )
+
+
+def attention_kernel_runs(d: Draft) -> Iterator[Problem]:
+    """FlashAttention-2 needs Ampere or newer and 16 bit, FlashAttention-3 Hopper (Dao-AILab/flash-attention, README)."""
+    path, kernel, gpu = ("training", "attention"), d.attention, d.gpu
+    if kernel in ("math", "sdpa"):
+        return
+    if gpu.vendor == "nvidia":
+        if gpu.compute_capability < (8, 0):
+            yield Problem(
+                path,
+                f"attention {kernel} needs an Ampere GPU or newer; {gpu.name} is {gpu.architecture.capitalize()}",
+                "write attention: sdpa or math",
+            )
+            return
+        if kernel == "flash-3" and gpu.compute_capability[0] != 9:
+            yield Problem(path, f"attention flash-3 needs a Hopper GPU; {gpu.name} is none", "write attention: flash-2")
+            return
+    elif kernel in ("flash-3", "cudnn"):
+        yield Problem(path, f"attention {kernel} needs an NVIDIA GPU", "write attention: flash-2")
+        return
+    if d.precision in ("fp32", "tf32"):
+        usable = _sixteen_bit(d)
+        yield Problem(
+            path,
+            f"attention {kernel} computes in 16 bit, but training.precision is {d.precision}",
+            "write attention: sdpa or math" + (f", or precision: {either(usable)}" if usable else ""),
+        )
+
+
+def nodes_are_connected(d: Draft) -> Iterator[Problem]:
+    """Several nodes need a network."""
+    if d.num_nodes > 1 and d.network is None:
+        yield Problem(
+            ("cluster", "node"),
+            f"{d.num_nodes} nodes of {d.node.name} have no network between them",
+            "write cluster.network: a name of 'sim catalog network', or '100 Gbit/s RoCE per node'",
+        )
+
+
+# --- the framework -------------------------------------------------------------------------------
+
+
+def framework_has_zero(d: Draft) -> Iterator[Problem]:
+    """DDP keeps whole copies; FSDP always shards; DeepSpeed's pipeline engine stops at stage 1."""
+    path, zero = ("parallelism", "zero"), d.zero
+    if d.framework == "ddp" and zero > 0:
+        others = {1: "deepspeed", 2: "deepspeed, fsdp1 or fsdp2", 3: "deepspeed, fsdp1 or fsdp2"}[zero]
+        yield Problem(
+            path,
+            f"parallelism.zero = {zero}, but framework ddp keeps whole copies on every rank",
+            f"write framework: {others}; or leave zero out",
+        )
+    if d.framework in ("fsdp1", "fsdp2") and zero < 2:
+        yield Problem(
+            path,
+            f"parallelism.zero = {zero}, but framework {d.framework} shards gradients at least",
+            "write zero: 2 or 3" + ("; or framework: ddp" if zero == 0 else "; or framework: deepspeed"),
+        )
+    # deepspeed/runtime/pipe/engine.py: "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism"
+    if d.framework == "deepspeed" and d.pp > 1 and zero > 1:
+        yield Problem(
+            path,
+            f"parallelism.zero = {zero} does not go with pp {d.pp}: DeepSpeed's pipeline engine stops at stage 1",
+            "write zero: 1, or pp: 1",
+        )
+
+
+def framework_has_axes(d: Draft) -> Iterator[Problem]:
+    """torch's DDP and FSDP1 know one axis, data parallelism."""
+    if d.framework not in ("ddp", "fsdp1"):
+        return
+    for axis in ("tp", "pp", "cp", "ep"):
+        value = getattr(d, axis)
+        if value > 1:
+            yield Problem(
+                ("parallelism", axis),
+                f"parallelism.{axis} = {value}, but framework {d.framework} is data parallelism alone",
+                f"write framework: megatron{' or fsdp2' if axis != 'ep' else ''}; or leave {axis} out",
+            )
+
+
+def offload_needs_stage(d: Draft) -> Iterator[Problem]:
+    """deepspeed/runtime/zero/config.py: offload_param is valid with stage 3, offload_optimizer with stages 1 to 3."""
+    if d.framework != "deepspeed":
+        return
+    if d.offload_param != "none" and d.zero != 3:
+        yield Problem(
+            ("deepspeed",),
+            f"DeepSpeed's offload_param needs ZeRO stage 3, and the stage is {d.zero}",
+            "write parallelism.zero: 3 (and the stage of the ds_config with it), or remove offload_param",
+        )
+    if d.offload_optimizer != "none" and d.zero == 0:
+        yield Problem(
+            ("deepspeed",),
+            "DeepSpeed's offload_optimizer needs ZeRO stage 1, 2 or 3, and the stage is 0",
+            "write parallelism.zero: 1 (and the stage of the ds_config with it), or remove offload_optimizer",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    kv_heads_divide_heads,
+    heads_have_a_width,
+    rope_needs_even_heads,
+    experts_are_chosen,
+    positions_reach,
+    tensor_parallelism_divides,
+    pipeline_has_layers,
+    layers_per_stage_adds_up,
+    virtual_stages_need_a_schedule,
+    interleaving_needs_full_groups,
+    expert_parallelism_divides,
+    context_parallelism_divides,
+    sequence_parallelism_divides,
+    batch_divides,
+    gpu_has_precision,
+    attention_kernel_runs,
+    nodes_are_connected,
+    framework_has_zero,
+    framework_has_axes,
+    offload_needs_stage,
+)
+
+
+def run_rules(draft: Draft, rules: tuple[Rule, ...] = RULES) -> Iterator[Problem]:
+    """Yield what every rule finds; a rule that needs a value which is not known is skipped."""
+    for rule in rules:
+        found: list[Problem] = []
+        try:
+            found.extend(rule(draft))
+        except UnknownError:
+            continue
+        yield from found

@@ -1,0 +1,78 @@
+"""A resolved scenario as a file: every value written out, sizes with units, and where each default comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from sim.interop.deepspeed_config import write_deepspeed_config
+from sim.scenario.schema import Scenario
+
+
+def dump(scenario: Scenario) -> str:
+    """Return YAML that ``load_scenario`` reads as the same Scenario, sources and warnings included."""
+    header = "# Resolved by sim: every default is written out, and 'sources' says where each comes from.\n"
+    return header + yaml.dump(
+        plain(scenario), Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True,
+        width=110,
+    )  # fmt: skip
+
+
+def plain(scenario: Scenario) -> dict[str, Any]:
+    """Return the mapping that such a file holds."""
+    cluster, parallelism = scenario.cluster, scenario.parallelism
+    data: dict[str, Any] = {
+        "name": scenario.name,
+        "model": {
+            key: value
+            for key, value in scenario.model.model_dump().items()
+            if value not in (None, "") and not (key == "max_position_embeddings" and _unused_table(scenario))
+        },
+        "cluster": {
+            **{"node": cluster.node.name, **cluster.written},
+            "num_nodes": cluster.num_nodes,
+            "num_gpus": cluster.num_gpus,
+        },
+        "framework": scenario.framework,
+        "parallelism": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in parallelism.model_dump().items()
+            if value is not None
+        },
+        "training": scenario.training.model_dump(),
+    }
+    if scenario.framework == "deepspeed":
+        precision = scenario.training.precision
+        data["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": scenario.training.micro_batch_size,
+            "gradient_accumulation_steps": scenario.num_microbatches,
+            "train_batch_size": scenario.training.global_batch_size,
+            **({precision: {"enabled": True}} if precision in ("bf16", "fp16") else {}),
+            **write_deepspeed_config(scenario.deepspeed),
+        }
+    if scenario.framework == "ddp":
+        data["ddp"] = scenario.ddp.model_dump()
+    if scenario.framework == "fsdp1":
+        data["fsdp1"] = scenario.fsdp1.model_dump()
+    allocator = scenario.allocator.model_dump(exclude={"max_split_size_bytes"})
+    if (split := scenario.allocator.max_split_size_bytes) is not None:
+        allocator["max_split_size"] = size_text(split)
+    data["allocator"] = allocator
+    data["sources"] = dict(scenario.sources)
+    if scenario.warnings:
+        data["warnings"] = list(scenario.warnings)
+    return data
+
+
+def _unused_table(scenario: Scenario) -> bool:
+    """Whether the config said nothing of positions, and nothing depends on them: writing them would be a claim."""
+    return scenario.sources.get("model.max_position_embeddings") == "sim's default"
+
+
+def size_text(num_bytes: int) -> str:
+    """Return bytes as a text that reads back exactly: in the largest binary unit that divides them."""
+    for prefix, factor in (("Ti", 2**40), ("Gi", 2**30), ("Mi", 2**20), ("Ki", 2**10)):
+        if num_bytes and num_bytes % factor == 0:
+            return f"{num_bytes // factor} {prefix}B"
+    return f"{num_bytes} B"

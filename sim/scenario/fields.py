@@ -1,0 +1,219 @@
+"""The keys of a scenario file: one table a section. They are read by it, and the JSON Schema is made from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sim import units
+from sim.interop.hf_config import FAMILIES, MODEL_KEYS
+from sim.interop.values import (
+    Key,
+    Problem,
+    WrongValueError,
+    boolean,
+    choice,
+    flops,
+    frequency,
+    integer,
+    mapping_schema,
+    measured,
+    number,
+    power,
+    rate,
+    read_mapping,
+    show,
+    size,
+    text,
+)
+
+FRAMEWORKS = ("ddp", "fsdp2", "fsdp1", "deepspeed", "megatron")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
+RECOMPUTES = ("none", "selective", "selective-op", "full")
+ATTENTIONS = ("math", "flash-2", "flash-3", "sdpa", "cudnn")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
+
+
+def _anything(schema: dict[str, Any], doc: str = "", required: bool = False) -> Key:
+    """A section or a value that is read later, where its meaning is known."""
+    return Key(lambda value: value, schema, doc, required)
+
+
+def _whole_numbers(doc: str) -> Key:
+    one = integer(0, 1000, 4)
+
+    def read(value: object) -> tuple[int, ...]:
+        if not isinstance(value, list) or not value:
+            raise WrongValueError(
+                f"{show(value)} is not a list of whole numbers", "write one number a stage: [2, 3, 3, 2]"
+            )
+        if len(value) > 4096:
+            raise WrongValueError("the list is too long", "write one number a stage")
+        return tuple(one.read(item) for item in value)
+
+    return Key(read, {"type": "array", "items": {"type": "integer", "minimum": 0}}, doc)
+
+
+TOP: dict[str, Key] = {
+    "name": text("a name", "a name for the report", "What the report calls it; the file's name if left out."),
+    "model": _anything({}, "write a name such as llama-2-70b, the path of a config.json, or the config itself", True),
+    "cluster": _anything({}, "write 'cluster: {node: dgx-h100, num_nodes: 8}'", True),
+    "framework": choice(FRAMEWORKS, "a framework", "write ddp, fsdp2, fsdp1, deepspeed or megatron"),
+    "deepspeed": _anything({}, "DeepSpeed's own settings: the path of a ds_config.json, or its content in place."),
+    "ddp": _anything({}, "Settings of torch's DistributedDataParallel."),
+    "fsdp1": _anything({}, "Settings of torch's FullyShardedDataParallel."),
+    "allocator": _anything({}, "PyTorch's caching allocator, as PYTORCH_ALLOC_CONF sets it."),
+    "parallelism": _anything({}, "What is left out is 1; dp, if left out, is what remains."),
+    "training": _anything({}, "write at least sequence_length and micro_batch_size", True),
+    "sources": _anything({"type": "object"}, "Where values come from; written by sim into resolved scenarios."),
+    "warnings": _anything({"type": "array"}, "What was assumed; written by sim into resolved scenarios."),
+}
+
+CLUSTER: dict[str, Key] = {
+    "node": text("a node", "a name such as dgx-h100, or the path of a topology file",
+                 "write a name such as dgx-h100, or the path of a topology file", required=True),
+    "num_nodes": integer(1, 2**17, 1, "Nodes; one if neither this nor num_gpus is given."),
+    "num_gpus": integer(1, 2**17, 1, "GPUs in all: a part of one node, or whole nodes."),
+    "network": text("a network", "a name, a path, or words such as '800 Gbit/s per node'",
+                    "Between nodes: a name, a path, or in words."),
+    "gpu": _anything({}, "Facts of the node's GPU, overridden; or another GPU's name."),
+}  # fmt: skip
+
+_PEAK: dict[str, Key] = {name: flops() for name in ("fp32", "tf32", "fp16", "bf16", "fp8", "nvfp4", "int8")}
+
+
+def _peaks(value: object) -> dict[str, float]:
+    problems: list[Problem] = []
+    peaks, _ = read_mapping(value, _PEAK, ("cluster", "gpu", "peak_flops"), problems)
+    if problems:
+        words = problems[0].problem.partition("peak_flops")[2].lstrip(".: ")
+        raise WrongValueError(words or problems[0].problem, problems[0].remedy)
+    return peaks
+
+
+GPU: dict[str, Key] = {
+    "name": text("a GPU", "a name of 'sim catalog gpu'", "Another GPU of the catalogue."),
+    "memory": size("What cudaMemGetInfo calls total."),
+    "memory_bandwidth": rate("Of its memory."),
+    "power_limit": power("As nvidia-smi -pl sets it."),
+    "boost_clock": frequency("The clock at which peak_flops holds."),
+    "l2": size("Size of the L2 cache."),
+    "num_sms": integer(1, 4096, 132, "Streaming multiprocessors."),
+    "cuda_context": size("What the CUDA context takes."),
+    "peak_flops": Key(_peaks, mapping_schema(_PEAK), "Dense peaks by precision."),
+}
+
+PARALLELISM: dict[str, Key] = {
+    "dp": integer(1, 2**17, 8, "Data-parallel ranks; what remains if left out."),
+    "tp": integer(1, 2**17, 1, "Tensor parallelism."),
+    "pp": integer(1, 2**17, 1, "Pipeline stages."),
+    "cp": integer(1, 2**17, 1, "Context parallelism."),
+    "ep": integer(1, 2**17, 1, "Expert parallelism."),
+    "zero": integer(0, 3, 0, "What is sharded over dp: 1 optimizer, 2 and gradients, 3 and parameters."),
+    "sp": boolean("Megatron's sequence parallelism, with tp > 1."),
+    "schedule": choice(SCHEDULES, "a pipeline schedule", "Order of the microbatches' passes."),
+    "vpp": integer(1, 1000, 1, "Virtual stages of a rank."),
+    "layers_per_stage": _whole_numbers("Layers of each stage, where stages are uneven."),
+}
+
+TRAINING: dict[str, Key] = {
+    "sequence_length": integer(1, 2**27, 4096, "write the tokens of a sequence, such as 4096", True),
+    "micro_batch_size": integer(1, 10**6, 1, "Sequences of a data-parallel rank in one microbatch."),
+    "global_batch_size": integer(1, 10**7, 64, "Sequences of an optimizer step, over all ranks."),
+    "precision": choice(PRECISIONS, "a precision"),
+    "optimizer": choice(("adamw", "adam", "sgd"), "an optimizer that sim knows"),
+    "recompute": choice(RECOMPUTES, "a way to recompute", "What is computed again in backward, not kept."),
+    "attention": choice(ATTENTIONS, "an attention kernel"),
+    "gradient_clipping": number(0, 1e9, "1.0", "Largest norm; 0 is no clipping."),
+    "compile": boolean("Whether torch.compile fuses the model."),
+    "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),
+}
+
+DDP: dict[str, Key] = {
+    "bucket_cap_mb": number(0.001, 1e6, "25", "Largest gradient bucket, MiB."),
+    "gradient_as_bucket_view": boolean("Whether gradients live in the buckets."),
+    "static_graph": boolean("Whether the graph is the same in every step."),
+    "find_unused_parameters": boolean("Whether parameters without gradient are looked for."),
+    "mixed_precision": choice(("autocast", "pure"), "a way to train in 16 bit",
+                              "autocast: fp32 parameters, 16-bit matmuls; pure: all in 16 bit."),
+}  # fmt: skip
+
+FSDP1: dict[str, Key] = {
+    "mixed_precision": choice(("DEFAULT", "PURE", "FULL"), "a mixed precision"),
+}
+
+ALLOCATOR: dict[str, Key] = {
+    "expandable_segments": boolean("Segments that grow in place."),
+    "max_split_size": measured(units.parse_size, "a size", "512 MiB", "Larger blocks are not split."),
+    "roundup_power2_divisions": integer(0, 2**20, 8, "Steps between powers of two that sizes are rounded to."),
+    "garbage_collection_threshold": number(0, 1, "0.8", "Use at which cached blocks are freed.", below=True),
+}
+
+_ALLOC_CONF = {
+    "expandable_segments": "expandable_segments",
+    "max_split_size_mb": "max_split_size",
+    "roundup_power2_divisions": "roundup_power2_divisions",
+    "garbage_collection_threshold": "garbage_collection_threshold",
+}
+_ALLOC_CONF_SILENT = ("backend", "pinned_use_cuda_host_register", "pinned_num_register_threads",
+                      "release_lock_on_cudamalloc", "per_process_memory_fraction")  # fmt: skip
+
+
+def allocator_mapping(given: str) -> dict[str, Any]:
+    """Return the mapping that a text as of PYTORCH_ALLOC_CONF stands for ("max_split_size_mb:512,...").
+
+    Source: c10/core/AllocatorConfig.cpp. Raises WrongValueError.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in given.split(","))):
+        key, colon, value = (side.strip() for side in part.partition(":"))
+        if not colon or (key not in _ALLOC_CONF and key not in _ALLOC_CONF_SILENT):
+            raise WrongValueError(
+                f"{show(part)} is not a setting of PYTORCH_ALLOC_CONF",
+                "write as torch does: expandable_segments:True,max_split_size_mb:512",
+            )
+        if key in _ALLOC_CONF_SILENT:
+            continue
+        read: Any = value
+        if re.fullmatch(r"[0-9]{1,12}", value):
+            read = int(value)
+        elif re.fullmatch(r"[0-9]*\.[0-9]{1,12}", value):
+            read = float(value)
+        if key == "max_split_size_mb":
+            read = f"{value} MiB"
+        found[_ALLOC_CONF[key]] = read
+    return found
+
+
+def scenario_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a scenario file."""
+
+    def named_or(table: Mapping[str, Key], what: str) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "description": what}, mapping_schema(table)]}
+
+    in_place = mapping_schema({
+        "config": text("a model", "a name", "A model by name or path, whose keys the others here override."),
+        **MODEL_KEYS,
+    })  # fmt: skip
+    in_place["additionalProperties"] = True
+    in_place["properties"]["model_type"] = {"enum": list(FAMILIES)}
+    cluster = mapping_schema(CLUSTER)
+    cluster["properties"]["gpu"] = named_or(GPU, "a GPU of the catalogue")
+    sections: dict[str, Any] = {
+        "model": {
+            "anyOf": [{"type": "string", "description": "a catalogue name, or the path of a config.json"}, in_place]
+        },
+        "cluster": cluster,
+        "deepspeed": {"anyOf": [{"type": "string", "description": "the path of a ds_config.json"}, {"type": "object"}]},
+        "ddp": mapping_schema(DDP),
+        "fsdp1": mapping_schema(FSDP1),
+        "allocator": named_or(ALLOCATOR, "as PYTORCH_ALLOC_CONF is written"),
+        "parallelism": mapping_schema(PARALLELISM),
+        "training": mapping_schema(TRAINING),
+    }
+    schema = mapping_schema(TOP, "A training job, and the machine that it runs on.")
+    for key, section in sections.items():
+        doc = schema["properties"][key].get("description", "")
+        schema["properties"][key] = {**section, "description": doc}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sim scenario", **schema}

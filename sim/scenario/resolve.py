@@ -1,0 +1,829 @@
+"""From what the file says to a complete question: names looked up, defaults filled in, each with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from sim.catalog import load as catalog
+from sim.catalog.schema import Fact, GpuFacts, NodeFacts
+from sim.errors import Finding, ScenarioError
+from sim.interop.deepspeed_config import DeepSpeedReading, read_deepspeed_config, settings_of
+from sim.interop.hf_config import MODEL_KEYS, HfModel, complete, read_hf_config
+from sim.interop.values import Problem, WrongValueError, dotted, read_mapping, show, suggest
+from sim.scenario import fields
+from sim.scenario.checks import mesh_fits_cluster, run_rules
+from sim.scenario.document import Document, UnreadableError, parse_json, read_text
+from sim.scenario.draft import Draft, ModelDraft, UnknownError
+from sim.scenario.schema import (
+    AllocatorConfig,
+    ClusterSpec,
+    DdpSettings,
+    Fsdp1Settings,
+    ModelConfig,
+    Parallelism,
+    Scenario,
+    Training,
+)
+from sim.scenario.supported import unsupported
+
+_MODEL_DEFAULTS = {
+    name: spec.default for name, spec in ModelConfig.model_fields.items() if not spec.is_required() and name != "name"
+}
+
+
+class _Resolver:
+    """One resolution: the document, what is wrong so far, and where each default comes from."""
+
+    def __init__(self, doc: Document, folder: FilePath, findings: list[Finding]) -> None:
+        self.doc = doc
+        self.folder = folder
+        self.findings = findings
+        self.problems: list[Problem] = []
+        self.sources: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self.written: dict[str, Any] = {}
+        self.draft = Draft()
+        self.ds_name = "deepspeed"
+
+    # --- files and names ---------------------------------------------------------------------
+
+    def _path_of(self, text: str) -> FilePath:
+        path = FilePath(text).expanduser() if text.startswith("~/") else FilePath(text)
+        return path if path.is_absolute() else self.folder / path
+
+    def _json(self, text: str, what: str) -> Document | None:
+        """Return the document of a JSON file named in the scenario, or None (reported)."""
+        path = self._path_of(text)
+        try:
+            return parse_json(read_text(path, _shown(path), what), _shown(path), what)
+        except UnreadableError as error:
+            self.findings.append(error.finding)
+            return None
+
+    # --- sections ----------------------------------------------------------------------------
+
+    def model(self, given: object) -> None:
+        """Fill ``draft.model`` from a name, a path, or a mapping (which may override what ``config`` names)."""
+        found = ModelDraft()
+        overrides: Mapping[str, Any] = {}
+        if isinstance(given, Mapping) and "config" in given:
+            overrides = {key: value for key, value in given.items() if key != "config"}
+            given = given["config"]
+            if not isinstance(given, str):
+                self.problems.append(
+                    Problem(("model", "config"), f"model.config: {show(given)} is not a name or a path",
+                            "write a name such as llama-2-70b, or the path of a config.json")
+                )  # fmt: skip
+                return
+        if isinstance(given, Mapping):
+            at: Literal["place", "catalogue", "file"] = "place"
+            read = read_hf_config(given, ("model",), self.problems, in_place=True)
+            name = given.get("name") or given.get("_name_or_path") or ""
+        elif isinstance(given, str):
+            loaded = self._named_model(given.strip())
+            if loaded is None:
+                return
+            read, at, name = loaded
+        else:
+            self.problems.append(
+                Problem(("model",), f"model: {show(given)} is neither a name, a path nor a mapping",
+                        "write a name such as llama-2-70b, the path of a config.json, or the config itself")
+            )  # fmt: skip
+            return
+        if overrides:
+            self._override_model(read, overrides)
+        self._model_defaults(found, read, at, name if isinstance(name, str) else "")
+        self.draft.model = found
+
+    def _named_model(self, text: str) -> tuple[HfModel, Literal["place", "catalogue", "file"], str] | None:
+        names = catalog.names("model")
+        if text.lower() in names:
+            read = read_hf_config(catalog.model_config(text.lower()), ("model",), self.problems)
+            return read, "catalogue", text.lower()
+        path = self._path_of(text)
+        looks_like_file = "/" in text or "\\" in text or text.endswith(".json")
+        if not looks_like_file and not _exists(path):
+            self.problems.append(Problem(("model",), f"unknown model {show(text)}", suggest(text, names)))
+            return None
+        if _exists(path / "config.json"):
+            path = path / "config.json"
+        doc = self._json(str(path), "a config.json")
+        if doc is None:
+            return None
+        problems: list[Problem] = []
+        read = read_hf_config(doc.data, (), problems)
+        self.findings.extend(doc.finding(problem) for problem in problems)
+        given = doc.data.get("_name_or_path")
+        stem = path.parent.name if path.stem == "config" else path.stem
+        return read, "file", given if isinstance(given, str) and given else stem
+
+    def _override_model(self, read: HfModel, overrides: Mapping[str, Any]) -> None:
+        values, wrong = read_mapping(overrides, MODEL_KEYS, ("model",), self.problems)
+        if "bias" in values:
+            bias = values.pop("bias")
+            values = {"attention_bias": bias, "attention_output_bias": bias, "mlp_bias": bias, **values}
+        derived = {key for key in ("head_dim", "num_key_value_heads") if key in read.sources and key not in values}
+        if derived and values.keys() & {"hidden_size", "num_attention_heads"}:
+            for key in sorted(derived):
+                read.keys.pop(key, None)
+        read.keys.update(values)
+        read.wrong.update(wrong)
+        complete(read.keys, read.sources, read.wrong)
+
+    def _model_defaults(
+        self, found: ModelDraft, read: HfModel, at: Literal["place", "catalogue", "file"], name: str
+    ) -> None:
+        for key, value in {**_MODEL_DEFAULTS, **read.keys}.items():
+            if key not in read.wrong and key != "name":
+                setattr(found, key, value)
+        origin = {"catalogue": f"the catalogue's {name}", "file": f"{name}'s config.json", "place": ""}[at]
+        for key in ModelConfig.model_fields:
+            if key in read.sources:
+                self.sources[f"model.{key}"] = read.sources[key]
+            elif key in read.keys:
+                if origin:
+                    self.sources[f"model.{key}"] = origin
+            elif key in _MODEL_DEFAULTS:
+                self.sources[f"model.{key}"] = "sim's default"
+        found.name, found.at, found.family = name, at, read.family
+        found.given_positions = "max_position_embeddings" in read.keys and (
+            "max_position_embeddings" not in read.sources
+        )
+
+    def cluster(self, given: object) -> None:
+        values, wrong = read_mapping(given, fields.CLUSTER, ("cluster",), self.problems)
+        d = self.draft
+        node = self._node(values["node"]) if "node" in values else None
+        if node is not None:
+            d.node = node
+            self._gpu(node, values.get("gpu"))
+            if not wrong & {"num_nodes", "num_gpus"}:
+                self._size(node, values.get("num_nodes"), values.get("num_gpus"))
+            if "network" not in wrong:
+                self._network(node, values.get("network"))
+        elif isinstance(values.get("gpu"), Mapping):
+            read_mapping(values["gpu"], fields.GPU, ("cluster", "gpu"), self.problems)
+
+    def _node(self, text: str) -> NodeFacts | None:
+        path = self._path_of(text)
+        if _is_path(text):
+            self.written["node"] = str(path.resolve())
+            return self._users_file(lambda: catalog.node(str(path)), ("cluster", "node"))
+        self.written["node"] = text.lower()
+        try:
+            return catalog.node(text.lower())
+        except KeyError:
+            self.problems.append(
+                Problem(("cluster", "node"), f"unknown node {show(text)}", suggest(text, catalog.names("node")))
+            )
+            return None
+
+    def _users_file(self, read: Any, path: tuple[str, ...]) -> Any:
+        """Call a reader of the catalogue on a user's own file; what it finds wrong there is reported."""
+        try:
+            return read()
+        except ScenarioError as error:
+            self.findings.extend(
+                dataclasses.replace(finding, file=_shown(FilePath(finding.file))) for finding in error.findings
+            )
+        except (KeyError, OSError, ValueError) as error:
+            self.problems.append(Problem(path, f"{dotted(path)}: {str(error)[:200]}", "check the file"))
+        return None
+
+    def _gpu(self, node: NodeFacts, given: object) -> None:
+        path = ("cluster", "gpu")
+        try:
+            name = node.gpu
+            usual = catalog.gpu(name)
+        except KeyError:
+            self.problems.append(
+                Problem(("cluster", "node"), f"node {node.name} has unknown GPUs {show(node.gpu)}",
+                        suggest(node.gpu, catalog.names("gpu")))
+            )  # fmt: skip
+            return
+        if given is None:
+            self.sources["cluster.gpu"] = f"the GPU of node {node.name}"
+            self.draft.gpu = usual
+            return
+        mapping = {"name": given} if isinstance(given, str) else given
+        before = len(self.problems)
+        values, _ = read_mapping(mapping, fields.GPU, path, self.problems)
+        if len(self.problems) > before:
+            return
+        if "name" in values:
+            name = values["name"].lower()
+            try:
+                usual = catalog.gpu(name)
+            except KeyError:
+                self.problems.append(
+                    Problem((*path, "name"), f"unknown GPU {show(values['name'])}",
+                            suggest(values["name"], catalog.names("gpu")))
+                )  # fmt: skip
+                return
+        self.written["gpu"] = dict(mapping) if isinstance(mapping, Mapping) else {}
+        self.draft.gpu = overridden(usual, values, self.written["gpu"])
+
+    def _size(self, node: NodeFacts, num_nodes: int | None, num_gpus: int | None) -> None:
+        """Work out nodes and GPUs: whole nodes, a part of one, or an equal part of each where both are given."""
+        d, per_node = self.draft, node.num_gpus
+        d.gives_nodes = num_nodes is not None
+        if num_gpus is None:
+            if num_nodes is None:
+                num_nodes = 1
+                self.sources["cluster.num_nodes"] = "one node, as neither num_nodes nor num_gpus is given"
+            num_gpus = num_nodes * per_node
+            self.sources["cluster.num_gpus"] = f"{num_nodes} x {per_node} GPUs of {node.name}"
+        elif num_nodes is None:
+            num_nodes = self._nodes_for(node, num_gpus)
+            if num_nodes is None:
+                return
+            self.sources["cluster.num_nodes"] = f"{num_gpus} GPUs on nodes of {per_node}"
+        elif num_gpus % num_nodes or num_gpus > num_nodes * per_node:
+            fits = num_nodes * per_node
+            self.problems.append(
+                Problem(("cluster", "num_gpus"),
+                        f"cluster.num_gpus = {num_gpus} on num_nodes = {num_nodes}: a node {node.name} has {per_node} GPUs",
+                        f"write num_gpus: {fits}, or leave one of the two out")
+            )  # fmt: skip
+            return
+        d.num_nodes, d.num_gpus = num_nodes, num_gpus
+
+    def _nodes_for(self, node: NodeFacts, num_gpus: int) -> int | None:
+        per_node = node.num_gpus
+        if num_gpus <= per_node:
+            return 1
+        if num_gpus % per_node == 0:
+            return num_gpus // per_node
+        fewest = -(-num_gpus // per_node)
+        down, up = num_gpus // per_node * per_node, fewest * per_node
+        evenly = f"; for {num_gpus // fewest} of each write num_nodes: {fewest} too" if num_gpus % fewest == 0 else ""
+        self.problems.append(
+            Problem(("cluster", "num_gpus"),
+                    f"cluster.num_gpus = {num_gpus} is neither a part of one node nor whole nodes of {per_node}",
+                    f"write num_gpus: {down} or {up}{evenly}")
+        )  # fmt: skip
+        return None
+
+    def _network(self, node: NodeFacts, text: str | None) -> None:
+        d = self.draft
+        if text is None:
+            if not d.knows("num_nodes"):
+                return
+            if d.num_nodes == 1 or not node.default_network:
+                d.network = None
+                if d.num_nodes == 1:
+                    self.sources["cluster.network"] = "none: there is one node"
+                return
+            try:
+                d.network = catalog.network(node.default_network)
+                self.written["network"] = node.default_network
+                self.sources["cluster.network"] = f"node {node.name}'s default network"
+            except KeyError:
+                self.problems.append(
+                    Problem(("cluster", "node"), f"node {node.name} names unknown network {show(node.default_network)}",
+                            suggest(node.default_network, catalog.names("network")))
+                )  # fmt: skip
+            return
+        path = ("cluster", "network")
+        self.written["network"] = text
+        if _RATE_SIGN in text and not text.endswith((".yaml", ".yml")):
+            try:
+                d.network = catalog.network_in_words(text, node)
+            except (ValueError, OverflowError) as error:
+                problem, _, remedy = str(error).partition("; ")
+                self.problems.append(Problem(path, f"cluster.network: {problem}", remedy))
+        elif _is_path(text):
+            self.written["network"] = str(self._path_of(text).resolve())
+            read = self._users_file(lambda: catalog.network(str(self._path_of(text))), path)
+            if read is not None:
+                d.network = read
+        else:
+            try:
+                d.network = catalog.network(text.lower())
+            except KeyError:
+                remedy = suggest(text, catalog.names("network"), most=8)
+                words = "" if remedy.startswith("did") else "; or write words: '400 Gbit/s RoCE per GPU'"
+                self.problems.append(Problem(path, f"unknown network {show(text)}", remedy + words))
+
+    def deepspeed(self, given: object, framework: str | None) -> None:
+        """Read DeepSpeed's own settings, from a file or in place."""
+        d = self.draft
+        d.deepspeed = None
+        if given is None:
+            return
+        if framework is not None and framework != "deepspeed":
+            self.problems.append(
+                Problem(("deepspeed",), f"deepspeed settings are given, but framework is {framework}",
+                        "write framework: deepspeed, or remove them")
+            )  # fmt: skip
+            return
+        hidden = d.model.hidden_size if d.knows("model") and d.model.knows("hidden_size") else None
+        overrides: Mapping[str, Any] = {}
+        if isinstance(given, Mapping) and "config" in given:
+            overrides = {key: value for key, value in given.items() if key != "config"}
+            given = given["config"]
+        if isinstance(given, str):
+            self.ds_name = FilePath(given).name
+            doc = self._json(given, "a ds_config.json")
+            if doc is None:
+                d.forget("deepspeed")
+                return
+            problems: list[Problem] = []
+            config = _merged(doc.data, overrides) if overrides else doc.data
+            reading = read_deepspeed_config(config, (), problems, hidden)
+            for problem in problems:
+                ours = ("deepspeed", *problem.path)
+                mine = ours in self.doc.lines or ours in self.doc.origin
+                self.findings.append(self.doc.finding(problem._replace(path=ours)) if mine else doc.finding(problem))
+        elif isinstance(given, Mapping):
+            reading = read_deepspeed_config(given, ("deepspeed",), self.problems, hidden)
+        else:
+            self.problems.append(
+                Problem(("deepspeed",), f"deepspeed: {show(given)} is neither a path nor a mapping",
+                        "write the path of a ds_config.json, or its content in place")
+            )  # fmt: skip
+            d.forget("deepspeed")
+            return
+        for key, words in reading.sources.items():
+            self.sources[f"deepspeed.{key}"] = words
+        prefix = "" if self.ds_name == "deepspeed" else f"{self.ds_name}: "
+        self.warnings.extend(prefix + warning for warning in reading.warnings)
+        d.deepspeed = reading
+
+    def _ds(self) -> DeepSpeedReading | None:
+        return self.draft.deepspeed if self.draft.knows("deepspeed") else None
+
+    def parallelism(self, given: object, framework: str | None) -> None:
+        values, wrong = read_mapping(given, fields.PARALLELISM, ("parallelism",), self.problems)
+        d = self.draft
+        for axis in ("tp", "pp", "cp", "ep", "vpp"):
+            if axis not in wrong:
+                setattr(d, axis, values.get(axis, 1))
+                if axis not in values:
+                    self.sources[f"parallelism.{axis}"] = "1, as it is left out"
+        if "layers_per_stage" not in wrong:
+            d.layers_per_stage = values.get("layers_per_stage")
+        if "schedule" not in wrong:
+            d.schedule = values.get("schedule", "interleaved" if values.get("vpp", 1) > 1 else "1f1b")
+            if "schedule" not in values:
+                self.sources["parallelism.schedule"] = "Megatron's and DeepSpeed's default"
+        if "sp" not in wrong:
+            d.sp = values.get("sp", False)
+            if d.sp and values.get("tp", 1) == 1 and "tp" not in wrong:
+                d.sp = False  # megatron/training/arguments.py turns it off
+                self.warnings.append("parallelism.sp needs tp > 1; with tp 1 it is off, as Megatron turns it off")
+        if "zero" not in wrong:
+            self._zero(values.get("zero"), framework)
+        if "dp" not in wrong:
+            self._dp(values.get("dp"))
+
+    def _zero(self, given: int | None, framework: str | None) -> None:
+        d, reading = self.draft, self._ds()
+        stage = reading.fields.get("stage") if reading else None
+        if given is not None:
+            if stage is not None and stage != given:
+                self.problems.append(
+                    Problem(("parallelism", "zero"),
+                            f"parallelism.zero = {given}, but {self.ds_name} says zero_optimization.stage = {stage}",
+                            f"write zero: {stage}, or leave zero out")
+                )  # fmt: skip
+            else:
+                d.zero = given
+        elif stage is not None:
+            d.zero = stage
+            self.sources["parallelism.zero"] = f"{self.ds_name}: zero_optimization.stage"
+        elif framework == "deepspeed" and not d.knows("deepspeed"):
+            return
+        elif framework in ("fsdp1", "fsdp2"):
+            d.zero = 3
+            self.sources["parallelism.zero"] = "FSDP's default, full sharding"
+        elif framework is not None:
+            d.zero = 0
+            words = "DeepSpeed's default (deepspeed/runtime/zero/config.py)"
+            self.sources["parallelism.zero"] = words if framework == "deepspeed" else "0, as it is left out"
+
+    def _dp(self, given: int | None) -> None:
+        d = self.draft
+        if given is not None:
+            d.dp = given
+        if not d.knows("tp", "pp", "cp", "num_gpus"):
+            return
+        if given is None:
+            dp, rest = divmod(d.num_gpus, d.tp * d.pp * d.cp)
+            if not rest:
+                d.dp = dp
+                self.sources["parallelism.dp"] = f"what remains of {d.num_gpus} GPUs"
+                return
+        try:
+            wrong = list(mesh_fits_cluster(d))
+        except UnknownError:
+            return
+        if wrong:
+            self.problems.extend(wrong)
+            d.forget("dp")
+
+    def training(self, given: object, framework: str | None) -> None:
+        values, wrong = read_mapping(given, fields.TRAINING, ("training",), self.problems)
+        d = self.draft
+        if "sequence_length" in values:
+            d.sequence_length = values["sequence_length"]
+        for key, default, source in (
+            ("recompute", "none", "sim's default"),
+            ("attention", "sdpa", "torch's scaled_dot_product_attention, which Hugging Face's models call"),
+            ("compile", False, "sim's default"),
+        ):
+            if key not in wrong:
+                setattr(d, key, values.get(key, default))
+                if key not in values:
+                    self.sources[f"training.{key}"] = source
+        self._batch(values, wrong)
+        for key in ("precision", "optimizer", "gradient_clipping"):
+            if key not in wrong:
+                self._agreed(key, values.get(key), framework)
+        if "code" not in wrong:
+            self._code(values.get("code"))
+
+    def _conflict(self, key: str, ours: object, theirs: str, value: object) -> None:
+        self.problems.append(
+            Problem(("training", key), f"training.{key} = {_plain(ours)}, but {self.ds_name} says {theirs} = {_plain(value)}",
+                    f"write the same in both, or leave training.{key} out")
+        )  # fmt: skip
+
+    def _batch(self, values: Mapping[str, Any], wrong: set[str]) -> None:
+        """Micro and global batch: from the scenario, else from DeepSpeed's three numbers."""
+        d, reading = self.draft, self._ds() or DeepSpeedReading()
+        micro, batch = values.get("micro_batch_size"), values.get("global_batch_size")
+        total, small, steps = reading.train_batch_size, reading.micro_batch_size, reading.accumulation_steps
+        for key, ours, theirs, name in (
+            ("micro_batch_size", micro, small, "train_micro_batch_size_per_gpu"),
+            ("global_batch_size", batch, total, "train_batch_size"),
+        ):
+            if ours is not None and theirs is not None and ours != theirs:
+                self._conflict(key, ours, name, theirs)
+                return
+        if wrong & {"micro_batch_size", "global_batch_size"}:
+            if micro is not None:
+                d.micro_batch_size = micro
+            return
+        dp = d.dp if d.knows("dp") else None
+        if micro is None and small is not None:
+            micro = small
+            self.sources["training.micro_batch_size"] = f"{self.ds_name}: train_micro_batch_size_per_gpu"
+        if batch is None and total is not None:
+            batch = total
+            self.sources["training.global_batch_size"] = f"{self.ds_name}: train_batch_size"
+        if micro is None:
+            if batch is not None and steps is not None and dp and batch % (dp * steps) == 0:
+                micro = batch // (dp * steps)
+                self.sources["training.micro_batch_size"] = f"global_batch_size / (dp x {steps} accumulation steps)"
+            elif self.draft.knows("deepspeed") and (dp or batch is None or steps is None):
+                parent = ("training",) if ("training",) in self.doc.lines else ()
+                self.problems.append(
+                    Problem(parent, "training.micro_batch_size is missing",
+                            "write the sequences of one rank's microbatch, such as 1")
+                )  # fmt: skip
+                return
+            else:
+                return
+        d.micro_batch_size = micro
+        if batch is None and dp:
+            batch = micro * dp * (steps or 1)
+            words = f"dp x micro_batch_size x {steps} accumulation steps" if steps else "dp x micro_batch_size"
+            self.sources["training.global_batch_size"] = words
+        if batch is None:
+            return
+        if steps is not None and dp and batch != micro * dp * steps:
+            # deepspeed/runtime/config.py, _batch_assertion
+            self.problems.append(
+                Problem(("training", "global_batch_size") if "global_batch_size" in values else ("deepspeed",),
+                        f"a batch of {batch} is not micro_batch_size {micro} * dp {dp} * gradient_accumulation_steps "
+                        f"{steps} = {micro * dp * steps}",
+                        f"write {micro * dp * steps} as the batch, or leave gradient_accumulation_steps out of {self.ds_name}")
+            )  # fmt: skip
+            return
+        d.global_batch_size = batch
+
+    def _agreed(self, key: str, ours: Any, framework: str | None) -> None:
+        """A setting that the scenario and the ds_config may both give: they have to agree."""
+        d, reading = self.draft, self._ds()
+        if framework == "deepspeed" and not d.knows("deepspeed") and ours is None:
+            return
+        theirs, name = None, ""
+        if reading is not None:
+            theirs = getattr(reading, key)
+            name = {"precision": f"{theirs}.enabled", "optimizer": "optimizer.type"}.get(key, key)
+        if key == "precision" and reading is not None and not reading.precision_given:
+            if ours not in (None, "fp32", "tf32"):
+                self.warnings.append(
+                    f"{self.ds_name} enables neither bf16 nor fp16, so DeepSpeed itself would train in fp32; "
+                    f"training.precision: {ours} is what is simulated"
+                )
+                theirs = None
+        if ours is not None and theirs is not None and not _same(key, ours, theirs):
+            if key == "precision":
+                self._conflict(key, ours, *(("bf16 and fp16", "off") if theirs == "fp32" else (name, "true")))
+            else:
+                self._conflict(key, ours, name, theirs)
+            return
+        path = f"training.{key}"
+        if ours is not None:
+            value = ours
+        elif theirs is not None:
+            value = theirs
+            words = name if key != "precision" else ("neither bf16 nor fp16 is enabled" if theirs == "fp32" else name)
+            self.sources[path] = f"{self.ds_name}: {words}"
+        elif key == "precision":
+            if not d.knows("gpu"):
+                return
+            value = next((p for p in ("bf16", "fp16", "fp32") if p in d.gpu.peak_flops), "fp32")
+            self.sources[path] = f"the best that {d.gpu.name} trains in"
+        elif key == "optimizer":
+            value = "adamw"
+            self.sources[path] = "sim's default"
+        else:
+            value = 0.0
+            words = "DeepSpeed's default (deepspeed/runtime/constants.py)"
+            self.sources[path] = words if framework == "deepspeed" else "no clipping, as it is left out"
+        setattr(d, key, value)
+
+    def _code(self, given: str | None) -> None:
+        d = self.draft
+        if given is not None:
+            d.code = given
+            return
+        try:
+            d.code, words = default_code(d)
+        except UnknownError:
+            return
+        self.sources["training.code"] = words
+
+    def settings(self, key: str, table: Any, given: object, framework: str | None, frameworks: str) -> dict[str, Any]:
+        """Read a section of plain settings, which belongs to one framework or to any (``frameworks`` empty)."""
+        if given is not None and frameworks and framework is not None and framework != frameworks:
+            self.problems.append(
+                Problem((key,), f"{key} settings are given, but framework is {framework}",
+                        f"write framework: {frameworks}, or remove them")
+            )  # fmt: skip
+            return {}
+        values, _ = read_mapping(given, table, (key,), self.problems)
+        if frameworks == framework or not frameworks:
+            for name in table:
+                if name not in values:
+                    source = "PyTorch's default"
+                    if (key, name) == ("ddp", "mixed_precision"):
+                        source = "sim's default: torch.autocast, as most train"
+                    self.sources[f"{key}.{name}"] = source
+        return values
+
+    # --- afterwards --------------------------------------------------------------------------
+
+    def notices(self) -> None:
+        """Say what is odd but no mistake."""
+        d, m = self.draft, self.draft.model
+        if d.pp > 1 and d.layers_per_stage is None and m.num_hidden_layers % (d.pp * d.vpp):
+            self.warnings.append(
+                f"{m.num_hidden_layers} layers do not divide over pp {d.pp}"
+                + (f" x vpp {d.vpp}" if d.vpp > 1 else "")
+                + " stages: they are spread as evenly as they go; parallelism.layers_per_stage says otherwise"
+            )
+        if d.tp > 1 and m.vocab_size % d.tp:
+            self.warnings.append(
+                f"a vocabulary of {m.vocab_size} does not divide over tp {d.tp}: the embedding is padded, as Megatron does"
+            )
+        if m.position == "rope" and m.given_positions and d.sequence_length > m.max_position_embeddings:
+            self.warnings.append(
+                f"sequence_length {d.sequence_length} is beyond the {m.max_position_embeddings} positions that the model "
+                "was made for; size and time are not affected"
+            )
+        if d.attention == "flash-2" and m.head_dim > 256:
+            self.warnings.append(
+                f"model.head_dim {m.head_dim}: FlashAttention takes heads up to 256 wide and would refuse these"
+            )
+        if m.at == "place" and m.head_dim * m.num_attention_heads != m.hidden_size and not m.family:
+            self.warnings.append(
+                f"model.head_dim {m.head_dim} x {m.num_attention_heads} heads is not hidden_size {m.hidden_size}; "
+                "taken as written"
+            )
+
+
+_RATE_SIGN = "/s "
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or "\\" in text or text.endswith((".yaml", ".yml"))
+
+
+def _exists(path: FilePath) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _shown(path: FilePath) -> str:
+    """Return a path as messages show it: relative to the current directory where that is shorter."""
+    try:
+        return str(path.relative_to(FilePath.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _same(key: str, ours: object, theirs: object) -> bool:
+    if key == "precision":
+        return ours == theirs or (theirs == "fp32" and ours == "tf32") or (theirs == "bf16" and ours in _EIGHT_BIT)
+    if key == "optimizer":
+        return {ours, theirs} <= {"adam", "adamw"} or ours == theirs
+    return ours == theirs
+
+
+_EIGHT_BIT = ("fp8", "mxfp8", "nvfp4")
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping with another laid over it, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        mine = merged.get(key)
+        merged[key] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def overridden(gpu: GpuFacts, values: Mapping[str, Any], texts: Mapping[str, Any]) -> GpuFacts:
+    """Return a GPU with facts replaced. ``memory`` is what cudaMemGetInfo calls total, so it replaces both sizes."""
+    names = {
+        "memory": ("memory_bytes", "total_memory_bytes"),
+        "memory_bandwidth": ("memory_bytes_per_s",),
+        "power_limit": ("power_w",),
+        "boost_clock": ("boost_clock_hz",),
+        "l2": ("l2_bytes",),
+        "num_sms": ("num_sms",),
+        "cuda_context": ("cuda_context_bytes",),
+    }
+    changed: dict[str, Any] = {}
+    facts = dict(gpu.facts)
+    for key, ours in names.items():
+        if key in values:
+            for name in ours:
+                changed[name] = values[key]
+                facts[name] = Fact(str(texts.get(key)), "user", f"cluster.gpu.{key} of the scenario")
+    if peaks := values.get("peak_flops"):
+        changed["peak_flops"] = {**gpu.peak_flops, **peaks}
+        given = texts.get("peak_flops")
+        for name in peaks:
+            text = str(given.get(name)) if isinstance(given, Mapping) else ""
+            facts[f"peak_flops.{name}"] = Fact(text, "user", "cluster.gpu.peak_flops of the scenario")
+    return dataclasses.replace(gpu, facts=facts, **changed) if changed else gpu
+
+
+def default_code(d: Draft) -> tuple[str, str]:
+    """Return whose modules run, and why: the code that people run under this framework.
+
+    Megatron's for Megatron; also for DeepSpeed where it stands on Megatron's model (Megatron-DeepSpeed): with tensor
+    or pipeline parallelism, or for a GPT block with learned positions. Hugging Face's for its Llama-like models,
+    named or given by their config, except under fsdp2 (torchtitan). Plain torch for the rest.
+    """
+    m = d.model
+    if d.framework == "megatron":
+        return "megatron", "the framework's own model"
+    if d.framework == "deepspeed":
+        if d.tp > 1 or d.pp > 1:
+            return "megatron", "Megatron-DeepSpeed, as DeepSpeed has tp and pp from Megatron"
+        if m.norm == "layernorm" and m.hidden_act == "gelu" and m.position == "learned":
+            return "megatron", "Megatron-DeepSpeed, as the model is a GPT with learned positions"
+    published = m.at != "place" or m.family
+    if d.framework != "fsdp2" and published and m.norm == "rmsnorm":
+        return "huggingface", "transformers' modules, as the model is one of its Llama-like ones"
+    return "torch", "plain torch modules"
+
+
+def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: bool) -> Scenario:
+    """Return the complete question. Raises ScenarioError with every finding, those of reading included."""
+    r = _Resolver(doc, folder, findings)
+    d = r.draft
+    top, wrong = read_mapping(doc.data, fields.TOP, (), r.problems)
+    framework: str | None = top.get("framework")
+    if framework is None and "framework" not in wrong:
+        if top.get("deepspeed") is not None:
+            framework = "deepspeed"
+            r.sources["framework"] = "deepspeed settings are given"
+        else:
+            misspelt = any(key not in fields.TOP and key.startswith("frame") for key in doc.data)
+            if not misspelt:
+                r.problems.append(
+                    Problem((), "framework is missing", "write framework: ddp, fsdp2, fsdp1, deepspeed or megatron")
+                )
+    if framework is not None:
+        d.framework = framework
+    if "model" in top:
+        r.model(top["model"])
+    if "cluster" in top:
+        r.cluster(top["cluster"])
+    r.deepspeed(top.get("deepspeed"), framework)
+    reading = r._ds()
+    d.offload_optimizer = reading.fields.get("offload_optimizer", "none") if reading else "none"
+    d.offload_param = reading.fields.get("offload_param", "none") if reading else "none"
+    r.parallelism(top.get("parallelism"), framework)
+    if "training" in top:
+        r.training(top["training"], framework)
+    ddp = r.settings("ddp", fields.DDP, top.get("ddp"), framework, "ddp")
+    fsdp1 = r.settings("fsdp1", fields.FSDP1, top.get("fsdp1"), framework, "fsdp1")
+    allocator = _allocator(r, top.get("allocator"))
+    r.problems.extend(run_rules(d))
+    if simulate:
+        taken = {problem.path for problem in r.problems}
+        r.problems.extend(problem for problem in unsupported(d) if problem.path not in taken)
+    if r.problems or r.findings:
+        raise ScenarioError(_distinct([*r.findings, *(doc.finding(problem) for problem in r.problems)]))
+    r.notices()
+    name = top.get("name") or FilePath(doc.file).stem
+    if "name" not in top:
+        r.sources["name"] = "the file's name"
+    return _scenario(r, name, ddp, fsdp1, allocator, top)
+
+
+def _allocator(r: _Resolver, given: object) -> dict[str, Any]:
+    if isinstance(given, str):
+        try:
+            given = fields.allocator_mapping(given)
+        except WrongValueError as error:
+            r.problems.append(Problem(("allocator",), f"allocator: {error.problem}", error.remedy))
+            return {}
+    values = r.settings("allocator", fields.ALLOCATOR, given, None, "")
+    if "max_split_size" in values:
+        values["max_split_size_bytes"] = values.pop("max_split_size")
+    return values
+
+
+def _distinct(findings: list[Finding]) -> list[Finding]:
+    return list(dict.fromkeys(findings))
+
+
+def _scenario(
+    r: _Resolver, name: str, ddp: dict[str, Any], fsdp1: dict[str, Any], allocator: dict[str, Any], top: dict[str, Any]
+) -> Scenario:
+    d, m = r.draft, r.draft.model
+    model = {key: getattr(m, key) for key in ModelConfig.model_fields if m.knows(key)}
+    settings = settings_of(r._ds(), d.zero, d.gradient_clipping)
+    if d.framework == "deepspeed":
+        given = r._ds().fields if r._ds() else {}  # type: ignore[union-attr]
+        for item in dataclasses.fields(settings):
+            key = f"deepspeed.{item.name}"
+            if item.name not in given and key not in r.sources:
+                r.sources[key] = "DeepSpeed's default (deepspeed/runtime/zero/config.py)"
+        r.sources["deepspeed.stage"] = "parallelism.zero"
+        r.sources["deepspeed.gradient_clipping"] = "training.gradient_clipping"
+    carried_sources = top.get("sources")
+    sources = {**r.sources, **({str(k): str(v) for k, v in carried_sources.items()} if isinstance(carried_sources, Mapping) else {})}  # fmt: skip
+    carried = top.get("warnings")
+    warnings = [*(str(item) for item in carried)] if isinstance(carried, list) else []
+    warnings += [warning for warning in r.warnings if warning not in warnings]
+    return Scenario(
+        name=name,
+        model=ModelConfig(**model),
+        cluster=ClusterSpec(
+            node=d.node,
+            gpu=d.gpu,
+            network=d.network,
+            num_nodes=d.num_nodes,
+            num_gpus=d.num_gpus,
+            written=r.written,
+        ),
+        framework=d.framework,  # type: ignore[arg-type]
+        parallelism=Parallelism(
+            dp=d.dp,
+            tp=d.tp,
+            pp=d.pp,
+            cp=d.cp,
+            ep=d.ep,
+            zero=d.zero,
+            sp=d.sp,
+            schedule=d.schedule,
+            vpp=d.vpp,  # type: ignore[arg-type]
+            layers_per_stage=d.layers_per_stage,
+        ),  # fmt: skip
+        training=Training(
+            sequence_length=d.sequence_length,
+            micro_batch_size=d.micro_batch_size,
+            global_batch_size=d.global_batch_size,
+            precision=d.precision,  # type: ignore[arg-type]
+            optimizer=d.optimizer,  # type: ignore[arg-type]
+            recompute=d.recompute,  # type: ignore[arg-type]
+            attention=d.attention,  # type: ignore[arg-type]
+            gradient_clipping=d.gradient_clipping,
+            compile=d.compile,
+            code=d.code,  # type: ignore[arg-type]
+        ),
+        ddp=DdpSettings(**ddp),
+        deepspeed=settings,
+        fsdp1=Fsdp1Settings(**fsdp1),
+        allocator=AllocatorConfig(**allocator),
+        sources=sources,
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,69 @@
+"""What the format can say and the simulation cannot do yet: the one gate. To support something, delete its lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sim.interop.values import Problem
+from sim.scenario.checks import Rule, run_rules
+from sim.scenario.draft import Draft
+
+
+def frameworks(d: Draft) -> Iterator[Problem]:
+    if d.framework in ("fsdp1", "fsdp2", "megatron"):
+        yield Problem(("framework",), f"framework {d.framework} is not simulated yet", "write ddp or deepspeed")
+
+
+def axes(d: Draft) -> Iterator[Problem]:
+    for axis in ("tp", "pp", "cp", "ep"):
+        if getattr(d, axis) > 1:
+            yield Problem(
+                ("parallelism", axis),
+                f"parallelism.{axis} = {getattr(d, axis)} is not simulated yet",
+                f"leave {axis} out: data parallelism with ZeRO is simulated",
+            )
+
+
+def recompute(d: Draft) -> Iterator[Problem]:
+    if d.recompute == "selective-op":
+        yield Problem(
+            ("training", "recompute"), "recompute selective-op is not simulated yet", "write none, selective or full"
+        )
+
+
+def precision(d: Draft) -> Iterator[Problem]:
+    if d.precision in ("fp8", "mxfp8", "nvfp4"):
+        yield Problem(("training", "precision"), f"precision {d.precision} is not simulated yet", "write bf16")
+
+
+def attention(d: Draft) -> Iterator[Problem]:
+    if d.attention in ("flash-3", "cudnn"):
+        yield Problem(
+            ("training", "attention"), f"attention {d.attention} is not simulated yet", "write flash-2, sdpa or math"
+        )
+
+
+def compiled(d: Draft) -> Iterator[Problem]:
+    if d.compile:
+        yield Problem(("training", "compile"), "compile: true is not simulated yet", "leave compile out")
+
+
+def experts(d: Draft) -> Iterator[Problem]:
+    if d.model.num_local_experts is not None:
+        yield Problem(("model",), "mixtures of experts are not simulated yet", "name a dense model")
+
+
+def offload(d: Draft) -> Iterator[Problem]:
+    for key in ("offload_optimizer", "offload_param"):
+        if getattr(d, key) != "none":
+            yield Problem(
+                ("deepspeed",), f"DeepSpeed's {key} is not simulated yet", f"remove {key} from zero_optimization"
+            )
+
+
+NOT_YET: tuple[Rule, ...] = (frameworks, axes, recompute, precision, attention, compiled, experts, offload)
+
+
+def unsupported(draft: Draft) -> Iterator[Problem]:
+    """Yield what of a question is not simulated yet."""
+    yield from run_rules(draft, NOT_YET)
