@@ -14,10 +14,10 @@ from sim.scenario.schema import Scenario
 class Framework(Hooks, Protocol):
     """A framework's part in a rank's program: what it allocates, what it hooks into, how it steps.
 
-    ``first_step_differs``: the first step is not like the later ones (lazy optimizer states, other buckets).
+    ``passes_differ``: the passes of the first step are not like the later ones (DDP's buckets).
     """
 
-    first_step_differs: bool
+    passes_differ: bool
 
     def setup(self) -> Chunk:
         """What it holds before the first step."""
@@ -28,7 +28,10 @@ class Framework(Hooks, Protocol):
         ...
 
     def optimizer_step(self, first_step: bool) -> Chunk:
-        """From the end of the last backward to the start of the next forward."""
+        """From the end of the last backward to the start of the next forward.
+
+        Optimizers make their states in the first step. May be written for both after the same passes.
+        """
         ...
 
     def after_first_step(self) -> Chunk:
@@ -46,22 +49,23 @@ def lower(ledger: Ledger, scenario: Scenario) -> World:
     framework = _framework(emitter, ledger, scenario)
     num_microbatches = scenario.num_microbatches
     chunks: dict[str, Chunk] = {"setup": framework.setup(), "workspaces": _workspaces(scenario)}
-    if framework.first_step_differs:
-        first_step = _step(chunks, "first.", emitter, framework, num_microbatches)
+    passes = _passes(chunks, "first." if framework.passes_differ else "", emitter, framework, num_microbatches)
+    chunks["first.optimizer"] = framework.optimizer_step(first_step=True)
+    first_step = (Call("workspaces"), *passes, Call("first.optimizer"))
+    if framework.passes_differ:
         chunks["between"] = framework.after_first_step()
-        step = _step(chunks, "", emitter, framework, num_microbatches)
-        first_step = (Call("workspaces"), *first_step, Call("between"))
-    else:
-        step = _step(chunks, "", emitter, framework, num_microbatches)
-        first_step = (Call("workspaces"), *step)
+        first_step = (*first_step, Call("between"))
+        passes = _passes(chunks, "", emitter, framework, num_microbatches)
+    chunks["optimizer"] = framework.optimizer_step(first_step=False)
+    step = (*passes, Call("optimizer"))
     program = Program(tuple(range(mesh.world_size)), 0, chunks, (Call("setup"),), first_step, step, {"dp": "dp"})
     return World(mesh.world_size, (program,), {"dp": Communicator("dp", "dp", mesh.groups("dp"), (0,))})
 
 
-def _step(
+def _passes(
     chunks: dict[str, Chunk], prefix: str, emitter: Emitter, framework: Framework, num_microbatches: int
 ) -> tuple[Call, ...]:
-    """Write the chunks of one step; return its calls. Microbatches between the first and the last share theirs."""
+    """Write the chunks of a step's microbatches; return their calls. Those between the first and the last share one."""
     roles = ["only"] if num_microbatches == 1 else ["first", "middle", "last"]
     if num_microbatches == 2:
         roles.remove("middle")
@@ -70,13 +74,12 @@ def _step(
         passes = emitter.passes(framework)
         chunks[f"{prefix}forward.{role}"] = passes.forward
         chunks[f"{prefix}backward.{role}"] = passes.backward
-    chunks[f"{prefix}optimizer"] = framework.optimizer_step(first_step=bool(prefix))
     calls = []
     for microbatch in range(num_microbatches):
         role = roles[0] if microbatch == 0 else roles[-1] if microbatch == num_microbatches - 1 else "middle"
         calls.append(Call(f"{prefix}forward.{role}", microbatch))
         calls.append(Call(f"{prefix}backward.{role}", microbatch))
-    return (*calls, Call(f"{prefix}optimizer"))
+    return tuple(calls)
 
 
 def _recompute(scenario: Scenario) -> Recompute:
@@ -106,6 +109,25 @@ def _framework(emitter: Emitter, ledger: Ledger, scenario: Scenario) -> Framewor
             optimizer=training.optimizer,
             gradient_clipping=training.gradient_clipping,
         )
+    if scenario.framework == "deepspeed":
+        from sim.parallel.frameworks.deepspeed import deepspeed
+        from sim.parallel.frameworks.deepspeed_stage3 import Stage3
+        from sim.parallel.frameworks.plan import Plan
+
+        plan = Plan(
+            dp=scenario.parallelism.dp,
+            parameter_dtype=ledger.parameter_dtype,
+            master=ledger.parameter_dtype != "fp32",
+            num_microbatches=scenario.num_microbatches,
+            optimizer=training.optimizer,
+            gradient_clipping=training.gradient_clipping,
+            num_gpus_per_node=scenario.cluster.gpus_per_node,
+            root_modules=2 if training.code == "huggingface" else 1,
+        )
+        framework = deepspeed(ledger.layers, scenario.deepspeed, plan)
+        if isinstance(framework, Stage3):
+            framework.use_trace(emitter)
+        return framework
     raise AssertionError(f"no lowering for framework {scenario.framework}")
 
 

@@ -42,7 +42,7 @@ _Key = tuple[int, str]
 class Ddp:
     """Hooks, setup and optimizer step of a DDP rank. Writes chunks in host order; holds what is open in between."""
 
-    first_step_differs = True
+    passes_differ = True
 
     def __init__(
         self,
@@ -216,5 +216,4 @@ class Ddp:
             out.extend(Alloc(storage) for storage in state_storages(self.optimizer, parameters, self.dtype))
         out.extend(foreach_step(self.optimizer, parameters, self.dtype, self.dtype))
         out.extend(Free(gradient) for gradient in self.gradients.values())
-        self.gradients = {}
         return tuple(out)

@@ -48,6 +48,11 @@ class DeepSpeed:
         self.gradients: dict[int, Storage] = {}
         self.clipping = settings.gradient_clipping or plan.gradient_clipping
 
+    passes_differ = False
+
+    def after_first_step(self) -> Chunk:
+        return ()
+
     def begin_microbatch(self, first: bool, last: bool) -> None:
         """Say which microbatch of the step is written next: ``last`` is the gradient accumulation boundary."""
         self.first, self.last = first, last
@@ -200,7 +205,8 @@ class Stage0(DeepSpeed):
         out.extend(self.steps.update(self._stepped()))
         out.extend(copy("update parameter", count, "fp32", self.dtype) for count in sizes)
         out.extend(Free(s) for s in casts)
-        out.extend(self._drop_gradients())
+        if not flat:
+            out.extend(self._drop_gradients())
         return tuple(out)
 
     def _step_fp32(self, first_step: bool) -> Chunk:
@@ -217,9 +223,7 @@ class Stage0(DeepSpeed):
         return tuple(out)
 
     def _drop_gradients(self) -> list[Instruction]:
-        out: list[Instruction] = [Free(s) for s in self.gradients.values()]
-        self.gradients = {}
-        return out
+        return [Free(s) for s in self.gradients.values()]
 
 
 def communication_dtype(settings: DeepSpeedSettings, parameter_dtype: DType) -> DType:

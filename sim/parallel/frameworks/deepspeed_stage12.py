@@ -285,7 +285,6 @@ class Stage12(DeepSpeed):
         out.extend(host_sync("norm"))
         out.append(Mark("optimizer", "gradients"))
         gradient = self._fp32_gradient(mine, out)
-        self.averaged = None
         if self.clipping or self.plan.loss_scaling:
             out.append(in_place("unscale", self.partition, "fp32"))
         out.append(Mark("optimizer", "step"))
