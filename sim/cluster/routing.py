@@ -31,7 +31,10 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """One direction between two devices: ``count`` equal wires together, ``bytes_per_s`` of all of them."""
+    """One direction between two devices: ``count`` equal wires together, rates of all of them.
+
+    ``bytes_per_s`` is the most that was seen to get through, ``library_bytes_per_s`` what NCCL takes it for.
+    """
 
     source: int
     target: int
@@ -39,6 +42,7 @@ class Wire:
     count: int
     bytes_per_s: float
     latency_s: float
+    library_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)

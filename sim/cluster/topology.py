@@ -4,7 +4,7 @@ Nodes are alike, so there is one :class:`~sim.cluster.routing.NodeGraph` and a l
 
     links of domain k  [k * L, (k + 1) * L)   the L of a domain: wires, then its sockets' memories, then two for each
                                               NIC (to the leaf, from the leaf)
-    links of the fabric  from num_domains * L on  two for each leaf switch (to the spine, from the spine)
+    links of the fabric  num_domains * L and on  two for each leaf switch (to the spine, from the spine)
 
 A *domain* is what one scale-up fabric joins, and what NCCL calls a node: a node, or the trays of an NVL72 rack.
 GPU g is GPU ``g % gpus_per_domain`` of domain ``g // gpus_per_domain``. The list of devices and links is the one source;
@@ -138,12 +138,24 @@ class Cluster:
         return (*nodes, *(self.link(i) for i in range(first, self.num_links)))
 
     @cached_property
+    def _library_bytes_per_s(self) -> tuple[float, ...]:
+        """What NCCL takes each link of a domain for: a NIC for the speed of its port, a wire for its constant."""
+        rates = [link.bytes_per_s for link in self._local_links]
+        rates[: len(self.node.wires)] = [wire.library_bytes_per_s for wire in self.node.wires]
+        rates[self._nic_base :] = [self.nic_line_bytes_per_s] * (2 * self.num_nics)
+        return tuple(rates)
+
+    @property
     def nic_line_bytes_per_s(self) -> float:
-        """What a NIC's port is sold as: the speed that NCCL reads from the system."""
+        """What a NIC's port is sold as."""
         network = self.spec.network
         if network is None or not network.line_bytes_per_s:
             return self.nic_bytes_per_s
         return self.nic_bytes_per_s * network.line_bytes_per_s / network.nic_bytes_per_s
+
+    def library_bytes_per_s(self, index: int) -> float:
+        """Return what NCCL takes a link inside a domain for, when it plans."""
+        return self._library_bytes_per_s[index % self.links_per_domain]
 
     def bytes_per_s(self, index: int) -> float:
         """Return the capacity of a link."""
@@ -174,6 +186,10 @@ class Cluster:
     def nic_of(self, gpu: int) -> int:
         """Return the rail of a GPU: the index, among its domain's NICs, of the one it uses."""
         return self._nic_of[self.local_index(gpu)]
+
+    def rail_of(self, local: int) -> int:
+        """Return the rail of a GPU by its place in its domain."""
+        return self._nic_of[local]
 
     # --- routes --------------------------------------------------------------------------------
 
@@ -208,22 +224,24 @@ class Cluster:
         first = self.num_domains * self.links_per_domain
         return (first + 2 * up, first + 2 * down + 1)
 
-    def route(self, source: int, target: int, rail: int | None = None) -> Route:
-        """Return the route between two GPUs; between nodes by NIC ``rail`` of both, by default the receiver's own.
+    def rail_out(self, source: int, to_rail: int) -> int:
+        """Return the NIC by which a GPU (index in its domain) sends to a GPU whose NIC is ``to_rail``.
 
-        That NCCL sends on the receiver's rail, through NVLink to the GPU beside that NIC, is PXN
-        (nccl src/graph/search.cc, ncclTopoGetNetDev with NCCL_P2P_PXN_LEVEL 2); where the sender has no NVLink it
-        sends by its own NIC.
+        The same rail, through NVLink and the GPU beside that NIC if need be (PXN; nccl src/graph/search.cc,
+        ncclTopoGetNetDev with NCCL_P2P_PXN_LEVEL 2); its own NIC where that would lead through a socket.
         """
+        far = routing.worse(self.local_nic_route(source, to_rail, outward=True).kind, "PXN")
+        return self._nic_of[source] if far else to_rail
+
+    def route(self, source: int, target: int, rail: int | None = None) -> Route:
+        """Return the route between two GPUs; between nodes by NIC ``rail`` of both, by default the receiver's own."""
         domain, to_domain = self.domain_of(source), self.domain_of(target)
         local, to_local = self.local_index(source), self.local_index(target)
         if domain == to_domain:
             found = self.local_route(local, to_local)
             return self._shifted(found, domain)
         to_rail = self.nic_of(target) if rail is None else rail
-        out_rail = to_rail
-        if rail is None and routing.worse(self.local_nic_route(local, to_rail, outward=True).kind, "PXN"):
-            out_rail = self.nic_of(source)
+        out_rail = self.rail_out(local, to_rail) if rail is None else rail
         out = self.local_nic_route(local, out_rail, outward=True)
         into = self.local_nic_route(to_local, to_rail, outward=False)
         base, to_base = domain * self.links_per_domain, to_domain * self.links_per_domain
@@ -369,15 +387,16 @@ def build_node(facts: NodeFacts, links: Mapping[str, LinkFacts], peer_to_peer: b
     for (a, b, kind), count in wires.items():
         fact = links[kind]
         rate = fact.bytes_per_s * count
-        directed.append(Wire(index[a], index[b], fact.kind, count, rate, fact.latency_s))
-        directed.append(Wire(index[b], index[a], fact.kind, count, rate, fact.latency_s))
+        most = max(rate, fact.copy_bytes_per_s * count)
+        directed.append(Wire(index[a], index[b], fact.kind, count, most, fact.latency_s, rate))
+        directed.append(Wire(index[b], index[a], fact.kind, count, most, fact.latency_s, rate))
     sockets = [i for i, device in enumerate(devices) if device.kind == "cpu"]
     if num_nics and not own_nics and sockets:
         for i in range(num_nics):
             socket = sockets[i * len(sockets) // num_nics]
             devices.append(Device(f"nic{i}", "nic"))
-            directed.append(Wire(len(devices) - 1, socket, "pcie", 1, float("inf"), 0.0))
-            directed.append(Wire(socket, len(devices) - 1, "pcie", 1, float("inf"), 0.0))
+            directed.append(Wire(len(devices) - 1, socket, "pcie", 1, float("inf"), 0.0, float("inf")))
+            directed.append(Wire(socket, len(devices) - 1, "pcie", 1, float("inf"), 0.0, float("inf")))
     gpus = tuple(i for i, device in enumerate(devices) if device.kind == "gpu")
     return NodeGraph(
         devices=tuple(devices),

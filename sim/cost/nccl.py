@@ -19,9 +19,10 @@ NVSwitch (they load the wires alike).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations, product
 from typing import Literal, NamedTuple
 
 from sim.cluster.routing import PATH_KINDS, PathKind
@@ -190,7 +191,7 @@ def _by_node(cluster: Cluster, group: Sequence[int]) -> tuple[tuple[int, tuple[i
 
 def _rails(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[int, ...]:
     """Return the NICs that GPUs of a node use, in the order of the GPUs."""
-    return tuple(dict.fromkeys(cluster.nic_of(gpu) for gpu in gpus))
+    return tuple(dict.fromkeys(cluster.rail_of(gpu) for gpu in gpus))
 
 
 def _mesh_cycles(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -243,7 +244,7 @@ def _orders(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> 
     orders = []
     for i, rail in enumerate(rails):
         cycle = cycles[i % len(cycles)]
-        start = cycle.index(next(gpu for gpu in gpus if cluster.nic_of(gpu) == rail))
+        start = cycle.index(next(gpu for gpu in gpus if cluster.rail_of(gpu) == rail))
         order = (*cycle[start:], *cycle[:start])
         if not direct:
             near = [PATH_KINDS.index(cluster.local_nic_route(gpu, rail, outward=True).kind) for gpu in order[1:]]
@@ -318,12 +319,6 @@ def _channels(cluster: Cluster, num_rings: int, ring_bw: float, several_nodes: b
     return channels, speed
 
 
-def _known_bytes_per_s(cluster: Cluster, link: int) -> float:
-    """Return what NCCL takes a link to be able to: payload, but a NIC's nominal speed."""
-    nic = cluster.num_nics and cluster.link(link).kind == "nic"
-    return cluster.nic_line_bytes_per_s if nic else cluster.bytes_per_s(link)
-
-
 def ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
     """Return the rings of a group and the speed NCCL expects of them."""
     nodes = _by_node(cluster, group)
@@ -335,7 +330,7 @@ def ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
     found: tuple[int, float] | None = cluster.memo.get(key)
     if found is None:
         distinct = {(p.orders, p.rails): p for p in patterns}.values()
-        total = min((_known_bytes_per_s(cluster, link) / share for p in distinct for link, share in p.loads)) / GB
+        total = min((cluster.library_bytes_per_s(link) / share for p in distinct for link, share in p.loads)) / GB
         rings = len(patterns[0].orders)
         found = _channels(cluster, rings, total / rings, several)
         cluster.memo[key] = found
@@ -717,15 +712,37 @@ def _pat_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: L
         distance *= 2
 
 
-def _all_to_all_loads(cluster: Cluster, groups: Iterable[Sequence[int]], tensor_bytes: float, loads: Loads) -> None:
-    """Add S/n between every two ranks of each group, straight."""
-    for group in groups:
-        each = tensor_bytes / len(group)
-        for source in group:
-            for target in group:
-                if source != target:
-                    for link in cluster.route(source, target).links:
-                        loads[link] = loads.get(link, 0.0) + each
+def _all_to_all_loads(cluster: Cluster, group: Sequence[int], tensor_bytes: float, loads: Loads) -> None:
+    """Add S/n between every two ranks of a group, straight (the routes of ``Cluster.route``).
+
+    Counted by what routes share, not pair by pair: what a GPU sends by one rail, what it receives, and what goes from
+    a NIC of one domain to a NIC of another.
+    """
+    stride = cluster.links_per_domain
+    each = tensor_bytes / len(group)
+    domains = _by_node(cluster, group)
+    for domain, gpus in domains:
+        for a, b in permutations(gpus, 2):
+            _add(loads, domain * stride, cluster.local_route(a, b).links, each)
+    if len(domains) == 1:
+        return
+    rails = [Counter(cluster.rail_of(gpu) for gpu in gpus) for _, gpus in domains]
+    on_rail = sum(rails, Counter())
+    for (domain, gpus), own in zip(domains, rails, strict=True):
+        senders: Counter[tuple[int, int]] = Counter()
+        for (rail, num), gpu in product(sorted(on_rail.items()), gpus):
+            out_rail = cluster.rail_out(gpu, rail)
+            senders[out_rail, rail] += 1
+            out = cluster.local_nic_route(gpu, out_rail, outward=True)
+            _add(loads, domain * stride, out.links, (num - own[rail]) * each)
+        for ((out_rail, rail), num), ((to_domain, _), theirs) in product(
+            senders.items(), zip(domains, rails, strict=True)
+        ):
+            if to_domain != domain:
+                _add(loads, 0, cluster.fabric(domain, out_rail, to_domain, rail), num * theirs[rail] * each)
+        for gpu in gpus:
+            into = cluster.local_nic_route(gpu, cluster.rail_of(gpu), outward=False)
+            _add(loads, domain * stride, into.links, (len(group) - len(gpus)) * each)
 
 
 def _message_latency_s(cluster: Cluster, pairs: Iterable[tuple[int, int]]) -> float:
@@ -764,7 +781,8 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
     wire_bytes = collective.wire_bytes(kind, n, tensor_bytes)
     loads: Loads = {}
     if kind == "all_to_all":
-        _all_to_all_loads(cluster, groups, tensor_bytes, loads)
+        for group in groups:
+            _all_to_all_loads(cluster, group, tensor_bytes, loads)
         latency_s = _message_latency_s(cluster, ((g[0], other) for g in groups for other in g[1:]))
         return Traffic("pairwise/Simple", (_phase(cluster, latency_s, loads),), wire_bytes)
     if kind == "barrier":
