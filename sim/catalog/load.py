@@ -18,6 +18,7 @@ Unknown names raise KeyError; a wrong file of a user raises ScenarioError with e
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -163,8 +164,8 @@ def network_in_words(text: str, node: NodeFacts) -> NetworkFacts:
     """Return the network that a phrase describes: "800 Gbit/s per node", "400 Gbit/s RoCE per GPU".
 
     The rate is of the ports. Where the phrase names no fabric, it is that of the node's usual network. A total per
-    node is spread over NICs of the speed that the node usually has, where that comes out even, else over as many
-    NICs as it usually has. Everything else (payload of a line, latency, GPUDirect) is that of the catalogue's
+    node is spread over as few NICs, no faster than the node's usual ones, as carry it; a total beyond what that many
+    GPUs have NICs for, over faster ones, as many as usual. Everything else (payload of a line, latency, GPUDirect) is that of the catalogue's
     network of this fabric. Raises ValueError that says what to write.
     """
     found = _WORDS.match(text.strip())
@@ -188,10 +189,8 @@ def network_in_words(text: str, node: NodeFacts) -> NetworkFacts:
     elif found["whom"].lower() == "nic":
         num_nics, line_of_nic = usual_nics, line
     else:
-        even = line / usual.line_bytes_per_s if usual and usual.line_bytes_per_s else 0.0
-        num_nics = (
-            int(even) if even >= 1 and even == int(even) and even <= max(node.num_gpus, usual_nics) else usual_nics
-        )
+        needed = math.ceil(line / usual.line_bytes_per_s) if usual and usual.line_bytes_per_s else usual_nics
+        num_nics = needed if needed <= max(node.num_gpus, usual_nics) else usual_nics
         line_of_nic = line / num_nics
     said = Fact(text, "user", "the scenario")
     payload = like.nic_bytes_per_s / like.line_bytes_per_s if like.line_bytes_per_s else 1.0

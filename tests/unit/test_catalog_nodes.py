@@ -130,7 +130,10 @@ def test_multicast_from_hopper_on():
         ("1600 Gbit/s RoCE per node", "dgx-a100-80gb", "roce", 8, 200),
         ("400 Gbit/s RoCE per GPU", "dgx-h100", "roce", 8, 400),
         ("50 GB/s per NIC", "dgx-h100", "infiniband", 8, 400),
-        ("100 Gbit/s per node", "dgx-h100", "infiniband", 8, 12.5),  # less than one NIC: all of them, slower
+        ("100 Gbit/s per node", "dgx-h100", "infiniband", 1, 100),
+        ("600 Gbit/s per node", "dgx-h100", "infiniband", 2, 300),
+        ("6400 Gbit/s per node", "dgx-h100", "infiniband", 8, 800),  # faster NICs than usual, as many as usual
+        ("3200 Gbit/s EFA per node", "p5", "efa", 32, 100),
         ("25 Gbit/s Ethernet per node", "pcie-1x-l40s", "ethernet", 1, 25),
     ],
 )
