@@ -10,7 +10,7 @@ with the cube root of the ratio, as dynamic power goes with clock times voltage 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ _SIMILAR = 0.03
 _KERNEL_OF = {
     "flash-2": ("flash-2",),
     "flash-3": ("flash-3", "cudnn", "flash-2"),
-    "sdpa": ("flash-2", "cudnn"),
     "cudnn": ("cudnn", "flash-3", "flash-2"),
-    "memory-efficient": ("flash-2", "cudnn"),
 }
-"""Kernels whose coefficients may stand for another's, best first. torch's ``sdpa`` runs its copy of FlashAttention-2
-(aten/src/ATen/native/transformers/cuda/sdp_utils.cpp: flash before cudnn)."""
+"""Kernels whose coefficients may stand for another's, best first."""
+LEGACY_FLOPS_PER_CLOCK = {"flash-2": 4096.0}
+"""16-bit FLOP a clock of an SM that a kernel built on ``mma.sync`` can reach: the instruction kept Hopper's rate, later
+generations have others for theirs (CUTLASS, ``media/docs/cpp/blackwell_functionality.md``: tcgen05)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def source_of(gpu: GpuFacts) -> Source:
     index = _read("index.yaml")
     capability = ".".join(map(str, gpu.compute_capability))
     peak = gpu.peak_flops.get("bf16") or gpu.peak_flops.get("fp16") or gpu.peak_flops.get("fp32", 0.0)
-    if gpu.vendor == "nvidia":
+    if gpu.vendor == "nvidia" and peak:
         for entry in index["measured"]:
             if (
                 entry["capability"] == capability
@@ -120,27 +120,64 @@ def _power_factor(gpu: GpuFacts, peak: float, entry: Mapping[str, Any]) -> float
     return 1.0 if ratio > 1 - _SIMILAR else float(ratio ** (1 / 3))
 
 
-def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, bool]:
-    """Return the coefficients for matmuls of ``dtype``, and whether they are measured ones for that precision.
+def _file(family: str, name: str) -> str:
+    return f"{family}_{name.replace('-', '_')}.yaml"
+
+
+def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str]:
+    """Return the coefficients for matmuls of ``dtype``, and whose they are ("" if this GPU's own).
 
     fp16 runs on the same units as bf16 and counts as measured; others take bf16's shares.
     """
-    data = _read(f"gemm_{source.name.replace('-', '_')}.yaml")
-    key = dtype if dtype in data else "bf16"
+    name = "bf16" if dtype == "fp16" else dtype
+    instead = _entry(source.name).get("instead", {}).get(name)
+    data = _read(_file("gemm", instead or source.name))
+    key = name if name in data else "bf16"
     fields = GemmCoefficients.__dataclass_fields__
     values = data[key]["coefficients"]
-    same = source.same and data.get("kind") != "assumed" and dtype in (key, "fp16")
-    return GemmCoefficients(**{name: values[name] for name in fields}), same
+    if instead:
+        return GemmCoefficients(
+            **{field: values[field] for field in fields}
+        ), f"{instead} ({_entry(source.name)['why']})"
+    if not source.same:
+        whose = f"{source.name} ({source.why})"
+    elif key != name or data.get("kind") == "assumed":
+        whose = f"{key} on {source.name}"
+    else:
+        whose = ""
+    return GemmCoefficients(**{field: values[field] for field in fields}), whose
+
+
+def sdpa_kernel(gpu: GpuFacts) -> tuple[str, str]:
+    """Return the kernel of torch's scaled_dot_product_attention on ``gpu``, and what that assumes ("" if nothing).
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. FlashAttention-2 needs compute capability 8.0; cuDNN
+    comes first on 10.0 (and, from torch 2.10 on with cuDNN 9.15, on 9.0).
+    """
+    major = gpu.compute_capability[0]
+    if gpu.vendor == "nvidia" and major < 8:
+        return "memory-efficient", ""
+    if gpu.vendor == "nvidia" and major == 10:
+        return "cudnn", ""
+    if gpu.vendor == "nvidia" and major == 9:
+        return "flash-2", "sdpa runs FlashAttention-2, as torch before 2.10 does (later ones prefer cuDNN on Hopper)"
+    return "flash-2", ""
 
 
 def attention_coefficients(source: Source, kernel: str, backward: bool) -> tuple[AttentionCoefficients, str]:
     """Return the coefficients of an attention kernel, and in words what was assumed ("" if nothing)."""
     direction = "backward" if backward else "forward"
-    wanted = _KERNEL_OF.get(kernel, ("flash-2",))
+    other = _read("attention_others.yaml").get(kernel)
+    if other is not None:
+        c, _ = attention_coefficients(source, other["of"], backward)
+        slower = float(other["slower"])
+        c = replace(c, peak_fraction=c.peak_fraction / slower, softmax_clocks=c.softmax_clocks * slower)
+        return c, f"{slower:g} times slower than {other['of']}"
+    wanted = _KERNEL_OF[kernel]
     places = [source.name, *_ATTENTION_FALLBACK.get(source.name, ()), "a100-sxm"]
     for name in wanted:
         for place in places:
-            data = _read(f"attention_{place.replace('-', '_')}.yaml")
+            data = _read(_file("attention", place))
             if data is None or name not in data:
                 continue
             assumed = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sim.catalog.schema import GpuFacts
@@ -58,7 +58,7 @@ class CostModel:
         self._vector = Machine(vector_flops, 4, gpu.num_sms, gpu.boost_clock_hz, gpu.memory_bytes_per_s, gpu.l2_bytes)
         self._machines: dict[str, Machine] = {}
         self._gemms: dict[str, tuple[GemmCoefficients, str]] = {}
-        self._attentions: dict[tuple[str, bool, str], tuple[AttentionCoefficients, str]] = {}
+        self._attentions: dict[tuple[str, bool, str], tuple[AttentionCoefficients, str, Machine]] = {}
         self._by_identity: dict[int, tuple[float, Kernel]] = {}
         self._by_value: dict[tuple[object, ...], float] = {}
         self._traffic: dict[tuple[object, ...], Traffic] = {}
@@ -112,16 +112,10 @@ class CostModel:
         dtype = kernel.dtype
         if dtype not in self._gemms:
             rate_of = peak_of(self._gpu, dtype)[1]
-            coefficients, measured = efficiency.gemm_coefficients(self._source, rate_of)
+            coefficients, whose = efficiency.gemm_coefficients(self._source, rate_of)
             assumed = ""
-            if not measured:
-                whose = (
-                    f"those of bf16 on {self._source.name}" if self._source.same else f"those of {self._source.name}"
-                )
-                reason = f" ({self._source.why})" if self._source.why else ""
-                assumed = (
-                    f"matmuls in {dtype} on {self._gpu.name}: shares of peak and bandwidth taken from {whose}{reason}"
-                )
+            if whose:
+                assumed = f"matmuls in {dtype} on {self._gpu.name}: shares of peak and bandwidth are those of {whose}"
             if rate_of != dtype:
                 assumed += f"{'; ' if assumed else f'matmuls in {dtype}: '}run at the rate of {rate_of}"
             self._gemms[dtype] = (coefficients, assumed)
@@ -135,14 +129,20 @@ class CostModel:
         backward = kernel.direction == "backward"
         key = (kernel.kernel, backward, kernel.dtype)
         if key not in self._attentions:
-            coefficients, assumed = efficiency.attention_coefficients(self._source, kernel.kernel, backward)
+            name, chosen = efficiency.sdpa_kernel(self._gpu) if kernel.kernel == "sdpa" else (kernel.kernel, "")
+            coefficients, assumed = efficiency.attention_coefficients(self._source, name, backward)
+            if chosen:
+                self._assume(chosen)
             if assumed:
-                assumed = f"attention ({kernel.kernel}, {kernel.direction}) on {self._gpu.name}: {assumed}"
-            self._attentions[key] = (coefficients, assumed)
-        coefficients, assumed = self._attentions[key]
+                assumed = f"attention ({name}, {kernel.direction}) on {self._gpu.name}: {assumed}"
+            machine = self._machine(kernel.dtype)
+            if limit := efficiency.LEGACY_FLOPS_PER_CLOCK.get(name, 0.0) * machine.num_sms * machine.clock_hz:
+                machine = replace(machine, peak_flops=min(machine.peak_flops, limit))
+            self._attentions[key] = (coefficients, assumed, machine)
+        coefficients, assumed, machine = self._attentions[key]
         time_s = attention_s(
             size(kernel.batch), size(kernel.heads), size(kernel.kv_heads), size(kernel.query), size(kernel.key),
-            size(kernel.head_dim), kernel.causal, backward, self._machine(kernel.dtype), coefficients,
+            size(kernel.head_dim), kernel.causal, backward, machine, coefficients,
         )  # fmt: skip
         return time_s / self._source.power, assumed
 

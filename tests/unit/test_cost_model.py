@@ -18,14 +18,15 @@ from sim.ir.ledger import Attention, Dim, Gemm, Pointwise, Tensor
 from sim.ir.program import HostCompute
 
 H100 = GpuFacts(
-    name="h100-sxm-80gb", vendor="nvidia", architecture="hopper", compute_capability=(9, 0), memory_bytes=80 * 2**30,
-    total_memory_bytes=81082 * 2**20, memory_bytes_per_s=3350e9, l2_bytes=50 * 2**20, num_sms=132, boost_clock_hz=1830e6,
-    power_w=700, peak_flops={"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp8": 1978.9e12, "fp32": 66.9e12},
+    name="h100-sxm-80gb", vendor="nvidia", architecture="hopper", compute_capability=(9, 0),
+    memory_bytes=80 * 2**30, total_memory_bytes=81082 * 2**20, memory_bytes_per_s=3350e9, l2_bytes=50 * 2**20,
+    num_sms=132, boost_clock_hz=1830e6, power_w=700,
+    peak_flops={"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp8": 1978.9e12, "fp32": 66.9e12},
     cuda_context_bytes=525 * 2**20,
 )  # fmt: skip
 RTX_4090 = dataclasses.replace(
-    H100, name="rtx-4090", architecture="ada", compute_capability=(8, 9), memory_bytes_per_s=1008e9, l2_bytes=72 * 2**20,
-    num_sms=128, boost_clock_hz=2520e6, power_w=450,
+    H100, name="rtx-4090", architecture="ada", compute_capability=(8, 9), memory_bytes_per_s=1008e9,
+    l2_bytes=72 * 2**20, num_sms=128, boost_clock_hz=2520e6, power_w=450,
     peak_flops={"bf16": 165.2e12, "fp16": 165.2e12, "tf32": 82.6e12, "fp8": 330.3e12, "fp32": 82.6e12},
 )  # fmt: skip
 V100 = dataclasses.replace(
@@ -82,7 +83,7 @@ def test_a_wave_more() -> None:
 
 
 def test_rows_that_are_not_aligned_lose_the_wide_loads() -> None:
-    """d_ff 10922 (4-byte rows) against 10944 on H100: 272.7 and 398.4 TFLOP/s, a factor of 0.68; odd vocabularies lose more."""
+    """d_ff 10922 (4-byte rows) against 10944 on H100: 272.7 and 398.4 TFLOP/s, a factor of 0.68; odd rows lose more."""
     align = efficiency.ALIGNMENT
     assert alignment_factor(10944, 4096, 2, align) == 1.0
     assert alignment_factor(10922, 4096, 2, align) == align.four_bytes
@@ -95,6 +96,30 @@ def test_causal_attention_forward_as_its_authors_plot_it(kernel: str, expected: 
     """TFLOP/s at 16k tokens, 16 heads of 128, H100: flash-attention @0251105a, assets."""
     op = attention(16384, kernel=kernel)
     assert op.flops / model().kernel_s(op, 0) / 1e12 == pytest.approx(expected, rel=0.06)
+
+
+def test_sdpa_is_what_torch_would_run() -> None:
+    """FlashAttention-2 needs compute capability 8.0, cuDNN comes first on 10.0 (sdp_utils.cpp)."""
+    b200 = dataclasses.replace(H100, compute_capability=(10, 0))
+    assert [efficiency.sdpa_kernel(gpu)[0] for gpu in (V100, RTX_4090, b200)] == [
+        "memory-efficient",
+        "flash-2",
+        "cudnn",
+    ]
+    cost = model(V100)
+    old = dataclasses.replace(attention(4096, kernel="sdpa"), dtype="fp16")
+    new = dataclasses.replace(attention(4096, kernel="flash-2"), dtype="fp16")
+    assert cost.kernel_s(old, 0) == pytest.approx(2 * cost.kernel_s(new, 0), rel=0.1)
+
+
+def test_flash_2_does_not_gain_from_the_new_matmul_instructions_of_blackwell() -> None:
+    """B200: 148 SMs at 1856 MHz against 132 at 1830: 1.14 times as fast as on H100, not 2.3 times."""
+    b200 = dataclasses.replace(
+        H100, compute_capability=(10, 0), num_sms=148, boost_clock_hz=1856e6, power_w=1000,
+        peak_flops={"bf16": 2250e12, "fp32": 75e12}, memory_bytes_per_s=8000e9, l2_bytes=126 * 2**20,
+    )  # fmt: skip
+    op = attention(16384)
+    assert model().kernel_s(op, 0) / model(b200).kernel_s(op, 0) == pytest.approx(1.14, rel=0.05)
 
 
 def test_attention_backward_of_flash_3_as_its_paper_plots_it() -> None:
