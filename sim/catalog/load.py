@@ -165,8 +165,8 @@ def network_in_words(text: str, node: NodeFacts) -> NetworkFacts:
 
     The rate is of the ports. Where the phrase names no fabric, it is that of the node's usual network. A total per
     node is spread over as few NICs, no faster than the node's usual ones, as carry it; a total beyond what that many
-    GPUs have NICs for, over faster ones, as many as usual. Everything else (payload of a line, latency, GPUDirect) is that of the catalogue's
-    network of this fabric. Raises ValueError that says what to write.
+    GPUs have NICs for, over faster ones, as many as usual. Everything else (payload of a line, latency, GPUDirect) is
+    that of the catalogue's network of this fabric. Raises ValueError that says what to write.
     """
     found = _WORDS.match(text.strip())
     fabric = _FABRIC_WORDS.get((found["fabric"] or "").lower(), "") if found else ""
