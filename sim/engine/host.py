@@ -40,7 +40,11 @@ from sim.units import Ticks, ticks
 
 
 class Host:
-    """The host thread of the representative of one class. ``clock`` is when it got through with its last one."""
+    """The host thread of the representative of one class.
+
+    ``clock``      when it got through with its last instruction; never behind the simulation's own while it runs
+    ``waits_for``  what holds it up, in words
+    """
 
     def __init__(self, program: Program, machine: Machine) -> None:
         self.clock = 0

@@ -408,3 +408,35 @@ def test_shares_are_max_min_fair(active: list[Phase], cost: RandomCost) -> None:
                 )
                 for link, _ in flow.loads
             )
+
+
+def ends_of(jobs: list[tuple[int, Traffic]], links: tuple[Link, ...], order: list[int]) -> dict[int, int]:
+    """Start each transfer at its tick, those of one tick in the given order; return when each ends."""
+    env = simpy.Environment()
+    network = Network(env, links)
+    ends: dict[int, int] = {}
+
+    def job(number: int) -> Iterator[Any]:
+        start, traffic = jobs[number]
+        yield env.timeout(start)
+        yield network.start(traffic)
+        ends[number] = env.now
+
+    for number in order:
+        env.process(job(number))
+    env.run()
+    return ends
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(0, 3).map(lambda n: n * 100_000), traffics), min_size=2, max_size=6),
+    costs,
+    st.randoms(use_true_random=False),
+)
+def test_the_order_within_a_tick_changes_nothing(
+    jobs: list[tuple[int, Traffic]], cost: RandomCost, random: Any
+) -> None:
+    order = list(range(len(jobs)))
+    random.shuffle(order)
+    assert ends_of(jobs, cost.links, order) == ends_of(jobs, cost.links, list(range(len(jobs))))

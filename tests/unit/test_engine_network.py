@@ -100,3 +100,34 @@ def test_flows_on_other_links_are_left_alone() -> None:
 def test_what_begins_as_another_ends_has_the_link_to_itself() -> None:
     one = traffic(Phase(0.0, ((0, 100.0),)))
     assert ends((0, one), (1, one))[0] == [ticks(1.0), ticks(2.0)]
+
+
+def end_of_the_long_one(long: float, short: float, waits: tuple[int, ...]) -> tuple[int, int]:
+    """Two start on link a; a third, as long as the second, after those waits. Return the ends of the first two."""
+    env = simpy.Environment()
+    network = Network(env, LINKS)
+    ends: list[int] = []
+
+    def job(num_bytes: float, waits: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
+        for wait in waits:
+            yield env.timeout(wait)
+        yield network.start(traffic(Phase(0.0, ((0, num_bytes),))))
+        ends.append(env.now)
+
+    both = [env.process(job(long)), env.process(job(short))]
+    if waits:
+        env.process(job(short, waits))
+    times = []
+    for process in both:
+        process.callbacks.append(lambda _: times.append(env.now))
+    env.run()
+    return max(times), min(times)
+
+
+def test_a_start_at_the_tick_of_an_end_changes_nothing_for_a_third() -> None:
+    """Whether the end or the start is seen first, the long one goes on at half the link: not one tick of difference."""
+    for n in range(60):
+        long, short = 100.0 + n * 7 / 3, 20.0 + n / 7
+        _, end = end_of_the_long_one(long, short, ())
+        start_first = end_of_the_long_one(long, short, (end,))
+        assert end_of_the_long_one(long, short, (end - 1, 1)) == start_first
