@@ -193,6 +193,8 @@ def plan_layer(
         tape.hold(_INPUT, num_forward - 1)  # the caller's variable, until the layer returns
 
     second = dict(first)  # names as the recomputed run sees them
+    saved_once = {name for op in layer.forward if op.name not in recomputed for name in op.saves}
+    mixed = first  # names as a backward op sees them that belongs to no recomputed op alone
     grads: dict[str, int] = {f"grad:{layer.output.name}": _GRAD_OUTPUT} if layer.output is not None else {}
     node_of: dict[str, int] = {}  # forward op -> node that releases what it saved
     waiting, whole = bool(again), len(again) == len(layer.forward)
@@ -202,7 +204,8 @@ def plan_layer(
             waiting = False
             for repeated in _repeated(again, recompute.reentrant):
                 tape.run(repeated, ("pre_again", "post_again"), second, {})
-        names = {**(second if ours else first), **grads}
+            mixed = {**second, **{name: first[name] for name in saved_once if name in first}}
+        names = {**(second if ours else mixed), **grads}
         index = tape.run(op, ("pre_back", "post_back"), names, backward_border)
         grads.update({t.name: names[t.name] for t in (*op.writes, *op.keeps)})
         node_of.update(dict.fromkeys(op.releases, index))
