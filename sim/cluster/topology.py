@@ -7,8 +7,8 @@ Nodes are alike, so there is one :class:`~sim.cluster.routing.NodeGraph` and a l
     links of the fabric  num_domains * L and on  two for each leaf switch (to the spine, from the spine)
 
 A *domain* is what one scale-up fabric joins, and what NCCL calls a node: a node, or the trays of an NVL72 rack.
-GPU g is GPU ``g % gpus_per_domain`` of domain ``g // gpus_per_domain``. The list of devices and links is the one source;
-``Cluster.graph`` draws it as a networkx graph, ``Cluster.route`` walks it without.
+GPU g is GPU ``g % gpus_per_domain`` of domain ``g // gpus_per_domain``. The list of devices and links is the one
+source; ``Cluster.graph`` draws it as a networkx graph, ``Cluster.route`` walks it without.
 """
 
 from __future__ import annotations
