@@ -284,7 +284,7 @@ def rope_complex(tape: Tape, module: str, q: Value, k: Value, *, table: Tensor) 
     q_out, k_out = "query_rotated", "key_rotated"
     made = []
     for x, what in ((q, "query"), (k, "key")):
-        x32 = cast(tape, f"{module}.rope_{what}.float", x, "fp32", out=f"{x.name}.fp32", module=module)
+        x32 = cast(tape, f"{module}.rope_{what}.float", x, "fp32", out=f"{what}.fp32", module=module)
         made.append((x, x32, what))
     turned = []
     for (x, x32, what), out in zip(made, (q_out, k_out), strict=True):

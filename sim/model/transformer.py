@@ -334,7 +334,7 @@ def _attention(c: Context, tape: Tape, x: Value) -> Value:
         tape, n.out, out, (d.hidden,), (d.heads, d.head_dim), bias=model.attention_output_bias,
         out=f"{name}.linear" if p else name,
     )  # fmt: skip
-    return dropout(tape, f"{module}.dropout", y, p, out=name, module=f"{module}.resid_dropout" if p else module)
+    return dropout(tape, f"{module}.resid_dropout", y, p, out=name, module=f"{module}.resid_dropout" if p else module)
 
 
 def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:

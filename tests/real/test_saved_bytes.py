@@ -2,7 +2,7 @@
 
 Each layer kind, code, kernel, dtype and dropout is run under ``saved_tensors_hooks``; storages are counted once,
 parameters and shared tables left out. Where a CPU kernel keeps something else than CUDA's, the difference is a named
-cause with its own formula (``block_causes``), never a tolerance. Torch is imported by the tests, not by collecting them.
+cause with its own formula (``block_causes``), never a tolerance. Torch is imported when they run.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def norm_on_cpu(config: ModelConfig, code: str, mode: Mode, rows: int, width: in
     """Bytes that the CPU keeps beyond CUDA's for one norm of [rows, width].
 
     LayerNorm: mean and rstd in the input's dtype, not fp32 (vectorised kernel of layer_norm_kernel.cpp).
-    nn.RMSNorm: composed of pow, mean, rsqrt and products (rms_norm_composite): in 16 bit the fp32 copy and the normalised
-    tensor in fp32 instead of the 16-bit input; in fp32 the normalised tensor beside the input.
+    nn.RMSNorm: composed of pow, mean, rsqrt and products (rms_norm_composite): in 16 bit the fp32 copy and the result
+    in fp32 (before the weight) instead of the 16-bit input; in fp32 that result beside the input.
     """
     low = mode[0] != "fp32"
     if config.norm == "layernorm":
