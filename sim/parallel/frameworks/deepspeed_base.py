@@ -211,11 +211,14 @@ class Stage0(DeepSpeed):
 
     def _step_fp32(self, first_step: bool) -> Chunk:
         """torch's way: the engine clips the gradients, the optimizer makes its states when it first needs them."""
+        self.nccl.reset()
         out: list[Instruction] = [Mark("optimizer", "step")]
         sizes = [p.num_elements for p in self.parameters]
         if self.clipping:
             out.extend(pointwise("norm", "reduce", ((count, "fp32"),), ()) for count in sizes)
-            out.append(in_place("clip", self.num_elements, "fp32"))
+            # clip_grad_norm_ in deepspeed/runtime/utils.py averages the norm over the ranks
+            out.extend(self.nccl.blocking("norm", "all_reduce", DTYPE_BYTES["fp32"], "fp32", COMPUTE))
+            out.extend(in_place("clip", count, "fp32") for count in sizes)
         if first_step:
             out.extend(Alloc(s) for s in self.steps.states(self._stepped()))
         out.extend(self.steps.update(self._stepped()))
