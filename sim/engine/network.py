@@ -81,6 +81,7 @@ def fair_shares(flows: Sequence[Flow]) -> list[float]:
             users.setdefault(link, []).append((j, use))
     constraints = list(dict.fromkeys(map(tuple, users.values())))  # most links are used alike
     rising = dict.fromkeys(range(len(flows)))
+    level = 0.0
     while rising:
         fills: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         for on_link in constraints:
@@ -88,7 +89,8 @@ def fair_shares(flows: Sequence[Flow]) -> list[float]:
             if demand > 0:
                 taken = fsum(use * shares[j] for j, use in on_link if j not in rising)
                 fills.append((max(1.0 - taken, 0.0) / demand, on_link))
-        level = min(*(fill for fill, _ in fills), *(caps[j] for j in rising))
+        # never falls: what is left of a link that is all but full is rounding
+        level = max(level, min(*(fill for fill, _ in fills), *(caps[j] for j in rising)))
         stop = {j for j in rising if caps[j] <= level * _TIE}
         for fill, on_link in fills:
             if fill <= level * _TIE:

@@ -86,7 +86,9 @@ class RandomCost:
 # --- random worlds --------------------------------------------------------------------------------
 
 loads = st.lists(
-    st.tuples(st.integers(0, NUM_LINKS - 1), st.floats(1.0, 1e4)), max_size=3, unique_by=lambda load: load[0]
+    st.tuples(st.integers(0, NUM_LINKS - 1), st.one_of(st.floats(1.0, 1e4), st.sampled_from((1e-9, 1e-6, 1e6)))),
+    max_size=3,
+    unique_by=lambda load: load[0],
 ).map(lambda found: tuple(sorted(found)))
 phases = st.builds(
     lambda latency, load, capped: Phase(latency * 1e-7, load, 100.0 if capped else 0.0, 1e9 if capped else 0.0),
