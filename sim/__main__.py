@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def main() -> None:
-    from sim.cli import app
+    from sim.cli import main as run_command_line
 
-    app()
+    run_command_line()
 
 
 if __name__ == "__main__":

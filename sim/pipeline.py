@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sim.cluster.topology import Cluster, build_cluster
-from sim.cost.model import CostModel
+from sim.cost.model import CostModel, CostSettings
 from sim.engine.run import run
 from sim.ir.footprint import Footprint
 from sim.ir.ledger import Ledger
 from sim.ir.program import World
 from sim.ir.timeline import Timeline
+from sim.memory.allocator import AllocatorSettings
 from sim.memory.replay import footprints
+from sim.memory.runtime import Outside
 from sim.model.transformer import describe
+from sim.outside import outside_of
 from sim.parallel.lower import lower
+from sim.parallel.precision import dtypes_of
 from sim.report.report import Report, summarise
 from sim.scenario.schema import Scenario
 
@@ -31,6 +35,50 @@ class Simulation:
     report: Report
 
 
-def simulate(scenario: Scenario) -> Simulation:
-    """Answer one scenario. Pure: same scenario and catalogue, same report, byte for byte."""
-    raise NotImplementedError
+def simulate(scenario: Scenario, *, record: bool = False) -> Simulation:
+    """Answer one scenario. Pure: same scenario and catalogue, same report, byte for byte.
+
+    ``record`` keeps the allocator's history and the memory curve, for plots and snapshots.
+    """
+    gpu = scenario.cluster.gpu
+    cluster = build_cluster(scenario.cluster)
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model,
+        scenario.training,
+        parameter_dtype=dtypes.parameter,
+        compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+    )
+    world = lower(ledger, scenario)
+    cost = CostModel(cluster, gpu, CostSettings(compiled=scenario.training.compile))
+    timeline = run(world, cost)
+    outside = outside_of(world, timeline, cluster, gpu)
+    allocators = {rank: _allocator(scenario, beside) for rank, beside in outside.items()}
+    held = footprints(world, timeline, allocators, outside, record, samples=record)
+    report = summarise(
+        scenario,
+        ledger,
+        world,
+        timeline,
+        held,
+        usable_bytes=min(settings.capacity_bytes or 0 for settings in allocators.values()),
+        warnings=(*scenario.warnings, *_assumptions(outside), *cost.assumptions()),
+    )
+    return Simulation(scenario, cluster, ledger, world, timeline, held, report)
+
+
+def _allocator(scenario: Scenario, outside: Outside) -> AllocatorSettings:
+    """cudaMalloc can give the allocator what the context, NCCL and libraries leave of the GPU."""
+    config = scenario.allocator
+    return AllocatorSettings(
+        expandable_segments=config.expandable_segments,
+        max_split_size_bytes=config.max_split_size_bytes,
+        roundup_power2_divisions=config.roundup_power2_divisions,
+        garbage_collection_threshold=config.garbage_collection_threshold,
+        capacity_bytes=max(0, scenario.cluster.gpu.total_memory_bytes - outside.total_bytes),
+    )
+
+
+def _assumptions(outside: dict[int, Outside]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(words for beside in outside.values() for words in beside.assumptions))

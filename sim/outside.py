@@ -1,0 +1,59 @@
+"""What a process holds on the GPU outside PyTorch's allocator: from cluster and step to memory's plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sim.catalog.schema import GpuFacts
+from sim.cluster.topology import Cluster
+from sim.cost.nccl import ring_graph
+from sim.ir.program import Program, World
+from sim.ir.timeline import Timeline
+from sim.memory.runtime import NcclCommunicator, Outside, outside_torch
+
+_PEER_TO_PEER = ("NVL", "NVB", "C2C", "PIX", "PXB")
+"""Paths on which NCCL writes into the peer's memory; on longer ones it goes through shared host memory (paths.cc)."""
+
+
+def outside_of(world: World, timeline: Timeline, cluster: Cluster, gpu: GpuFacts) -> dict[int, Outside]:
+    """Return, for each representative rank, CUDA context and the NCCL buffers of the communicators that it uses."""
+    used = _algorithms(timeline)
+    return {
+        program.rank: outside_torch(
+            gpu.cuda_context_bytes,
+            tuple(_communicators(world, program, used, cluster)),
+            context_band=gpu.cuda_context_band_bytes,
+        )
+        for program in world.programs
+    }
+
+
+def _algorithms(timeline: Timeline) -> dict[tuple[int, str], list[str]]:
+    """Return what each rank used on each axis: NCCL connects an algorithm when it first runs."""
+    found: dict[tuple[int, str], dict[str, None]] = {}
+    for span in timeline.spans:
+        if span.transfer is not None and span.kind == "collective" and span.transfer.num_ranks > 1:
+            found.setdefault((span.rank, span.transfer.axis), {})[span.transfer.algorithm] = None
+    return {key: list(names) for key, names in found.items()}
+
+
+def _communicators(
+    world: World, program: Program, used: dict[tuple[int, str], list[str]], cluster: Cluster
+) -> Iterator[NcclCommunicator]:
+    for axis, name in program.axes.items():
+        algorithms = used.get((program.rank, axis))
+        if not algorithms:
+            continue
+        group = next(g for g in world.communicators[name].groups if program.rank in g)
+        graph = ring_graph(cluster, group)
+        local = graph.nodes[0][1]
+        near = len(local) < 2 or cluster.route(local[0], local[1]).kind in _PEER_TO_PEER
+        yield NcclCommunicator(
+            name=name,
+            num_ranks=len(group),
+            num_nodes=graph.num_nodes,
+            link="p2p" if near else "shm",
+            num_channels=graph.compute_channels,
+            algorithms=tuple(algorithm.replace("nvls_tree", "nvlstree") for algorithm in algorithms),
+            gpu_direct=cluster.gpudirect,
+        )
