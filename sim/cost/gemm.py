@@ -8,7 +8,7 @@ fewer tiles than SMs the depth k may be cut as well (split-K). For one choice of
     waves    = 1 if tiles <= SMs, else (1 - q) * ceil(tiles / SMs) + q * tiles / SMs
     compute  = waves * tile
     memory   = max(compulsory bytes, bytes with re-reads) / achieved bandwidth  +  partial sums through the L2
-    together = (compute^p + memory^p)^(1/p)
+    together = (compute^p + memory^p)^(1/p)  +  exposed * bytes of C / achieved bandwidth
 
 with e bytes an element. The library picks the tile and the split; so does the model (the fastest). A and B together
 larger than the L2 are read again for each block of ``block_rows`` rows or columns. A compute-bound kernel that runs
@@ -50,6 +50,7 @@ class GemmCoefficients:
     ``block_rows``          side of the block of C whose operands stay in the L2
     ``resident_fraction``   share of the L2 up to which operands are found there
     ``droop``, ``droop_s``  growth of a long compute-bound kernel, and after how long
+    ``exposed_result``      share of the writing of C that no other tile's main loop hides
     """
 
     peak_fraction: float
@@ -63,6 +64,7 @@ class GemmCoefficients:
     resident_fraction: float
     droop: float
     droop_s: float
+    exposed_result: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +75,16 @@ class Alignment:
     two_bytes: float
 
 
-def alignment_factor(n: int, k: int, element_bytes: int, alignment: Alignment) -> float:
-    """Return the share of the rate that is left, from the alignment of the rows of A, B and C.
+def alignment_factor(one: int, other: int, element_bytes: int, alignment: Alignment) -> float:
+    """Return the share of the rate that is left, from the lengths of the rows of the operands in memory.
 
-    16-byte loads (cp.async, TMA) need rows that start at multiples of 16 bytes; else the library falls back to kernels
-    that load 4 bytes or single elements.
+    The rows of A, B and C are k or n long; where the product contracts over tokens (a weight's gradient), both operands
+    are stored with the tokens as rows, and their rows are m and n long. 16-byte loads (cp.async, TMA) need rows that
+    start at multiples of 16 bytes; else the library falls back to kernels that load 4 bytes or single elements.
     """
-    if n == 1 or k == 1:
+    if one == 1 or other == 1:
         return 1.0
-    row = min((n * element_bytes) & -(n * element_bytes), (k * element_bytes) & -(k * element_bytes))
+    row = min(length * element_bytes & -(length * element_bytes) for length in (one, other))
     if row >= 16:
         return 1.0
     return alignment.four_bytes if row >= 4 else alignment.two_bytes
@@ -132,6 +135,7 @@ def gemm_s(
             if longer < best:
                 together = longer * (1 + (shorter / longer) ** p) ** (1 / p)
                 best = min(best, together)
+    best += c.exposed_result * result_bytes / (c.memory_fraction * machine.memory_bytes_per_s)
     flops = 2 * batch * m * n * k
     share = 1.0 if sustained else best / (best + c.droop_s)
     return c.floor_s + best + c.droop * share * flops / machine.peak_flops

@@ -38,6 +38,8 @@ class CostSettings:
 
 
 _DEFAULT = CostSettings()
+_TOKENS = ("batch", "seq")
+"""Dimensions that count tokens: a product that contracts over them is the gradient of a weight."""
 
 
 class CostModel:
@@ -81,7 +83,16 @@ class CostModel:
     def _price(self, kernel: Kernel) -> float:
         key: tuple[object, ...]
         if isinstance(kernel, Gemm):
-            key = ("gemm", size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch), kernel.dtype)
+            over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
+            key = (
+                "gemm",
+                size(kernel.m),
+                size(kernel.n),
+                size(kernel.k),
+                size(kernel.batch),
+                kernel.dtype,
+                over_tokens,
+            )
         elif isinstance(kernel, Pointwise):
             key = (kernel.kind, kernel.moved_bytes, kernel.flops)
         else:
@@ -122,7 +133,9 @@ class CostModel:
         coefficients, assumed = self._gemms[dtype]
         machine = self._machine(dtype)
         m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)
-        factor = alignment_factor(n, k, machine.element_bytes, efficiency.ALIGNMENT) * self._source.power
+        over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
+        rows = (m, n) if over_tokens else (n, k)
+        factor = alignment_factor(*rows, machine.element_bytes, efficiency.ALIGNMENT) * self._source.power
         return gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained), assumed
 
     def _attention(self, kernel: Attention) -> tuple[float, str]:

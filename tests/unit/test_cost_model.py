@@ -89,6 +89,11 @@ def test_rows_that_are_not_aligned_lose_the_wide_loads() -> None:
     assert alignment_factor(10922, 4096, 2, align) == align.four_bytes
     assert alignment_factor(50257, 768, 2, align) == align.two_bytes
     assert model().kernel_s(gemm(4096, 50257, 768), 0) > 1.3 * model().kernel_s(gemm(4096, 50304, 768), 0)
+    gradient = Gemm((Dim("vocab", 50257),), (Dim("hidden", 768),), (Dim("batch", 3), Dim("seq", 1023)), "bf16")
+    padded = dataclasses.replace(gradient, m=(Dim("vocab", 50304),))
+    odd_tokens = dataclasses.replace(padded, k=(Dim("seq", 3072),))
+    assert model().kernel_s(gradient, 0) > 1.3 * model().kernel_s(padded, 0)
+    assert model().kernel_s(padded, 0) == pytest.approx(model().kernel_s(odd_tokens, 0), rel=0.01)
 
 
 @pytest.mark.parametrize(("kernel", "expected"), [("flash-2", 335), ("sdpa", 335), ("flash-3", 616), ("cudnn", 539)])

@@ -37,15 +37,15 @@ SYSTEMS = {
 }  # fmt: skip
 DTYPES = {"bfloat16": "bf16", "fp8": "fp8"}
 NAMES = (*GemmCoefficients.__dataclass_fields__, "row_s", "quantise_fraction", "quantise_floor_s")
-START = (0.85, 64.0, 2000.0, 2e-6, 0.85, 3.0, 0.5, 2048.0, 0.2, 0.1, 1e-3, 3e-9, 0.3, 2e-6)
-LOW = (0.3, 8.0, 10.0, 0.5e-6, 0.4, 1.0, 0.01, 512.0, 0.01, 0.001, 5e-5, 1e-10, 0.05, 1e-7)
-HIGH = (1.0, 512.0, 40000.0, 2e-5, 1.0, 6.0, 1.0, 20000.0, 1.0, 0.6, 2e-3, 2e-8, 3.0, 2e-5)
+START = (0.85, 64.0, 2000.0, 2e-6, 0.85, 3.0, 0.5, 2048.0, 0.2, 0.1, 1e-3, 0.1, 3e-9, 0.3, 2e-6)
+LOW = (0.3, 8.0, 10.0, 0.5e-6, 0.4, 1.0, 0.01, 512.0, 0.01, 0.001, 5e-5, 0.001, 1e-10, 0.05, 1e-7)
+HIGH = (1.0, 512.0, 40000.0, 2e-5, 1.0, 6.0, 1.0, 20000.0, 1.0, 0.6, 2e-3, 1.0, 2e-8, 3.0, 2e-5)
 ROUND = 4
 
 
 def times(theta: np.ndarray, m: np.ndarray, n: np.ndarray, k: np.ndarray, x: Machine) -> np.ndarray:
     """``gemm_s`` for arrays of shapes, plus the quantisation of fp8 inputs."""
-    eff, l2_clock, prologue, floor, fraction, p, q, block, resident, droop, droop_s, *quantise = theta
+    eff, l2_clock, prologue, floor, fraction, p, q, block, resident, droop, droop_s, exposed, *quantise = theta
     element, sms, l2_rate = x.element_bytes, x.num_sms, l2_clock * x.clock_hz
     flop_rate = x.peak_flops / sms * eff
     operands, result = element * (m * k + n * k), 2 * m * n
@@ -66,6 +66,7 @@ def times(theta: np.ndarray, m: np.ndarray, n: np.ndarray, k: np.ndarray, x: Mac
             through = memory + (8 * m * n / (sms * l2_rate) * split if split > 1 else 0)
             together = (compute**p + through**p) ** (1 / p)
             best = np.minimum(best, together if split == 1 else np.where(tiles < sms, together, np.inf))
+    best = best + exposed * result / (fraction * x.memory_bytes_per_s)
     total = floor + best + droop * best / (best + droop_s) * 2 * m * n * k / x.peak_flops
     return total + quantise_s(m, k, *quantise, x)
 
