@@ -281,9 +281,9 @@ def _read_precision(
         on = given.get("enabled", False)
         enabled["fp16" if name == "fp16" else "bf16"] = one((*path, name, "enabled"), _ENABLED, on)
         for key, value in given.items():
-            if effect := _SECTION_NOT_MODELLED.get(("fp16" if name == "fp16" else "bf16", key)):
-                if value is True:
-                    reading.warnings.append(f"{dotted((*path, name, key))} is not modelled: {effect}")
+            effect = _SECTION_NOT_MODELLED.get(("fp16" if name == "fp16" else "bf16", key))
+            if effect and value is True:
+                reading.warnings.append(f"{dotted((*path, name, key))} is not modelled: {effect}")
     if enabled.get("bf16") and enabled.get("fp16"):
         at = (*path, "fp16", "enabled")
         problems.append(

@@ -199,9 +199,12 @@ FAMILIES: dict[str, _Family] = {
     "mixtral": _Family(
         {**_COMMON, **_MOE},
         {
-            "hidden_act": "silu", "tie_word_embeddings": False, "num_key_value_heads": 8, "num_local_experts": 8,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
             "num_experts_per_tok": 2,
-        },  # fmt: skip
+        },
         _LLAMA_FIXED,
     ),
     "qwen2": _Family(
@@ -222,17 +225,24 @@ FAMILIES: dict[str, _Family] = {
     "gemma": _Family(_COMMON, {"tie_word_embeddings": True, "head_dim": 256}, _LLAMA_FIXED, _gemma),
     "gpt2": _Family(
         {
-            "hidden_size": ("n_embd", "hidden_size"), "intermediate_size": ("n_inner", "intermediate_size"),
+            "hidden_size": ("n_embd", "hidden_size"),
+            "intermediate_size": ("n_inner", "intermediate_size"),
             "num_hidden_layers": ("n_layer", "num_hidden_layers"),
-            "num_attention_heads": ("n_head", "num_attention_heads"), "vocab_size": ("vocab_size",),
+            "num_attention_heads": ("n_head", "num_attention_heads"),
+            "vocab_size": ("vocab_size",),
             "max_position_embeddings": ("n_positions", "n_ctx", "max_position_embeddings"),
-            "hidden_act": ("activation_function",), "dropout": ("resid_pdrop",), "attention_dropout": ("attn_pdrop",),
+            "hidden_act": ("activation_function",),
+            "dropout": ("resid_pdrop",),
+            "attention_dropout": ("attn_pdrop",),
             "tie_word_embeddings": ("tie_word_embeddings",),
-        },  # fmt: skip
+        },
         {
-            "hidden_act": "gelu", "dropout": 0.1, "attention_dropout": 0.1, "tie_word_embeddings": True,
+            "hidden_act": "gelu",
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "tie_word_embeddings": True,
             "max_position_embeddings": 1024,
-        },  # fmt: skip
+        },
         {"norm": "layernorm", "position": "learned", **_ALL_BIASES},
         _four_times,
     ),
@@ -244,46 +254,59 @@ FAMILIES: dict[str, _Family] = {
     ),
     "falcon": _Family(
         {
-            **_COMMON, "intermediate_size": ("ffn_hidden_size",), "hidden_act": ("activation",),
+            **_COMMON,
+            "intermediate_size": ("ffn_hidden_size",),
+            "hidden_act": ("activation",),
             "num_hidden_layers": ("num_hidden_layers", "n_layer"),
             "num_attention_heads": ("num_attention_heads", "n_head"),
-            "num_key_value_heads": ("num_kv_heads", "n_head_kv"), "dropout": ("hidden_dropout",),
-        },  # fmt: skip
+            "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
+            "dropout": ("hidden_dropout",),
+        },
         {"hidden_act": "gelu", "tie_word_embeddings": True},
         {"norm": "layernorm"},
         _falcon,
     ),
     "mpt": _Family(
         {
-            "hidden_size": ("d_model",), "num_hidden_layers": ("n_layers",), "num_attention_heads": ("n_heads",),
-            "vocab_size": ("vocab_size",), "max_position_embeddings": ("max_seq_len",), "dropout": ("resid_pdrop",),
+            "hidden_size": ("d_model",),
+            "num_hidden_layers": ("n_layers",),
+            "num_attention_heads": ("n_heads",),
+            "vocab_size": ("vocab_size",),
+            "max_position_embeddings": ("max_seq_len",),
+            "dropout": ("resid_pdrop",),
             "tie_word_embeddings": ("tie_word_embeddings",),
-        },  # fmt: skip
+        },
         {"hidden_act": "gelu", "tie_word_embeddings": True},
         {"norm": "layernorm"},
         _mpt,
     ),
     "opt": _Family(
         {
-            **_COMMON, "intermediate_size": ("ffn_dim",), "hidden_act": ("activation_function",),
+            **_COMMON,
+            "intermediate_size": ("ffn_dim",),
+            "hidden_act": ("activation_function",),
             "dropout": ("dropout",),
-        },  # fmt: skip
+        },
         {"hidden_act": "relu", "tie_word_embeddings": True, "dropout": 0.1, "max_position_embeddings": 2048},
         {"norm": "layernorm", "position": "learned", "position_offset": 2},
         _opt,
     ),
     "bloom": _Family(
         {
-            "hidden_size": ("hidden_size", "n_embed"), "num_hidden_layers": ("n_layer", "num_hidden_layers"),
-            "num_attention_heads": ("n_head", "num_attention_heads"), "vocab_size": ("vocab_size",),
-            "max_position_embeddings": ("seq_length",), "dropout": ("hidden_dropout",),
-            "attention_dropout": ("attention_dropout",), "tie_word_embeddings": ("tie_word_embeddings",),
-        },  # fmt: skip
+            "hidden_size": ("hidden_size", "n_embed"),
+            "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+            "num_attention_heads": ("n_head", "num_attention_heads"),
+            "vocab_size": ("vocab_size",),
+            "max_position_embeddings": ("seq_length",),
+            "dropout": ("hidden_dropout",),
+            "attention_dropout": ("attention_dropout",),
+            "tie_word_embeddings": ("tie_word_embeddings",),
+        },
         {"hidden_act": "gelu", "tie_word_embeddings": True},
         {"norm": "layernorm", "position": "alibi", "embedding_norm": True, **_ALL_BIASES},
         _four_times,
     ),
-}  # fmt: skip
+}
 
 
 def read_hf_config(
@@ -324,13 +347,18 @@ def _family_of_architecture(
         if family.replace("_", "") == bare:
             return family
     problems.append(
-        Problem((*path, "architectures"), f"architecture {first!r:.60} is not one that sim knows",
-                f"known: {', '.join(FAMILIES)}")
-    )  # fmt: skip
+        Problem(
+            (*path, "architectures"),
+            f"architecture {first!r:.60} is not one that sim knows",
+            f"known: {', '.join(FAMILIES)}",
+        )
+    )
     return ""
 
 
-def _read_family(family: str, config: Mapping[str, Any], path: tuple[str, ...], problems: list[Problem]) -> HfModel:
+def _read_family(  # noqa: PLR0912 - one branch for each way that a key may be silent or wrong
+    family: str, config: Mapping[str, Any], path: tuple[str, ...], problems: list[Problem]
+) -> HfModel:
     spec = FAMILIES[family]
     keys: Keys = {}
     sources: dict[str, str] = {}
@@ -347,8 +375,12 @@ def _read_family(family: str, config: Mapping[str, Any], path: tuple[str, ...], 
             if isinstance(value, str) and value in _ACTIVATIONS:
                 keys[ours] = _ACTIVATIONS[value]
             elif family != "gemma":
-                _complain(problems, (*path, given), f"{value!r:.40} is not an activation that sim knows",
-                          suggest(str(value), _ACTIVATIONS))  # fmt: skip
+                _complain(
+                    problems,
+                    (*path, given),
+                    f"{value!r:.40} is not an activation that sim knows",
+                    suggest(str(value), _ACTIVATIONS),
+                )
                 wrong.add(ours)
             continue
         local: list[Problem] = []
@@ -371,9 +403,12 @@ def _read_family(family: str, config: Mapping[str, Any], path: tuple[str, ...], 
     if missing:
         theirs_missing = [spec.names.get(ours, (ours,))[0] for ours in missing]
         problems.append(
-            Problem(path, f"{dotted(path) or 'the config'} of type {family} lacks {', '.join(theirs_missing)}",
-                    "a config.json of that family has them; copy it whole")
-        )  # fmt: skip
+            Problem(
+                path,
+                f"{dotted(path) or 'the config'} of type {family} lacks {', '.join(theirs_missing)}",
+                "a config.json of that family has them; copy it whole",
+            )
+        )
         wrong.update(missing)
     complete(keys, sources, wrong)
     return HfModel(keys, sources, wrong, family)
@@ -402,9 +437,12 @@ def _read_plain(config: Mapping[str, Any], path: tuple[str, ...], problems: list
         named = {close for word in misspelt for close in near(word, MODEL_KEYS, 1)}
         if rest := [key for key in missing if key not in named]:
             problems.append(
-                Problem(path, f"{dotted(path) or 'the config'} lacks {', '.join(rest)}",
-                        "write them, or give the model as a name or the path of a config.json")
-            )  # fmt: skip
+                Problem(
+                    path,
+                    f"{dotted(path) or 'the config'} lacks {', '.join(rest)}",
+                    "write them, or give the model as a name or the path of a config.json",
+                )
+            )
         wrong.update(missing)
     sources: dict[str, str] = {}
     bias = keys.pop("bias", None)

@@ -119,7 +119,8 @@ def mesh_fits_cluster(d: Draft) -> Iterator[Problem]:
     axes = " * ".join(f"{name} {value}" for name, value in (("tp", tp), ("pp", pp), ("cp", cp)) if value > 1)
     if d.knows("dp") and model_ranks * d.dp == gpus:
         return
-    path = ("parallelism", "dp") if d.knows("dp") else ("parallelism", max(zip((tp, pp, cp), ("tp", "pp", "cp"), strict=True))[1])  # fmt: skip
+    largest = max((tp, "tp"), (pp, "pp"), (cp, "cp"))[1]
+    path = ("parallelism", "dp" if d.knows("dp") else largest)
     if d.knows("dp"):
         product = f"dp {d.dp}" + (f" * {axes}" if axes else "")
         problem = f"parallelism needs {product} = {d.dp * model_ranks} ranks, but the cluster has {gpus} GPUs"
@@ -231,7 +232,7 @@ def virtual_stages_need_a_schedule(d: Draft) -> Iterator[Problem]:
 
 
 def interleaving_needs_full_groups(d: Draft) -> Iterator[Problem]:
-    """Megatron's interleaved schedule runs microbatches in groups of pp (megatron/core/pipeline_parallel/schedules.py)."""
+    """Interleaving runs microbatches in groups of pp (megatron/core/pipeline_parallel/schedules.py)."""
     if d.schedule != "interleaved" or d.pp == 1 or d.vpp == 1:
         return
     microbatches, rest = divmod(d.global_batch_size, d.dp * d.micro_batch_size)
@@ -326,7 +327,7 @@ def gpu_has_precision(d: Draft) -> Iterator[Problem]:
 
 
 def attention_kernel_runs(d: Draft) -> Iterator[Problem]:
-    """FlashAttention-2 needs Ampere or newer and 16 bit, FlashAttention-3 Hopper (Dao-AILab/flash-attention, README)."""
+    """FlashAttention-2 needs Ampere and 16 bit, FlashAttention-3 Hopper (Dao-AILab/flash-attention, README)."""
     path, kernel, gpu = ("training", "attention"), d.attention, d.gpu
     if kernel in ("math", "sdpa"):
         return

@@ -124,7 +124,7 @@ class _Node(NamedTuple):
 
 
 def parse_yaml(text: str, file: str, findings: list[Finding], what: str = "a scenario") -> Document:
-    """Return the mapping that a YAML text holds. Raises UnreadableError where there is none; duplicates are findings."""
+    """Return the mapping that a YAML text holds. Raises UnreadableError; duplicate keys are findings."""
     root = _tree(text, file, what)
     if root.kind != "mapping":
         kind = "a list" if root.kind == "list" else f"the text {root.value!r:.40}"
@@ -145,7 +145,7 @@ def parse_value(text: str) -> Any:
     return _plain(root, (), {}, [MAX_VALUES], "--set", [])
 
 
-def _tree(text: str, file: str, what: str) -> _Node:
+def _tree(text: str, file: str, what: str) -> _Node:  # noqa: PLR0912, PLR0915 - one branch for each event
     """Return the tree of one YAML document, refusing what is no such thing at the first sign."""
 
     def refuse(line: int, problem: str, remedy: str) -> UnreadableError:
@@ -174,7 +174,7 @@ def _tree(text: str, file: str, what: str) -> _Node:
                     node.value.extend(children)
                 continue
             if isinstance(event, yaml.AliasEvent):
-                found = anchors.get(event.anchor)
+                found = anchors.get(event.anchor or "")
                 if found is None:
                     raise refuse(line, f"alias *{event.anchor} has no anchor before it", f"write &{event.anchor} first")
                 if any(found is node for node, _ in open_):
@@ -221,7 +221,7 @@ def _check_tag(event: Any, refuse: Any, line: int) -> None:
         raise refuse(line, f"tag {event.tag} is not read here", "write the value without a tag")
 
 
-def _yaml_words(error: yaml.MarkedYAMLError, text: str) -> tuple[str, str]:
+def _yaml_words(error: yaml.MarkedYAMLError, text: str) -> tuple[str, str]:  # noqa: PLR0911 - a table of causes
     """Return libyaml's complaint and a remedy for the usual causes."""
     problem = (error.problem or "unreadable").strip()
     if "cannot start any token" in problem and error.problem_mark is not None:
@@ -377,7 +377,7 @@ def _depth(value: Any, depth: int = 1) -> int:
     return depth
 
 
-def _json_words(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
+def _json_words(text: str, error: json.JSONDecodeError) -> tuple[str, str]:  # noqa: PLR0911 - a table of causes
     rest = text[error.pos : error.pos + 2]
     before = text[: error.pos].rstrip()
     if rest.startswith(("//", "/*", "#")):

@@ -14,9 +14,12 @@ def dump(scenario: Scenario) -> str:
     """Return YAML that ``load_scenario`` reads as the same Scenario, sources and warnings included."""
     header = "# Resolved by sim: every default is written out, and 'sources' says where each comes from.\n"
     return header + yaml.dump(
-        plain(scenario), Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True,
+        plain(scenario),
+        Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
+        sort_keys=False,
+        allow_unicode=True,
         width=110,
-    )  # fmt: skip
+    )
 
 
 def plain(scenario: Scenario) -> dict[str, Any]:

@@ -56,7 +56,10 @@ def load_scenario_mapping(
 
 _NAMED = ("model", "deepspeed")
 """Sections that a name or a path may stand for; a key set below one is laid over what it names."""
-_EITHER = {("cluster", "num_nodes"): ("cluster", "num_gpus"), ("cluster", "num_gpus"): ("cluster", "num_nodes")}
+_EITHER: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("cluster", "num_nodes"): ("cluster", "num_gpus"),
+    ("cluster", "num_gpus"): ("cluster", "num_nodes"),
+}
 
 
 def apply_overrides(document: Document, overrides: Sequence[str], findings: list[Finding]) -> None:
@@ -70,9 +73,13 @@ def apply_overrides(document: Document, overrides: Sequence[str], findings: list
         path = tuple(part.strip() for part in key.split("."))
         if not equals or not all(path):
             findings.append(
-                Finding("--set", 0, f"{show(override)} is not an assignment", "write --set key.path=value, such as "
-                        "--set cluster.num_nodes=2")
-            )  # fmt: skip
+                Finding(
+                    "--set",
+                    0,
+                    f"{show(override)} is not an assignment",
+                    "write --set key.path=value, such as --set cluster.num_nodes=2",
+                )
+            )
             continue
         try:
             value = parse_value(text)
@@ -99,9 +106,10 @@ def _assign(document: Document, path: tuple[str, ...], value: Any, findings: lis
         elif not isinstance(below, dict):
             name = ".".join(path[: depth + 1])
             findings.append(
-                Finding("--set", 0, f"{'.'.join(path)}: {name} is {show(below)}, which has no keys",
-                        f"set {name} itself")
-            )  # fmt: skip
+                Finding(
+                    "--set", 0, f"{'.'.join(path)}: {name} is {show(below)}, which has no keys", f"set {name} itself"
+                )
+            )
             return False
         at = below
     at[path[-1]] = value

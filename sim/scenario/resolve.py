@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from sim.catalog import load as catalog
 from sim.catalog.schema import Fact, GpuFacts, NodeFacts
@@ -74,9 +74,12 @@ class _Resolver:
             given = given["config"]
             if not isinstance(given, str):
                 self.problems.append(
-                    Problem(("model", "config"), f"model.config: {show(given)} is not a name or a path",
-                            "write a name such as llama-2-70b, or the path of a config.json")
-                )  # fmt: skip
+                    Problem(
+                        ("model", "config"),
+                        f"model.config: {show(given)} is not a name or a path",
+                        "write a name such as llama-2-70b, or the path of a config.json",
+                    )
+                )
                 return
         if isinstance(given, Mapping):
             at: Literal["place", "catalogue", "file"] = "place"
@@ -89,9 +92,12 @@ class _Resolver:
             read, at, name = loaded
         else:
             self.problems.append(
-                Problem(("model",), f"model: {show(given)} is neither a name, a path nor a mapping",
-                        "write a name such as llama-2-70b, the path of a config.json, or the config itself")
-            )  # fmt: skip
+                Problem(
+                    ("model",),
+                    f"model: {show(given)} is neither a name, a path nor a mapping",
+                    "write a name such as llama-2-70b, the path of a config.json, or the config itself",
+                )
+            )
             return
         if overrides:
             self._override_model(read, overrides)
@@ -171,7 +177,7 @@ class _Resolver:
         path = self._path_of(text)
         if _is_path(text):
             self.written["node"] = str(path.resolve())
-            return self._users_file(lambda: catalog.node(str(path)), ("cluster", "node"))
+            return cast("NodeFacts | None", self._users_file(lambda: catalog.node(str(path)), ("cluster", "node")))
         self.written["node"] = text.lower()
         try:
             return catalog.node(text.lower())
@@ -200,9 +206,12 @@ class _Resolver:
             usual = catalog.gpu(name)
         except KeyError:
             self.problems.append(
-                Problem(("cluster", "node"), f"node {node.name} has unknown GPUs {show(node.gpu)}",
-                        suggest(node.gpu, catalog.names("gpu")))
-            )  # fmt: skip
+                Problem(
+                    ("cluster", "node"),
+                    f"node {node.name} has unknown GPUs {show(node.gpu)}",
+                    suggest(node.gpu, catalog.names("gpu")),
+                )
+            )
             return
         if given is None:
             self.sources["cluster.gpu"] = f"the GPU of node {node.name}"
@@ -219,9 +228,12 @@ class _Resolver:
                 usual = catalog.gpu(name)
             except KeyError:
                 self.problems.append(
-                    Problem((*path, "name"), f"unknown GPU {show(values['name'])}",
-                            suggest(values["name"], catalog.names("gpu")))
-                )  # fmt: skip
+                    Problem(
+                        (*path, "name"),
+                        f"unknown GPU {show(values['name'])}",
+                        suggest(values["name"], catalog.names("gpu")),
+                    )
+                )
                 return
         self.written["gpu"] = dict(mapping) if isinstance(mapping, Mapping) else {}
         self.draft.gpu = overridden(usual, values, self.written["gpu"])
@@ -244,10 +256,12 @@ class _Resolver:
         elif num_gpus % num_nodes or num_gpus > num_nodes * per_node:
             fits = num_nodes * per_node
             self.problems.append(
-                Problem(("cluster", "num_gpus"),
-                        f"cluster.num_gpus = {num_gpus} on num_nodes = {num_nodes}: a node {node.name} has {per_node} GPUs",
-                        f"write num_gpus: {fits}, or leave one of the two out")
-            )  # fmt: skip
+                Problem(
+                    ("cluster", "num_gpus"),
+                    f"cluster.num_gpus = {num_gpus} on num_nodes = {num_nodes} nodes of {per_node} GPUs",
+                    f"write num_gpus: {fits}, or leave one of the two out",
+                )
+            )
             return
         d.num_nodes, d.num_gpus = num_nodes, num_gpus
 
@@ -261,10 +275,12 @@ class _Resolver:
         down, up = num_gpus // per_node * per_node, fewest * per_node
         evenly = f"; for {num_gpus // fewest} of each write num_nodes: {fewest} too" if num_gpus % fewest == 0 else ""
         self.problems.append(
-            Problem(("cluster", "num_gpus"),
-                    f"cluster.num_gpus = {num_gpus} is neither a part of one node nor whole nodes of {per_node}",
-                    f"write num_gpus: {down} or {up}{evenly}")
-        )  # fmt: skip
+            Problem(
+                ("cluster", "num_gpus"),
+                f"cluster.num_gpus = {num_gpus} is neither a part of one node nor whole nodes of {per_node}",
+                f"write num_gpus: {down} or {up}{evenly}",
+            )
+        )
         return None
 
     def _network(self, node: NodeFacts, text: str | None) -> None:
@@ -283,9 +299,12 @@ class _Resolver:
                 self.sources["cluster.network"] = f"node {node.name}'s default network"
             except KeyError:
                 self.problems.append(
-                    Problem(("cluster", "node"), f"node {node.name} names unknown network {show(node.default_network)}",
-                            suggest(node.default_network, catalog.names("network")))
-                )  # fmt: skip
+                    Problem(
+                        ("cluster", "node"),
+                        f"node {node.name} names unknown network {show(node.default_network)}",
+                        suggest(node.default_network, catalog.names("network")),
+                    )
+                )
             return
         path = ("cluster", "network")
         self.written["network"] = text
@@ -316,9 +335,12 @@ class _Resolver:
             return
         if framework is not None and framework != "deepspeed":
             self.problems.append(
-                Problem(("deepspeed",), f"deepspeed settings are given, but framework is {framework}",
-                        "write framework: deepspeed, or remove them")
-            )  # fmt: skip
+                Problem(
+                    ("deepspeed",),
+                    f"deepspeed settings are given, but framework is {framework}",
+                    "write framework: deepspeed, or remove them",
+                )
+            )
             return
         hidden = d.model.hidden_size if d.knows("model") and d.model.knows("hidden_size") else None
         overrides: Mapping[str, Any] = {}
@@ -342,9 +364,12 @@ class _Resolver:
             reading = read_deepspeed_config(given, ("deepspeed",), self.problems, hidden)
         else:
             self.problems.append(
-                Problem(("deepspeed",), f"deepspeed: {show(given)} is neither a path nor a mapping",
-                        "write the path of a ds_config.json, or its content in place")
-            )  # fmt: skip
+                Problem(
+                    ("deepspeed",),
+                    f"deepspeed: {show(given)} is neither a path nor a mapping",
+                    "write the path of a ds_config.json, or its content in place",
+                )
+            )
             d.forget("deepspeed")
             return
         for key, words in reading.sources.items():
@@ -386,10 +411,12 @@ class _Resolver:
         if given is not None:
             if stage is not None and stage != given:
                 self.problems.append(
-                    Problem(("parallelism", "zero"),
-                            f"parallelism.zero = {given}, but {self.ds_name} says zero_optimization.stage = {stage}",
-                            f"write zero: {stage}, or leave zero out")
-                )  # fmt: skip
+                    Problem(
+                        ("parallelism", "zero"),
+                        f"parallelism.zero = {given}, but {self.ds_name} says zero_optimization.stage = {stage}",
+                        f"write zero: {stage}, or leave zero out",
+                    )
+                )
             else:
                 d.zero = given
         elif stage is not None:
@@ -448,11 +475,14 @@ class _Resolver:
 
     def _conflict(self, key: str, ours: object, theirs: str, value: object) -> None:
         self.problems.append(
-            Problem(("training", key), f"training.{key} = {_plain(ours)}, but {self.ds_name} says {theirs} = {_plain(value)}",
-                    f"write the same in both, or leave training.{key} out")
-        )  # fmt: skip
+            Problem(
+                ("training", key),
+                f"training.{key} = {_plain(ours)}, but {self.ds_name} says {theirs} {_plain(value)}",
+                f"write the same in both, or leave training.{key} out",
+            )
+        )
 
-    def _batch(self, values: Mapping[str, Any], wrong: set[str]) -> None:
+    def _batch(self, values: Mapping[str, Any], wrong: set[str]) -> None:  # noqa: PLR0912 - three numbers, two places
         """Micro and global batch: from the scenario, else from DeepSpeed's three numbers."""
         d, reading = self.draft, self._ds() or DeepSpeedReading()
         micro, batch = values.get("micro_batch_size"), values.get("global_batch_size")
@@ -482,9 +512,12 @@ class _Resolver:
             elif self.draft.knows("deepspeed") and (dp or batch is None or steps is None):
                 parent = ("training",) if ("training",) in self.doc.lines else ()
                 self.problems.append(
-                    Problem(parent, "training.micro_batch_size is missing",
-                            "write the sequences of one rank's microbatch, such as 1")
-                )  # fmt: skip
+                    Problem(
+                        parent,
+                        "training.micro_batch_size is missing",
+                        "write the sequences of one rank's microbatch, such as 1",
+                    )
+                )
                 return
             else:
                 return
@@ -498,11 +531,13 @@ class _Resolver:
         if steps is not None and dp and batch != micro * dp * steps:
             # deepspeed/runtime/config.py, _batch_assertion
             self.problems.append(
-                Problem(("training", "global_batch_size") if "global_batch_size" in values else ("deepspeed",),
-                        f"a batch of {batch} is not micro_batch_size {micro} * dp {dp} * gradient_accumulation_steps "
-                        f"{steps} = {micro * dp * steps}",
-                        f"write {micro * dp * steps} as the batch, or leave gradient_accumulation_steps out of {self.ds_name}")
-            )  # fmt: skip
+                Problem(
+                    ("training", "global_batch_size") if "global_batch_size" in values else ("deepspeed",),
+                    f"a batch of {batch} is not micro_batch_size {micro} * dp {dp} * gradient_accumulation_steps "
+                    f"{steps} = {micro * dp * steps}",
+                    f"write {micro * dp * steps} as the batch, or leave gradient_accumulation_steps out",
+                )
+            )
             return
         d.global_batch_size = batch
 
@@ -515,13 +550,13 @@ class _Resolver:
         if reading is not None:
             theirs = getattr(reading, key)
             name = {"precision": f"{theirs}.enabled", "optimizer": "optimizer.type"}.get(key, key)
-        if key == "precision" and reading is not None and not reading.precision_given:
-            if ours not in (None, "fp32", "tf32"):
-                self.warnings.append(
-                    f"{self.ds_name} enables neither bf16 nor fp16, so DeepSpeed itself would train in fp32; "
-                    f"training.precision: {ours} is what is simulated"
-                )
-                theirs = None
+        unsaid = key == "precision" and reading is not None and not reading.precision_given
+        if unsaid and ours not in (None, "fp32", "tf32"):
+            self.warnings.append(
+                f"{self.ds_name} enables neither bf16 nor fp16, so DeepSpeed itself would train in fp32; "
+                f"training.precision: {ours} is what is simulated"
+            )
+            theirs = None
         if ours is not None and theirs is not None and not _same(key, ours, theirs):
             if key == "precision":
                 self._conflict(key, ours, *(("bf16 and fp16", "off") if theirs == "fp32" else (name, "true")))
@@ -564,9 +599,12 @@ class _Resolver:
         """Read a section of plain settings, which belongs to one framework or to any (``frameworks`` empty)."""
         if given is not None and frameworks and framework is not None and framework != frameworks:
             self.problems.append(
-                Problem((key,), f"{key} settings are given, but framework is {framework}",
-                        f"write framework: {frameworks}, or remove them")
-            )  # fmt: skip
+                Problem(
+                    (key,),
+                    f"{key} settings are given, but framework is {framework}",
+                    f"write framework: {frameworks}, or remove them",
+                )
+            )
             return {}
         values, _ = read_mapping(given, table, (key,), self.problems)
         if frameworks == framework or not frameworks:
@@ -591,12 +629,12 @@ class _Resolver:
             )
         if d.tp > 1 and m.vocab_size % d.tp:
             self.warnings.append(
-                f"a vocabulary of {m.vocab_size} does not divide over tp {d.tp}: the embedding is padded, as Megatron does"
+                f"a vocabulary of {m.vocab_size} does not divide over tp {d.tp}: it is padded, as Megatron pads it"
             )
         if m.position == "rope" and m.given_positions and d.sequence_length > m.max_position_embeddings:
             self.warnings.append(
-                f"sequence_length {d.sequence_length} is beyond the {m.max_position_embeddings} positions that the model "
-                "was made for; size and time are not affected"
+                f"sequence_length {d.sequence_length} is beyond the {m.max_position_embeddings} positions that the "
+                "model was made for; size and time are not affected"
             )
         if d.attention == "flash-2" and m.head_dim > 256:
             self.warnings.append(
@@ -772,7 +810,8 @@ def _scenario(
     model = {key: getattr(m, key) for key in ModelConfig.model_fields if m.knows(key)}
     settings = settings_of(r._ds(), d.zero, d.gradient_clipping)
     if d.framework == "deepspeed":
-        given = r._ds().fields if r._ds() else {}  # type: ignore[union-attr]
+        reading = r._ds()
+        given = reading.fields if reading else {}
         for item in dataclasses.fields(settings):
             key = f"deepspeed.{item.name}"
             if item.name not in given and key not in r.sources:
@@ -780,7 +819,9 @@ def _scenario(
         r.sources["deepspeed.stage"] = "parallelism.zero"
         r.sources["deepspeed.gradient_clipping"] = "training.gradient_clipping"
     carried_sources = top.get("sources")
-    sources = {**r.sources, **({str(k): str(v) for k, v in carried_sources.items()} if isinstance(carried_sources, Mapping) else {})}  # fmt: skip
+    sources = dict(r.sources)
+    if isinstance(carried_sources, Mapping):
+        sources.update((str(key), str(value)) for key, value in carried_sources.items())
     carried = top.get("warnings")
     warnings = [*(str(item) for item in carried)] if isinstance(carried, list) else []
     warnings += [warning for warning in r.warnings if warning not in warnings]
@@ -795,30 +836,30 @@ def _scenario(
             num_gpus=d.num_gpus,
             written=r.written,
         ),
-        framework=d.framework,  # type: ignore[arg-type]
+        framework=cast("Any", d.framework),
         parallelism=Parallelism(
             dp=d.dp,
             tp=d.tp,
             pp=d.pp,
             cp=d.cp,
             ep=d.ep,
-            zero=d.zero,
+            zero=cast("Any", d.zero),
             sp=d.sp,
             schedule=d.schedule,
-            vpp=d.vpp,  # type: ignore[arg-type]
+            vpp=d.vpp,
             layers_per_stage=d.layers_per_stage,
-        ),  # fmt: skip
+        ),
         training=Training(
             sequence_length=d.sequence_length,
             micro_batch_size=d.micro_batch_size,
             global_batch_size=d.global_batch_size,
-            precision=d.precision,  # type: ignore[arg-type]
-            optimizer=d.optimizer,  # type: ignore[arg-type]
-            recompute=d.recompute,  # type: ignore[arg-type]
-            attention=d.attention,  # type: ignore[arg-type]
+            precision=cast("Any", d.precision),
+            optimizer=cast("Any", d.optimizer),
+            recompute=cast("Any", d.recompute),
+            attention=cast("Any", d.attention),
             gradient_clipping=d.gradient_clipping,
             compile=d.compile,
-            code=d.code,  # type: ignore[arg-type]
+            code=cast("Any", d.code),
         ),
         ddp=DdpSettings(**ddp),
         deepspeed=settings,
