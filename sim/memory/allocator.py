@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 KIB, MIB = 2**10, 2**20
 
@@ -154,8 +155,9 @@ class CachingAllocator:
     ``allocated_bytes``, ``reserved_bytes`` are ``torch.cuda.memory_allocated()`` and ``memory_reserved()``; the peaks
     those of ``max_memory_allocated()`` and ``max_memory_reserved()``. When memory runs out, ``on_out_of_memory`` is
     called with (bytes of the block, bytes missing), the two are kept in ``out_of_memory``, and there is no limit from
-    then on. ``trace``, if set to a list, receives (action, address, bytes, stream, name) of what PyTorch's own trace
-    records, but for alloc, free_requested and the free_completed of blocks that are free at once.
+    then on. ``awaiting`` is a heap of (when ready, number, block): freed, but another stream still uses the block.
+    ``trace``, if set to a list, receives (action, address, bytes, stream, name) of what PyTorch's own trace records,
+    but for alloc, free_requested and the free_completed of blocks that are free at once.
     """
 
     def __init__(self, settings: AllocatorSettings) -> None:
@@ -167,11 +169,12 @@ class CachingAllocator:
         self.num_alloc_retries = 0
         self.out_of_memory: tuple[int, int] | None = None
         self.on_out_of_memory: Callable[[int, int], None] | None = None
-        self.awaiting: list[tuple[int, Block]] = []
+        self.awaiting: list[tuple[int, int, Block]] = []
         self.trace: list[tuple[str, int, int, str, str]] | None = None
         self.segments: dict[int, Block] = {}
         self._pools: dict[tuple[str, bool], Pool] = {}
         self._at: dict[int, Block] = {}
+        self._num_awaited = 0
         self._capacity = UNLIMITED if settings.capacity_bytes is None else settings.capacity_bytes
         self._allowed = UNLIMITED if settings.allowed_bytes is None else settings.allowed_bytes
         self._max_split = UNLIMITED if settings.max_split_size_bytes is None else settings.max_split_size_bytes
@@ -265,22 +268,19 @@ class CachingAllocator:
         """
         self.allocated_bytes -= block.size
         block.state = AWAITING
-        self.awaiting.append((ready_at, block))
+        self._num_awaited += 1
+        heappush(self.awaiting, (ready_at, self._num_awaited, block))
 
     def process_events(self, now: int) -> None:
         """Free the blocks whose other streams are done by ``now``: ``process_events``; every malloc begins with it."""
-        if any(ready_at <= now for ready_at, _ in self.awaiting):
-            done = [block for ready_at, block in self.awaiting if ready_at <= now]
-            self.awaiting[:] = [entry for entry in self.awaiting if entry[0] > now]
-            for block in done:
-                self._complete(block)
+        awaiting = self.awaiting
+        while awaiting and awaiting[0][0] <= now:
+            self._complete(heappop(awaiting)[2])
 
     def empty_cache(self) -> None:
         """Return to the driver what is wholly free: ``emptyCache`` and ``release_cached_blocks``."""
-        done = [block for _, block in self.awaiting]
-        self.awaiting.clear()
-        for block in done:
-            self._complete(block)
+        while self.awaiting:
+            self._complete(heappop(self.awaiting)[2])
         for small in (False, True):
             for pool in self._pools.values():
                 if pool.small == small:

@@ -264,7 +264,7 @@ class _Replay:
             else:
                 self._call(run, index, calls[index], ready)
                 index += 1
-        allocator.awaiting[:] = [(at - (num_calls << _CALL), block) for at, block in allocator.awaiting]
+        self._shift_awaiting(-num_calls)
         self.peaks.append(self._peak)
 
     def _state(self, microbatch: int, call: int = 0) -> tuple[object, ...]:
@@ -274,7 +274,7 @@ class _Replay:
             (slot - bits if slot & _OWN else slot, block.address, block.used_elsewhere)
             for slot, block in self.live.items()
         )
-        awaiting = tuple((at - base, block.address) for at, block in self.allocator.awaiting)
+        awaiting = tuple(sorted((at - base, block.address) for at, _, block in self.allocator.awaiting))
         return self.allocator.state(), live, awaiting, self.host.state()
 
     def _skip(self, num_microbatches: int, num_calls: int) -> None:
@@ -283,9 +283,13 @@ class _Replay:
         live = {slot + bits if slot & _OWN else slot: block for slot, block in self.live.items()}
         self.live.clear()
         self.live.update(live)
-        awaiting = self.allocator.awaiting
-        awaiting[:] = [(at + (num_calls << _CALL), block) for at, block in awaiting]
+        self._shift_awaiting(num_calls)
         self.executed.append(bits)
+
+    def _shift_awaiting(self, num_calls: int) -> None:
+        """Move the positions at which blocks become reusable; the order, and so the heap, stays."""
+        awaiting = self.allocator.awaiting
+        awaiting[:] = [(at + (num_calls << _CALL), number, block) for at, number, block in awaiting]
 
     def _call(self, run: str, index: int, call: Call, ready: _Ready) -> None:
         code = self._code(call.chunk)
@@ -311,13 +315,16 @@ class _Replay:
         allocator, live, pools = self.allocator, self.live, self._pools
         malloc, free, awaiting = allocator.malloc, allocator.free, allocator.awaiting
         peak = allocator.peak_allocated_bytes
-        last = len(code.actions) - 1
+        positions, base = code.positions, call << _CALL
+        last = len(positions) - 1
         peak_at = -1
         for action in iterator:
             if action.__class__ is tuple:
                 slot, size, pool = action
                 if awaiting:
-                    allocator.process_events(call << _CALL | code.positions[last - length_hint(iterator)])
+                    now = base | positions[last - length_hint(iterator)]
+                    if awaiting[0][0] <= now:
+                        allocator.process_events(now)
                 if slot & _OWN:
                     slot += bits
                 live[slot] = malloc(pools[pool], size)
@@ -328,7 +335,7 @@ class _Replay:
                 slot = action + bits if action & _OWN else action
                 block = live.pop(slot)
                 if block.used_elsewhere:
-                    at = None if ready is None else ready.get(code.positions[last - length_hint(iterator)])
+                    at = None if ready is None else ready.get(positions[last - length_hint(iterator)])
                     if at is not None:
                         allocator.free_later(block, at)
                         continue
@@ -337,7 +344,7 @@ class _Replay:
             else:
                 self._other(action, bits)  # type: ignore[arg-type]
         if peak_at >= 0:
-            self._peak = _Peak(self._peak.run, peak, (call, code.positions[peak_at]), len(self.executed), peak_at)
+            self._peak = _Peak(self._peak.run, peak, (call, positions[peak_at]), len(self.executed), peak_at)
 
     def _other(self, action: list[Any], bits: int) -> None:
         kind, slot, what = action
