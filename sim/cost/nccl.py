@@ -139,6 +139,11 @@ MAX_NVLS_HEADS = 32
 NVLS_CHANNELS = {HOPPER: (16, 16), BLACKWELL: (24, 32)}
 """One node, several nodes: src/transport/nvls.cc."""
 
+P2P_CHANNEL_NET_BW = 14
+"""GB/s of the network that one channel of a message is given: NCCL_P2P_PER_CHANNEL_NET_BW."""
+MAX_P2P_CHANNELS = 32
+"""Channels of a message at most: a power of two above those of rings (24 on an NVSwitch node)."""
+
 GB = 1e9
 US = 1e-6
 
@@ -761,6 +766,27 @@ def _message_latency_s(cluster: Cluster, pairs: Iterable[tuple[int, int]]) -> fl
     return (BASE_LATENCY_US["ring"][simple] + worst) * US
 
 
+def _message_channels(cluster: Cluster, pairs: Iterable[tuple[int, int]], num_bytes: float) -> int:
+    """Return the channels of the widest of some messages: by the NVLinks of the path, by the speed of the NIC, or 2.
+
+    Source: nccl src/graph/paths.cc, ncclTopoGetNchannels; src/enqueue.cc, addP2pToPlan (parts).
+    """
+    most = 0
+    spans = any(cluster.domain_of(a) != cluster.domain_of(b) for a, b in pairs)
+    for source, target in pairs:
+        if cluster.domain_of(source) != cluster.domain_of(target):
+            channels, chunk = -int(-cluster.nic_line_bytes_per_s // (P2P_CHANNEL_NET_BW * GB)), 128 * 1024
+        else:
+            route = cluster.local_route(cluster.local_index(source), cluster.local_index(target))
+            fast = route.kind in ("NVL", "NVB")
+            wires = min(cluster.node.wires[link].count for link in route.links) if fast else 1
+            channels, chunk = 2 * wires, (512 if fast else 128) * 1024
+        channels = min(1 << (channels - 1).bit_length(), MAX_P2P_CHANNELS)
+        parts = int(-(-num_bytes // (chunk // (2 if spans else 8))))
+        most = max(most, min(channels, max(parts, 1)))
+    return most
+
+
 def _phase(
     cluster: Cluster, latency_s: float, loads: Loads, stream_bytes: float = 0.0, max_bytes_per_s: float = 0.0
 ) -> Phase:
@@ -783,8 +809,10 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
     if kind == "all_to_all":
         for group in groups:
             _all_to_all_loads(cluster, group, tensor_bytes, loads)
-        latency_s = _message_latency_s(cluster, ((g[0], other) for g in groups for other in g[1:]))
-        return Traffic("pairwise/Simple", (_phase(cluster, latency_s, loads),), wire_bytes)
+        pairs = [(groups[0][0], other) for other in groups[0][1:]]
+        latency_s = _message_latency_s(cluster, pairs)
+        sms = _message_channels(cluster, pairs, tensor_bytes / n)
+        return Traffic("pairwise/Simple", (_phase(cluster, latency_s, loads),), wire_bytes, sms)
     if kind == "barrier":
         kind, tensor_bytes = "all_reduce", max(tensor_bytes, 4)
     graphs = [ring_graph(cluster, tuple(group)) for group in groups]
@@ -831,7 +859,8 @@ def plan_point_to_point(cluster: Cluster, pairs: Sequence[tuple[int, int]], tens
         for link in cluster.route(source, target).links:
             loads[link] = loads.get(link, 0.0) + tensor_bytes
     phase = _phase(cluster, _message_latency_s(cluster, moving), loads)
-    return Traffic("direct/Simple", (phase,), tensor_bytes)
+    sms = _message_channels(cluster, moving, tensor_bytes)
+    return Traffic("direct/Simple", (phase,), tensor_bytes, sms)
 
 
 def plan_copy(cluster: Cluster, gpus: Sequence[int], direction: str, num_bytes: int) -> Traffic:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cache
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sim.catalog import load
+from sim.cluster.topology import Cluster, build_cluster
 from sim.cost import collective
 from sim.cost.collective import ALGORITHMS, Rounds, num_chunks
+from sim.cost.nccl import plan_collective
+from sim.scenario.schema import ClusterSpec
 
 Held = dict[tuple[int, int], frozenset[int]]
 """(rank, chunk) -> the ranks whose contributions it holds."""
@@ -126,3 +133,81 @@ def test_bus_bandwidth_is_wire_bytes_over_time(n: int, tensor_bytes: int, time_s
         rate = collective.bus_bytes_per_s(kind, n, tensor_bytes, time_s)
         assert rate * time_s <= collective.wire_bytes(kind, n, tensor_bytes) * (1 + 1e-12)
         assert rate * time_s > collective.wire_bytes(kind, n, tensor_bytes) - 1 - 1e-6 * tensor_bytes
+
+
+# --- on machines -------------------------------------------------------------------------------
+
+
+@cache
+def machine(name: str, num_nodes: int) -> Cluster:
+    node = load.node(name)
+    network = load.network(node.default_network)
+    num_gpus = num_nodes * node.num_gpus
+    return build_cluster(
+        ClusterSpec(node=node, gpu=load.gpu(node.gpu), network=network, num_nodes=num_nodes, num_gpus=num_gpus)
+    )
+
+
+MACHINES = ["dgx-h100", "dgx-a100-80gb", "dgx-1", "mi300x-8", "hgx-a100-4-80gb", "pcie-8x-4090", "p4d", "gb200-nvl72"]
+kinds = st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all"])
+sizes = st.integers(min_value=8, max_value=2**32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), name=st.sampled_from(MACHINES), kind=kinds, tensor_bytes=sizes)
+def test_wires_balance_and_carry_the_whole_volume(data: st.DataObject, name: str, kind: str, tensor_bytes: int) -> None:
+    """For any group on any machine: what enters a switch, NIC or leaf leaves it, and the wires out of all GPUs carry
+    no less than n times what an ideal algorithm sends (a broadcast's chain: n-1 times).
+    """
+    cluster = machine(name, data.draw(st.integers(min_value=1, max_value=3), label="nodes"))
+    some = st.lists(st.integers(0, cluster.num_gpus - 1), min_size=2, max_size=cluster.num_gpus, unique=True)
+    group = tuple(data.draw(some, label="group"))
+    traffic = plan_collective(cluster, [group], kind, tensor_bytes)
+    loads = dict(traffic.phases[0].loads)
+    ends = {d["index"]: (a, b) for a, b, d in cluster.graph.edges(data=True) if d["kind"] != "memory"}
+    devices = dict(cluster.graph.nodes(data="kind"))
+    into: Counter[str] = Counter()
+    out: Counter[str] = Counter()
+    for link, num_bytes in loads.items():
+        if link in ends:
+            out[ends[link][0]] += num_bytes
+            into[ends[link][1]] += num_bytes
+    nvls = traffic.algorithm.startswith("nvls")
+    for device in [*into, *out]:
+        if devices[device] in ("pcie-switch", "nic", "leaf", "spine") or (devices[device] == "nvswitch" and not nvls):
+            assert into[device] == pytest.approx(out[device])
+    sent = sum(num_bytes for device, num_bytes in out.items() if devices[device] == "gpu")
+    n = len(group)
+    parts = n - 1 if kind in ("broadcast", "reduce") else n
+    ideal = collective.bus_factor(kind, n) * tensor_bytes * parts
+    if not nvls:
+        assert sent >= ideal * (1 - 1e-9)
+    assert traffic.wire_bytes == collective.wire_bytes(kind, n, tensor_bytes)
+
+
+@settings(max_examples=30, deadline=None)
+@given(kind=kinds, tensor_bytes=sizes, shift=st.integers(min_value=1, max_value=3))
+def test_moving_a_group_to_other_nodes_moves_its_traffic(kind: str, tensor_bytes: int, shift: int) -> None:
+    """A symmetry of the cluster changes nothing: the same group ``shift`` nodes further, the same loads there
+    (and on the leaves, which all eight nodes share)."""
+    cluster = machine("dgx-h100", 8)
+    group = tuple(range(4, 20))
+    moved = tuple(gpu + 8 * shift for gpu in group)
+    here = plan_collective(cluster, [group], kind, tensor_bytes)
+    there = plan_collective(cluster, [moved], kind, tensor_bytes)
+    nodes, offset = 8 * cluster.links_per_domain, shift * cluster.links_per_domain
+    shifted = {link + offset if link < nodes else link: b for link, b in here.phases[0].loads}
+    assert shifted == pytest.approx(dict(there.phases[0].loads))
+    assert (here.algorithm, here.phases[0].latency_s) == (there.algorithm, there.phases[0].latency_s)
+
+
+@settings(max_examples=30, deadline=None)
+@given(kind=kinds, tensor_bytes=sizes)
+def test_groups_together_carry_the_sum_of_groups_alone(kind: str, tensor_bytes: int) -> None:
+    cluster = machine("dgx-a100-80gb", 3)
+    groups = [tuple(range(i, 24, 8)) for i in range(8)]
+    together = dict(plan_collective(cluster, groups, kind, tensor_bytes).phases[0].loads)
+    total: Counter[int] = Counter()
+    for group in groups:
+        total.update(dict(plan_collective(cluster, [group], kind, tensor_bytes).phases[0].loads))
+    assert together == pytest.approx(dict(total))
