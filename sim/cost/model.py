@@ -40,6 +40,8 @@ class CostSettings:
 _DEFAULT = CostSettings()
 _TOKENS = ("batch", "seq")
 """Dimensions that count tokens: a product that contracts over them is the gradient of a weight."""
+_FAMILIES = "families of kernels bound by memory"
+"""Stands in the account of assumptions for all of them together."""
 
 
 class CostModel:
@@ -65,6 +67,7 @@ class CostModel:
         self._by_value: dict[tuple[object, ...], float] = {}
         self._traffic: dict[tuple[object, ...], Traffic] = {}
         self._assumed: dict[str, int] = {}
+        self._guessed_families: dict[str, int] = {}
         self.num_kernels = 0
         """Different kernels priced so far."""
         self.num_assumed_kernels = 0
@@ -163,7 +166,8 @@ class CostModel:
         time_s = memory_bound_s(kernel.kind, kernel.moved_bytes, kernel.flops, self._vector, self._memory)
         if kernel.kind not in self._memory.assumed and kernel.kind in self._memory.fractions:
             return time_s, ""
-        return time_s, f"{kernel.kind} kernels on {self._gpu.name}: share of the memory bandwidth assumed"
+        self._guessed_families[kernel.kind] = self._guessed_families.get(kernel.kind, 0) + 1
+        return time_s, _FAMILIES
 
     # --- host ----------------------------------------------------------------------------------
 
@@ -243,7 +247,13 @@ class CostModel:
 
     def assumptions(self) -> tuple[str, ...]:
         """Return what the answers so far rest on that was not measured on this GPU, in the order of first use."""
-        texts = [f"{text} ({count} kernels)" if count else text for text, count in self._assumed.items()]
+        texts = []
+        for text, count in self._assumed.items():
+            if text == _FAMILIES:
+                families = ", ".join(self._guessed_families)
+                text = f"{families} kernels on {self._gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901
+            kernels = f" ({count} different kernel{'s' if count > 1 else ''})" if count else ""
+            texts.append(text + kernels)
         if self._source.power < 1 and any(key[0] == "gemm" for key in self._by_value):
             texts.append(
                 f"{self._gpu.name} draws less power per FLOP/s than {self._source.name}: "

@@ -11,9 +11,9 @@ import pytest
 
 from sim.catalog.schema import GpuFacts
 from sim.cost import efficiency
-from sim.cost.gemm import alignment_factor, gemm_bound_s
+from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_bound_s, gemm_s
 from sim.cost.model import CostModel, CostSettings
-from sim.cost.roofline import machine_of, peak_of
+from sim.cost.roofline import Machine, machine_of, peak_of
 from sim.ir.ledger import Attention, Dim, Gemm, Pointwise, Tensor
 from sim.ir.program import HostCompute
 
@@ -76,10 +76,21 @@ def test_short_benchmarks_are_faster_than_training() -> None:
     assert model(sustained=False).kernel_s(kernel, 0) < model().kernel_s(kernel, 0)
 
 
-def test_a_wave_more() -> None:
-    """A100-like whole waves (q near 0): 109 tiles on 108 SMs cost two waves, so more tiles in it are nearly free."""
-    source = efficiency.Source("a100-sxm", True, "", 1.0)
-    assert efficiency.gemm_coefficients(source, "bf16")[0].tail_smoothing < 0.5
+def test_one_tile_more_than_sms_costs_a_wave() -> None:
+    """108 SMs, whole waves, no other cost: 216 tiles of 256 x 128 fill two waves, one row more needs part of a third.
+
+    The best answer to that row are tiles of 64 x 64: 16 waves of an eighth of a tile become 17.
+    """
+    machine = Machine(108 * 2e12, 2, 108, 1.41e9, 1e18, 2**40)
+    ideal = GemmCoefficients(
+        peak_fraction=1, l2_bytes_per_clock=1e9, prologue_clocks=0, floor_s=0, memory_fraction=1, overlap_exponent=1,
+        tail_smoothing=0, block_rows=1e9, resident_fraction=1, droop=0, droop_s=1, exposed_result=0,
+    )  # fmt: skip
+    full = gemm_s(216 * 256, 128, 4096, 1, machine, ideal)
+    assert full == pytest.approx(2 * 256 * 128 * 2 * 4096 / 2e12, rel=1e-4)
+    assert gemm_s(216 * 256 + 1, 128, 4096, 1, machine, ideal) == pytest.approx(full * 17 / 16, rel=1e-4)
+    smooth = dataclasses.replace(ideal, tail_smoothing=1)
+    assert gemm_s(216 * 256 + 1, 128, 4096, 1, machine, smooth) < full * 1.01
 
 
 def test_rows_that_are_not_aligned_lose_the_wide_loads() -> None:
