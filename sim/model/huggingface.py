@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sim.ir.ledger import Dim, Pointwise, Shape, Tensor
 from sim.model.attention import REGION, contiguous, for_bmm, matmul_scores, matmul_values, repeat_kv
+from sim.model.names import Names
 from sim.model.precision import promote
 from sim.model.tape import Tape, Value, add, cast, dropout, handed_on, narrow, pointwise
 
@@ -76,10 +77,11 @@ def _expand(tape: Tape, name: str, x: Value, heads: Shape, *, module: str) -> Va
 
 
 def eager_attention(
-    tape: Tape, q: Value, k: Value, v: Value, *, out: str, module: str, p: float, fp32_softmax: bool, bias: Tensor
-) -> Value:
+    tape: Tape, module: str, q: Value, k: Value, v: Value, *, names: Names, out: str, p: float, bias: Tensor
+) -> Value:  # fmt: skip
     """eager_attention_forward: keys and values repeated for GQA, scores scaled, masked, softmax (in fp32 where the
-    family does), cast back, dropout, product with the values.
+    family does), cast back, dropout, product with the values. BLOOM's baddbmm scales and adds ALiBi in the product; the
+    mask is added all the same.
 
     Kept: q, the repeated k and v, softmax's result, its cast (if any), dropout's mask and result.
     """
@@ -98,12 +100,16 @@ def eager_attention(
         v = cast(tape, f"{module}.value.cast", v, low, out="value.low", module=module, region=REGION)
     q, k, v = for_bmm(tape, module, q, k, v, repeated=repeated and not single)
     scores = matmul_scores(tape, f"{module}.scores", q, k, "scores", module=module, heads=heads)
-    scaled = pointwise(tape, f"{module}.scale", (scores,), "scores.scaled", grads=((),), module=module, region=REGION)
+    scaled = scores
+    if names.scale != "fused":
+        scaled = pointwise(
+            tape, f"{module}.scale", (scores,), "scores.scaled", grads=((),), module=module, region=REGION
+        )
     dtype = promote(scaled.dtype, bias.dtype)
     masked = handed_on(
         tape, f"{module}.mask", scaled, "scores.masked", constants=(bias,), dtype=dtype, module=module, region=REGION
     )  # fmt: skip
-    if fp32_softmax or tape.precision.autocast:
+    if names.fp32_softmax or tape.precision.autocast:
         masked = cast(tape, f"{module}.float", masked, "fp32", out="scores.fp32", module=module, region=REGION)
     name = "probabilities"
     probabilities = pointwise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sim.scenario.schema import ModelConfig
 
@@ -34,6 +35,8 @@ class Names:
     activation: str = ""
     select: bool = False
     """Query, key and value are picked by index, whose backward makes a zeroed tensor for each, not by ``split``."""
+    scale: Literal["scores", "query", "fused"] = "scores"
+    """What eager attention scales: the scores, the projected query, or the product itself as it is made (baddbmm)."""
     fp32_softmax: bool = False
     """Eager attention computes softmax in fp32 and casts it back."""
 
@@ -53,13 +56,13 @@ OPT = Names(
     embed="embed_tokens", position="embed_positions", embed_norm="embed_norm", attention="self_attn",
     q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", qkv="", out="self_attn.out_proj",
     norm1="self_attn_layer_norm", norm2="final_layer_norm", gate="fc_gate", up="fc1", act="activation_fn", down="fc2",
-    final_norm="final_layer_norm",
+    final_norm="final_layer_norm", scale="query",
 )  # fmt: skip
 BLOOM = Names(
     embed="word_embeddings", position="position_embeddings", embed_norm="word_embeddings_layernorm",
     attention="self_attention", q="", k="", v="", qkv="self_attention.query_key_value", out="self_attention.dense",
     norm1="input_layernorm", norm2="post_attention_layernorm", gate="mlp.gate", up="mlp.dense_h_to_4h",
-    act="mlp.gelu_impl", down="mlp.dense_4h_to_h", final_norm="ln_f", select=True,
+    act="mlp.gelu_impl", down="mlp.dense_4h_to_h", final_norm="ln_f", select=True, scale="fused",
     fp32_softmax=True,
 )  # fmt: skip
 FALCON = Names(

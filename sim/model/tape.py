@@ -276,12 +276,39 @@ def cast(tape: Tape, name: str, x: Value, dtype: DType, *, out: str = "", module
     )  # fmt: skip
 
 
-def add(tape: Tape, name: str, left: Value, right: Value, dtype: DType, *, out: str, module: str = "") -> Value:
+def add(
+    tape: Tape,
+    name: str,
+    left: Value,
+    right: Value,
+    dtype: DType,
+    *,
+    out: str,
+    module: str = "",
+    also_reads: tuple[str, ...] = (),
+) -> Value:
     """``left + right``: saves nothing; its gradient is handed on to both, the same storage."""
     result = Value(Tensor(out, left.shape, dtype))
     tape.op(
         name, (Pointwise("elementwise", (left.tensor, right.tensor), (result.tensor,)),),
-        reads=(left.name, right.name), writes=(result.tensor,), module=module,
+        reads=(left.name, right.name, *also_reads), writes=(result.tensor,), module=module,
+    )  # fmt: skip
+
+    def emit() -> None:
+        if (grad := tape.take(result)) is not None:
+            tape.give(left, grad, module)
+            tape.give(right, grad, module)
+
+    tape.node(emit)
+    return result
+
+
+def add_in_place(tape: Tape, name: str, left: Value, right: Value, *, module: str = "") -> Value:
+    """``left += right``: the sum lives in left's storage."""
+    result = Value(left.tensor)
+    tape.op(
+        name, (Pointwise("elementwise", (left.tensor, right.tensor), (left.tensor,)),), reads=(left.name, right.name),
+        module=module,
     )  # fmt: skip
 
     def emit() -> None:

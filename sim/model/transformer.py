@@ -19,7 +19,7 @@ from sim.model.mlp import Mlp, gated, plain
 from sim.model.names import Names, names_of
 from sim.model.norm import norm
 from sim.model.precision import Precision, promote
-from sim.model.tape import Tape, Value, add, dropout, linear, narrow, split
+from sim.model.tape import Tape, Value, add, add_in_place, dropout, linear, narrow, pointwise, split
 from sim.scenario.schema import ModelConfig, Training
 
 FLOPS_FORMULA = (
@@ -271,8 +271,13 @@ def _block(c: Context) -> Layer:
             second = normalise(c, tape, c.names.norm2, x, out="normed2")
         attended = _attention(c, tape, first)
         mixed = _mlp(c, tape, second)
-        both = add(tape, "parallel.add", mixed, attended, promote(mixed.dtype, attended.dtype), out="parallel")
-        result = add(tape, "residual.add", both, x, c.residual_dtype, out="output")
+        if c.code == "huggingface":
+            both = add_in_place(tape, "parallel.add", mixed, attended)
+        else:
+            both = add(tape, "parallel.add", mixed, attended, promote(mixed.dtype, attended.dtype), out="parallel")
+        # FalconDecoderLayer's local variable holds the attention's output until it returns
+        held = (attended.name,) if c.code == "huggingface" else ()
+        result = add(tape, "residual.add", both, x, c.residual_dtype, out="output", also_reads=held)
     else:
         attended = _attention(c, tape, first)
         middle = add(tape, "attention_residual.add", x, attended, c.residual_dtype, out="middle")
@@ -307,8 +312,11 @@ def _qkv(c: Context, tape: Tape, x: Value) -> tuple[Value, Value, Value]:
         else:
             q, k, v = split(tape, f"{n.attention}.split", fused, (query, key, key), module=n.attention)
         return q, k, v
+    q = project(n.q, (d.heads, d.head_dim), "query")
+    if n.scale == "query" and c.code == "huggingface":
+        q = pointwise(tape, f"{n.attention}.scale_query", (q,), "query.scaled", grads=((),), module=n.attention)
     return (
-        project(n.q, (d.heads, d.head_dim), "query"),
+        q,
         project(n.k, (d.kv_heads, d.head_dim), "key"),
         project(n.v, (d.kv_heads, d.head_dim), "value"),
     )
@@ -344,9 +352,7 @@ def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Val
     kernel: str = c.training.attention
     if c.code == "huggingface" and kernel == "math":
         bias = alibi if alibi is not None else _causal_mask(c)
-        return eager_attention(
-            tape, q, k, v, out=out, module=module, p=p, fp32_softmax=c.names.fp32_softmax, bias=bias
-        )  # fmt: skip
+        return eager_attention(tape, module, q, k, v, names=c.names, out=out, p=p, bias=bias)
     if tape.precision.autocast:
         q, k, v = core.to_low(tape, module, q, k, v)
     if kernel == "sdpa":

@@ -106,7 +106,10 @@ class Attention(nn.Module):
         if self.fused:
             q, k, v = self.qkv(x).split((q_width, kv_width, kv_width), dim=-1)
         else:
-            q, k, v = self.q(x), self.k(x), self.v(x)
+            q = self.q(x)
+            if self.code == "huggingface" and c.position_offset:
+                q = q * c.head_dim**-0.5
+            k, v = self.k(x), self.v(x)
         q, k, v = (t.view(batch, seq, -1, c.head_dim) for t in (q, k, v))
         if c.query_key_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -178,7 +181,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, code: str, kernel: str, *, fused: bool) -> None:
         super().__init__()
-        self.parallel = config.parallel_block
+        self.parallel, self.code = config.parallel_block, code
         self.norm1 = make_norm(config, code, config.hidden_size)
         self.norm2 = make_norm(config, code, config.hidden_size) if config.num_block_norms == 2 else None
         self.attention, self.mlp = Attention(config, code, kernel, fused=fused), Mlp(config, code)
@@ -187,6 +190,10 @@ class Block(nn.Module):
         if self.parallel:
             first = self.norm1(x)
             second = first if self.norm2 is None else self.norm2(x)
+            if self.code == "huggingface":
+                attended, mixed = self.attention(first, tables), self.mlp(second)
+                mixed += attended
+                return x + mixed
             return x + (self.attention(first, tables) + self.mlp(second))
         middle = x + self.attention(self.norm1(x), tables)
         assert self.norm2 is not None
