@@ -62,7 +62,12 @@ def run(
     from sim.pipeline import simulate
     from sim.scenario.load import load_scenario
 
-    simulation = simulate(load_scenario(file, set_ or ()))
+    scenario = load_scenario(file, set_ or ())
+    if out is not None:
+        from sim.report.save import prepare
+
+        prepare(out)
+    simulation = simulate(scenario, record=out is not None)
     report = simulation.report
     remedies: tuple[Remedy, ...] = ()
     if not report.fits and advice:
@@ -76,7 +81,9 @@ def run(
         with _progress(f"writing {out}", quiet):
             save(simulation, remedies, out)
     if json:
-        _print_json({**report.to_dict(), "remedies": [remedy.to_dict() for remedy in remedies]})
+        from sim.report.report import result
+
+        _print_json(result(report, remedies))
     else:
         from sim.report.tables import print_report
 
@@ -198,9 +205,9 @@ def _progress(words: str, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def _print_json(value: object) -> None:
-    import json
+    from sim.report.report import json_text
 
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json_text(value), nl=False)
 
 
 def _console() -> Console:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from sim.report.report import Report
+from sim.report.report import RemedyResult, Report
 from sim.report.rows import (
     COMMUNICATION_HEADER,
-    RemedyLike,
     account,
     communication_rows,
     headline,
@@ -19,12 +18,12 @@ from sim.scenario.schema import Scenario
 from sim.units import format_bytes, format_duration
 
 
-def to_markdown(scenario: Scenario, report: Report, remedies: Sequence[RemedyLike]) -> str:
+def to_markdown(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> str:
     """Return the report as Markdown, with the plots that stand beside it."""
     return "\n".join(_lines(scenario, report, remedies)) + "\n"
 
 
-def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyLike]) -> Iterator[str]:
+def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> Iterator[str]:
     words = headline(scenario, report)
     yield f"# {words.model} on {words.where}\n"
     yield f"{words.how}\n"
@@ -55,7 +54,7 @@ def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyLike]) -
         yield from (f"- {warning}" for warning in report.warnings)
 
 
-def _remedy(remedy: RemedyLike) -> str:
+def _remedy(remedy: RemedyResult) -> str:
     options = " ".join(f"--set {o}" for o in remedy.overrides)
     verdict = "fits" if remedy.fits else "still does not fit"
     memory, time = format_bytes(remedy.peak_device_bytes), format_duration(remedy.time_s)

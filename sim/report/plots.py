@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -16,7 +15,6 @@ from sim.report.metrics import busy
 from sim.report.report import Report
 from sim.units import TICKS_PER_S, format_bytes, format_duration
 
-mpl.rcParams["svg.hashsalt"] = "sim"
 COLOURS = {
     "parameters": "#4e79a7",
     "gradients": "#f28e2b",
@@ -44,7 +42,7 @@ def _time_unit(ticks: int) -> tuple[float, str]:
     return TICKS_PER_S * 1e-9, "ns"
 
 
-def draw_memory(footprint: Footprint, timeline: Timeline, report: Report, path: Path) -> None:
+def memory_png(footprint: Footprint, timeline: Timeline, report: Report) -> bytes:
     """Draw what a rank holds over the step, stacked by category; the peak and the GPU's capacity are marked."""
     when = clock_of(timeline, footprint.ranks[0])
     samples = footprint.samples
@@ -79,10 +77,10 @@ def draw_memory(footprint: Footprint, timeline: Timeline, report: Report, path: 
     axes.set_ylabel("GPU memory (GiB)")
     axes.set_title(f"{report.scenario}: memory of rank {footprint.ranks[0]} over a step", loc="left")
     _legend(axes)
-    _save(figure, path)
+    return _png(figure)
 
 
-def draw_timeline(timeline: Timeline, report: Report, path: Path) -> None:
+def timeline_png(timeline: Timeline, report: Report) -> bytes:
     """Draw what runs on each stream of each class of ranks (at most eight classes)."""
     ranks = sorted(timeline.rank_end)[:8]
     rows: list[tuple[int, str]] = []
@@ -119,7 +117,7 @@ def draw_timeline(timeline: Timeline, report: Report, path: Path) -> None:
     axes.set_xlabel(f"time in the step ({unit})")
     axes.set_title(f"{report.scenario}: one step, {format_duration(report.time_s)}", loc="left")
     _legend(axes)
-    _save(figure, path)
+    return _png(figure)
 
 
 def _legend(axes: Any) -> None:
@@ -127,5 +125,8 @@ def _legend(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130, metadata={"Software": "sim"})
+def _png(figure: Figure) -> bytes:
+    """Return the picture, 130 dots an inch, without a date: the same bytes each time."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": "sim"})
+    return buffer.getvalue()

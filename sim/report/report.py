@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from sim.ir.footprint import CATEGORIES, Footprint
 from sim.ir.ledger import Attention, Gemm, Ledger
@@ -20,6 +20,22 @@ from sim.scenario.schema import Scenario
 from sim.units import seconds
 
 SCHEMA_VERSION = 1
+
+
+class RemedyResult(Protocol):
+    """What a report needs of a remedy: a change that was tried, and what came of it."""
+
+    @property
+    def words(self) -> str: ...
+    @property
+    def overrides(self) -> tuple[str, ...]: ...
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def peak_device_bytes(self) -> int: ...
+    @property
+    def time_s(self) -> float: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +122,18 @@ class Report:
             },
             "warnings": list(self.warnings),
         }
+
+
+def result(report: Report, remedies: Sequence[RemedyResult]) -> dict[str, Any]:
+    """Return what ``sim run --json`` prints and ``report.json`` holds."""
+    return {**report.to_dict(), "remedies": [remedy.to_dict() for remedy in remedies]}
+
+
+def json_text(value: object) -> str:
+    """Return plain data as JSON for people and programs. Not a number is our defect, and raises."""
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def summarise(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from sim.ir.footprint import CATEGORIES, Footprint
 from sim.report.report import Report
@@ -25,21 +24,6 @@ _BESIDE_WORDS = {
     "libraries": "libraries",
 }
 COMMUNICATION_HEADER = ("kind", "axis", "count", "bytes", "time", "exposed", "bus bandwidth", "algorithm")
-
-
-class RemedyLike(Protocol):
-    """What the layouts need of a remedy."""
-
-    @property
-    def words(self) -> str: ...
-    @property
-    def overrides(self) -> tuple[str, ...]: ...
-    @property
-    def fits(self) -> bool: ...
-    @property
-    def peak_device_bytes(self) -> int: ...
-    @property
-    def time_s(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)

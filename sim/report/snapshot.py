@@ -7,7 +7,6 @@ The schema is that of ``torch.cuda.memory._snapshot()`` (torch/cuda/memory.py, c
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 from typing import Any
 
 from sim.ir.footprint import BlockEvent, Footprint, Segment
@@ -15,9 +14,9 @@ from sim.ir.footprint import BlockEvent, Footprint, Segment
 PROTOCOL = 4
 
 
-def write_snapshot(footprint: Footprint, path: Path) -> None:
-    """Write the snapshot of one rank. ``footprint`` must have been recorded (``events`` and ``segments``)."""
-    path.write_bytes(pickle.dumps(snapshot(footprint), protocol=PROTOCOL))
+def snapshot_bytes(footprint: Footprint) -> bytes:
+    """Return the snapshot of one rank, pickled. It must have been recorded (``events`` and ``segments``)."""
+    return pickle.dumps(snapshot(footprint), protocol=PROTOCOL)
 
 
 def snapshot(footprint: Footprint) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sim.ir.footprint import Footprint
-from sim.report.report import Report
+from sim.report.report import RemedyResult, Report
 from sim.report.rows import (
     COMMUNICATION_HEADER,
-    RemedyLike,
     account,
     communication_rows,
     headline,
@@ -31,7 +30,7 @@ MAX_CLASSES = 4
 MAX_HOLDERS = 6
 
 
-def print_report(console: Console, scenario: Scenario, report: Report, remedies: Sequence[RemedyLike]) -> None:
+def print_report(console: Console, scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> None:
     """Print headline, memory, step, communication; where it does not fit, who holds it and what would help."""
     words = headline(scenario, report)
     console.print()
@@ -89,7 +88,7 @@ def _holders(footprint: Footprint) -> Table:
     return table
 
 
-def _remedies(remedies: Sequence[RemedyLike]) -> Table:
+def _remedies(remedies: Sequence[RemedyResult]) -> Table:
     fitting = any(remedy.fits for remedy in remedies)
     table = _table("What makes it fit (each simulated)" if fitting else "Nothing tried makes it fit; the nearest")
     table.add_column(min_width=26)

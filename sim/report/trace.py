@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from sim.ir.footprint import CATEGORIES, Footprint
@@ -23,12 +22,11 @@ from sim.units import TICKS_PER_S
 _TICKS_PER_US = TICKS_PER_S // 10**6
 
 
-def write_trace(world: World, timeline: Timeline, footprints: tuple[Footprint, ...], path: Path) -> None:
-    """Write the trace, gzipped; the same bytes for the same step (no time stamp, no file name in the header)."""
+def trace_bytes(world: World, timeline: Timeline, footprints: tuple[Footprint, ...]) -> bytes:
+    """Return the trace, gzipped; the same bytes for the same step (no time stamp, no file name in the header)."""
     events = list(trace_events(world, timeline, footprints))
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"))
-    with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0, compresslevel=6) as file:
-        file.write(text.encode())
+    return gzip.compress(text.encode(), compresslevel=6, mtime=0)
 
 
 def trace_events(world: World, timeline: Timeline, footprints: tuple[Footprint, ...]) -> Iterator[dict[str, Any]]:
