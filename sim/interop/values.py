@@ -63,16 +63,50 @@ def dotted(path: Iterable[str]) -> str:
     return ".".join(path)
 
 
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "num_hidden_layers": ("num_layers", "n_layer", "n_layers", "layers"),
+    "hidden_size": ("n_embd", "d_model", "dim", "hidden_dim", "n_embed"),
+    "num_attention_heads": ("num_heads", "num_head", "n_head", "n_heads", "heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_kv_heads", "num_query_groups", "kv_heads"),
+    "intermediate_size": ("ffn_hidden_size", "ffn_dim", "d_ff", "n_inner", "ffn"),
+    "vocab_size": ("vocabulary", "vocab", "n_vocab"),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "num_nodes": ("nodes", "n_nodes", "nnodes"),
+    "num_gpus": ("gpus", "n_gpus", "world_size", "ngpus"),
+    "memory": ("hbm", "vram", "memory_bytes"),
+    "memory_bandwidth": ("bandwidth", "hbm_bandwidth"),
+    "power_limit": ("power", "tdp"),
+    "sequence_length": ("seq_len", "seq_length", "seqlen", "max_seq_length", "context_length"),
+    "micro_batch_size": ("micro_batch", "mbs", "per_device_train_batch_size"),
+    "global_batch_size": ("global_batch", "gbs", "train_batch_size", "batch_size"),
+    "recompute": ("activation_checkpointing", "gradient_checkpointing", "checkpointing"),
+    "precision": ("dtype", "torch_dtype"),
+    "zero": ("zero_stage", "stage"),
+    "dp": ("data_parallel", "data_parallel_size"),
+    "tp": ("tensor_parallel", "tensor_parallel_size", "tensor_model_parallel_size"),
+    "pp": ("pipeline_parallel", "pipeline_parallel_size", "pipeline_model_parallel_size"),
+    "cp": ("context_parallel", "context_parallel_size"),
+    "ep": ("expert_parallel", "expert_parallel_size"),
+    "sp": ("sequence_parallel",),
+    "deepspeed": ("ds_config", "deepspeed_config"),
+    "parallelism": ("parallel", "strategy"),
+}
+"""Our key -> what other programs call it, so that a misnamed key is understood."""
+
+
 def near(word: str, names: Iterable[str], limit: int = 3) -> list[str]:
     """Return the names nearest to a word, best first; empty if none is near."""
+    known = sorted(names)
+    lower = word.lower()
+    if meant := [name for name in known if name.lower() == lower or lower in SYNONYMS.get(name, ())]:
+        return meant
     from rapidfuzz import fuzz, process, utils
 
-    known = sorted(names)
     found = process.extract(
         word, known, scorer=fuzz.WRatio, processor=utils.default_process, limit=limit, score_cutoff=72
     )
     best = found[0][1] if found else 0
-    return [name for name, score, _ in found if score >= best - 10]
+    return [name for name, score, _ in found if score >= best - 6]
 
 
 def either(words: Sequence[str]) -> str:
@@ -100,6 +134,9 @@ def integer(least: int, most: int, example: int, doc: str = "", required: bool =
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise WrongValueError(f"{show(value)} is not a whole number", f"write a whole number such as {example}")
+        if most - least <= 3 and not least <= value <= most:
+            values = [str(v) for v in range(least, most + 1)]
+            raise WrongValueError(f"{value} is out of range", f"write {either(values)}")
         if value < least:
             raise WrongValueError(
                 f"{value} is too small", f"write {least} or more" if example == least else f"write {example}, or "

@@ -6,6 +6,7 @@ A rule reads a ``Draft``; where a value that it needs is not known, it is skippe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import lcm
 
 from sim.interop.values import Problem, either
 from sim.scenario.draft import Draft, UnknownError
@@ -129,21 +130,22 @@ def mesh_fits_cluster(d: Draft) -> Iterator[Problem]:
     if gpus % model_ranks == 0:
         yield Problem(path, problem, f"write dp: {gpus // model_ranks}, or leave dp out")
         return
-    needed = model_ranks * (d.dp if d.knows("dp") else 1)
-    yield Problem(path, problem, _room_for(d, needed, model_ranks))
+    yield Problem(path, problem, _room_for(d, model_ranks))
 
 
-def _room_for(d: Draft, needed: int, model_ranks: int) -> str:
-    """Say which clusters the mesh would fill: as they are, or with whole nodes."""
-    per_node = d.node.num_gpus
-    if not d.knows("dp"):
-        whole = needed
-        while whole > per_node and whole % per_node:
-            whole += model_ranks
-        needed = whole
-    if needed <= per_node or needed % per_node == 0:
-        return f"write cluster.num_gpus: {needed}" + (" and leave num_nodes out" if d.gives_nodes else "")
-    return "choose tp, pp and cp so that their product divides the number of GPUs"
+def _room_for(d: Draft, model_ranks: int) -> str:
+    """Say which clusters the mesh would fill: a part of one node, or whole nodes."""
+    per_node, gpus = d.node.num_gpus, d.num_gpus
+    also = " and leave num_nodes out" if d.gives_nodes else ""
+    if d.knows("dp"):
+        needed = model_ranks * d.dp
+        if needed <= per_node or needed % per_node == 0:
+            return f"write cluster.num_gpus: {needed}{also}"
+        return "choose the axes so that their product is the number of GPUs"
+    whole = lcm(model_ranks, per_node)
+    part = min(per_node, gpus) // model_ranks * model_ranks
+    usable = sorted({n for n in (part, gpus // whole * whole, (gpus // whole + 1) * whole) if n})
+    return write("cluster.num_gpus", nearest(usable, gpus)) + also
 
 
 def tensor_parallelism_divides(d: Draft) -> Iterator[Problem]:
@@ -239,7 +241,7 @@ def interleaving_needs_full_groups(d: Draft) -> Iterator[Problem]:
     if not rest and microbatches % d.pp:
         yield Problem(
             ("training", "global_batch_size"),
-            f"{microbatches} microbatches do not fill groups of pp = {d.pp}, as schedule interleaved needs",
+            f"{microbatches} microbatches a step do not fill groups of pp = {d.pp}, as schedule interleaved needs",
             write("global_batch_size", [m * d.dp * d.micro_batch_size for m in multiples(d.pp, microbatches)]),
         )
 

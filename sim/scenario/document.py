@@ -78,7 +78,7 @@ def read_text(path: FilePath, shown: str, what: str = "a scenario") -> str:
         num_bytes = path.stat().st_size
         if num_bytes > MAX_FILE_BYTES:
             raise refuse(
-                f"is {num_bytes / 1e6:.1f} MB large; {what} is at most {MAX_FILE_BYTES / 1e6:g} MB",
+                f"is {num_bytes / 1e6:.1f} MB large; sim reads at most {MAX_FILE_BYTES / 1e6:g} MB",
                 f"name the file that holds {what}",
             )
         if not path.is_file():
@@ -126,6 +126,8 @@ class _Node(NamedTuple):
 def parse_yaml(text: str, file: str, findings: list[Finding], what: str = "a scenario") -> Document:
     """Return the mapping that a YAML text holds. Raises UnreadableError; duplicate keys are findings."""
     root = _tree(text, file, what)
+    if root.kind == "scalar" and root.value is None:
+        raise UnreadableError(Finding(file, 0, "is empty", f"see 'sim schema scenario' for what {what} holds"))
     if root.kind != "mapping":
         kind = "a list" if root.kind == "list" else f"the text {root.value!r:.40}"
         raise UnreadableError(
@@ -211,14 +213,15 @@ def _tree(text: str, file: str, what: str) -> _Node:  # noqa: PLR0912, PLR0915 -
     finally:
         if loader is not None:
             loader.dispose()
-    if root is None or (root.kind == "scalar" and root.value is None):
+    if root is None:
         raise refuse(0, "is empty", f"see 'sim schema scenario' for what {what} holds")
     return root
 
 
 def _check_tag(event: Any, refuse: Any, line: int) -> None:
     if event.tag not in _OUR_TAGS:
-        raise refuse(line, f"tag {event.tag} is not read here", "write the value without a tag")
+        tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+        raise refuse(line, f"tag {tag} is not read here", "write the value without a tag")
 
 
 def _yaml_words(error: yaml.MarkedYAMLError, text: str) -> tuple[str, str]:  # noqa: PLR0911 - a table of causes
@@ -235,6 +238,10 @@ def _yaml_words(error: yaml.MarkedYAMLError, text: str) -> tuple[str, str]:  # n
             return "is not YAML: a tab where spaces belong", "indent with spaces"
         return f"is not YAML: a value cannot begin with {at!r}", "quote the value"
     if "mapping values are not allowed" in problem:
+        at_line = error.problem_mark.line if error.problem_mark is not None else 0
+        above = text.split("\n")[at_line - 1] if at_line else ""
+        if re.match(r"\s*[\w.-]+:[^\s/:]", above):
+            return f"is not YAML: line {at_line} has no space after its colon", "write 'key: value'"
         return "is not YAML: a second ': ' in one line", "quote the value, or begin a new line"
     if "could not find expected ':'" in problem:
         return "is not YAML: a key without ': '", "write 'key: value', with a space after the colon"
@@ -312,7 +319,7 @@ def _key(value: Any) -> str:
 def parse_json(text: str, file: str, what: str) -> Document:
     """Return the mapping that a JSON text holds. Raises UnreadableError. Lines are found where a key first stands."""
     if not text.strip():
-        raise UnreadableError(Finding(file, 0, "is empty", f"write {what}, or name another file"))
+        raise UnreadableError(Finding(file, 0, "is empty", f"name the file that holds {what}"))
     twice: list[str] = []
 
     def pairs(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -327,14 +334,16 @@ def parse_json(text: str, file: str, what: str) -> Document:
     except json.JSONDecodeError as error:
         raise UnreadableError(Finding(file, error.lineno, *_json_words(text, error))) from None
     except (RecursionError, ValueError):
-        raise UnreadableError(Finding(file, 0, f"is not JSON that holds {what}", "name another file")) from None
+        raise UnreadableError(Finding(file, 0, "is not JSON", f"name the file that holds {what}")) from None
     if twice:
         line = _line_of(text, twice[0], last=True)
         raise UnreadableError(Finding(file, line, f"{twice[0]} is given twice", "remove one of them"))
     if not isinstance(data, dict):
-        raise UnreadableError(Finding(file, 1, f"holds no mapping; {what} is one", "begin with {"))
+        raise UnreadableError(Finding(file, 1, "holds no mapping of keys to values", "begin with {"))
     if _depth(data) > MAX_DEPTH:
-        raise UnreadableError(Finding(file, 0, f"is nested more than {MAX_DEPTH} deep", "name another file"))
+        raise UnreadableError(
+            Finding(file, 0, f"is nested more than {MAX_DEPTH} deep", f"name the file that holds {what}")
+        )
     return Document(file, data, _JsonLines(text))
 
 

@@ -47,6 +47,8 @@ def plain(scenario: Scenario) -> dict[str, Any]:
     }
     if scenario.framework == "deepspeed":
         precision = scenario.training.precision
+        if precision in ("fp8", "mxfp8", "nvfp4"):
+            precision = "bf16"  # what is not in 8 bit or less
         data["deepspeed"] = {
             "train_micro_batch_size_per_gpu": scenario.training.micro_batch_size,
             "gradient_accumulation_steps": scenario.num_microbatches,

@@ -12,7 +12,7 @@ from sim.catalog.schema import Fact, GpuFacts, NodeFacts
 from sim.errors import Finding, ScenarioError
 from sim.interop.deepspeed_config import DeepSpeedReading, read_deepspeed_config, settings_of
 from sim.interop.hf_config import MODEL_KEYS, HfModel, complete, read_hf_config
-from sim.interop.values import Problem, WrongValueError, dotted, read_mapping, show, suggest
+from sim.interop.values import Problem, WrongValueError, dotted, near, read_mapping, show, suggest
 from sim.scenario import fields
 from sim.scenario.checks import mesh_fits_cluster, run_rules
 from sim.scenario.document import Document, UnreadableError, parse_json, read_text
@@ -54,14 +54,21 @@ class _Resolver:
         path = FilePath(text).expanduser() if text.startswith("~/") else FilePath(text)
         return path if path.is_absolute() else self.folder / path
 
-    def _json(self, text: str, what: str) -> Document | None:
+    def _json(self, text: str, what: str, at: tuple[str, ...]) -> Document | None:
         """Return the document of a JSON file named in the scenario, or None (reported)."""
         path = self._path_of(text)
         try:
             return parse_json(read_text(path, _shown(path), what), _shown(path), what)
         except UnreadableError as error:
-            self.findings.append(error.finding)
+            self._report(error.finding, at)
             return None
+
+    def _report(self, finding: Finding, at: tuple[str, ...]) -> None:
+        """Add what is wrong in another file; where that is the file itself, say who names it."""
+        if finding.line:
+            self.findings.append(finding)
+        else:
+            self.problems.append(Problem(at, f"{finding.file}: {finding.problem}", finding.remedy))
 
     # --- sections ----------------------------------------------------------------------------
 
@@ -116,7 +123,7 @@ class _Resolver:
             return None
         if _exists(path / "config.json"):
             path = path / "config.json"
-        doc = self._json(str(path), "a config.json")
+        doc = self._json(str(path), "the model's config", ("model",))
         if doc is None:
             return None
         problems: list[Problem] = []
@@ -192,9 +199,8 @@ class _Resolver:
         try:
             return read()
         except ScenarioError as error:
-            self.findings.extend(
-                dataclasses.replace(finding, file=_shown(FilePath(finding.file))) for finding in error.findings
-            )
+            for finding in error.findings:
+                self._report(dataclasses.replace(finding, file=_shown(FilePath(finding.file))), path)
         except (KeyError, OSError, ValueError) as error:
             self.problems.append(Problem(path, f"{dotted(path)}: {str(error)[:200]}", "check the file"))
         return None
@@ -308,7 +314,7 @@ class _Resolver:
             return
         path = ("cluster", "network")
         self.written["network"] = text
-        if _RATE_SIGN in text and not text.endswith((".yaml", ".yml")):
+        if ("/s " in text or " per " in text) and not text.endswith((".yaml", ".yml")):
             try:
                 d.network = catalog.network_in_words(text, node)
             except (ValueError, OverflowError) as error:
@@ -349,7 +355,7 @@ class _Resolver:
             given = given["config"]
         if isinstance(given, str):
             self.ds_name = FilePath(given).name
-            doc = self._json(given, "a ds_config.json")
+            doc = self._json(given, "DeepSpeed's settings", ("deepspeed",))
             if doc is None:
                 d.forget("deepspeed")
                 return
@@ -647,9 +653,6 @@ class _Resolver:
             )
 
 
-_RATE_SIGN = "/s "
-
-
 def _is_path(text: str) -> bool:
     return "/" in text or "\\" in text or text.endswith((".yaml", ".yml"))
 
@@ -752,7 +755,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
             framework = "deepspeed"
             r.sources["framework"] = "deepspeed settings are given"
         else:
-            misspelt = any(key not in fields.TOP and key.startswith("frame") for key in doc.data)
+            misspelt = any("framework" in near(key, fields.TOP, 1) for key in doc.data if key not in fields.TOP)
             if not misspelt:
                 r.problems.append(
                     Problem((), "framework is missing", "write framework: ddp, fsdp2, fsdp1, deepspeed or megatron")
@@ -865,6 +868,6 @@ def _scenario(
         deepspeed=settings,
         fsdp1=Fsdp1Settings(**fsdp1),
         allocator=AllocatorConfig(**allocator),
-        sources=sources,
+        sources=dict(sorted(sources.items())),
         warnings=tuple(warnings),
     )

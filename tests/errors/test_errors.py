@@ -68,7 +68,7 @@ def test_fifty_megabytes_are_refused_by_size(tmp_path: Path, monkeypatch: pytest
         file.truncate(50_000_000)  # a hole: reading it would give 50 MB of zeros
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("it was read"))
     assert said("large.yaml") == (
-        "large.yaml: is 50.0 MB large; a scenario is at most 1 MB\n    name the file that holds a scenario\n"
+        "large.yaml: is 50.0 MB large; sim reads at most 1 MB\n    name the file that holds a scenario\n"
     )
 
 
