@@ -188,6 +188,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(0)
+    gc.collect()
+    before = set(storages(torch))  # DeepSpeed keeps engines of earlier cases alive
     stage = case["zero"]["stage"]
     microbatches = case.get("microbatches", 1)
     config = {
@@ -198,7 +200,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "bf16": {"enabled": case["dtype"] == "bf16"},
     }
     if stage == 3:
-        with deepspeed.zero.Init(config_dict_or_path=config, dtype=getattr(torch, _TORCH[case["dtype"]])):
+        with deepspeed.zero.Init(config_dict_or_path=config):
             model = build(case.get("checkpoint", False))
     else:
         model = build(case.get("checkpoint", False))
@@ -227,7 +229,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             log.append(("end", ""))
             del loss, tokens
             if step == NUM_STEPS - 1 and microbatch == 0:
-                after_first = live_bytes(torch)
+                after_first = live_bytes(torch, before)
             with recorder():
                 engine.step()
     found = {
@@ -235,7 +237,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "events": list(log),
         "collectives": list(collectives),
         "marks": list(marks),
-        "live_bytes": live_bytes(torch),
+        "live_bytes": live_bytes(torch, before),
         "after_first_microbatch": after_first,
     }
     engine.destroy()
@@ -244,21 +246,22 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-_TORCH = {"bf16": "bfloat16", "fp32": "float32"}
-
-
-def live_bytes(torch: Any) -> int:
-    """Return the bytes of all storages that a Python object reaches, each counted once."""
+def live_bytes(torch: Any, before: set[int]) -> int:
+    """Return the bytes of all storages that a Python object reaches, each counted once, without those from before."""
     gc.collect()
-    storages: dict[int, int] = {}
-    todo = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    for tensor in todo:
+    return sum(num_bytes for pointer, num_bytes in storages(torch).items() if pointer not in before)
+
+
+def storages(torch: Any) -> dict[int, int]:
+    """Return address -> bytes of the storages that are no scalars."""
+    found: dict[int, int] = {}
+    for tensor in [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]:
         for each in (tensor, tensor.grad if tensor.is_leaf else None):
             if each is not None and each.device.type == "cpu" and each.layout == torch.strided:
                 storage = each.untyped_storage()
                 if storage.nbytes() >= SMALLEST_BYTES:
-                    storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def _log_gradients(module: Any, log: list[tuple[str, str]]) -> None:
