@@ -20,7 +20,7 @@ NVSwitch (they load the wires alike).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations, product
 from typing import Literal, NamedTuple
@@ -132,6 +132,7 @@ SPEEDS_INTER = (
 )
 """Speeds of a channel (GB/s) that the search tries; rows before sm90, sm90, sm100."""
 MAX_CHANNELS = 64
+MESH_SEARCH_STEPS = 20_000
 MAX_THREADS: dict[Protocol, int] = {"LL": 512, "LL128": 640, "Simple": 512}
 THREAD_THRESHOLD: dict[Protocol, int] = {"LL": 8, "LL128": 8, "Simple": 64}
 MAX_NVLS_HEADS = 32
@@ -202,31 +203,52 @@ def _rails(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[int, ...]:
 def _mesh_cycles(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Return rings through all GPUs over direct NVLinks, none using a wire twice; empty if there is none.
 
-    Each step goes on over the pair with the most unused wires, then to the lowest GPU.
+    A ring and its reverse use the two directions of the same wires, so rings are sought in pairs (two GPUs: one ring a
+    wire): as many as fit, by depth-first search that goes on over the pair with the most unused wires, then to the
+    lowest GPU, and gives up improving after ``MESH_SEARCH_STEPS``, as NCCL's search has its timeout.
     """
     spare: dict[tuple[int, int], int] = {}
-    for a in gpus:
-        for b in gpus:
-            route = cluster.local_route(a, b) if a != b else None
-            if route is not None and route.kind == "NVL" and len(route.links) == 1:
-                spare[a, b] = cluster.node.wires[route.links[0]].count
+    for a, b in permutations(gpus, 2):
+        route = cluster.local_route(a, b)
+        if route.kind == "NVL" and len(route.links) == 1:
+            spare[a, b] = cluster.node.wires[route.links[0]].count
+    if len(gpus) == 2:
+        return (gpus,) * min(spare.get(gpus, 0), MAX_CHANNELS // 2)
+    most = min(min(sum(spare.get((a, b), 0) for b in gpus) for a in gpus) // 2, MAX_CHANNELS // 4)
+    best: list[tuple[int, ...]] = []
+    steps = 0
 
-    def extend(path: tuple[int, ...]) -> tuple[int, ...]:
-        if len(path) == len(gpus):
-            return path if spare.get((path[-1], path[0]), 0) else ()
+    def extend(path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        nonlocal steps
+        steps += 1
         here = path[-1]
+        if len(path) == len(gpus):
+            if spare.get((here, path[0]), 0):
+                yield path
+            return
         ahead = [b for b in gpus if b not in path and spare.get((here, b), 0)]
         for b in sorted(ahead, key=lambda b: (-spare[here, b], b)):
-            if found := extend((*path, b)):
-                return found
-        return ()
+            yield from extend((*path, b))
 
-    cycles: list[tuple[int, ...]] = []
-    while len(cycles) < MAX_CHANNELS // 2 and (cycle := extend(gpus[:1])):
-        cycles.append(cycle)
+    def take(cycle: tuple[int, ...], count: int) -> None:
         for a, b in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
-            spare[a, b] -= 1
-    return tuple(cycles)
+            spare[a, b] -= count
+            spare[b, a] -= count
+
+    def pack(found: tuple[tuple[int, ...], ...]) -> None:
+        if len(found) > len(best):
+            best[:] = found
+        if len(best) == most:
+            return
+        for cycle in extend(gpus[:1]):
+            take(cycle, 1)
+            pack((*found, cycle))
+            take(cycle, -1)
+            if len(best) == most or steps > MESH_SEARCH_STEPS:
+                return
+
+    pack(())
+    return tuple(ring for cycle in best for ring in (cycle, (cycle[0], *reversed(cycle[1:]))))
 
 
 def _orders(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -131,6 +131,8 @@ def test_small_messages_take_the_protocol_of_low_latency() -> None:
         ("dgx-h100", 1, 24, 360),  # 6 x 60 of 370.8 GB/s, split and doubled
         ("dgx-h100", 4, 16, 360),  # 8 x 45: eight NICs, the NVLinks shared by eight rings
         ("dgx-a100-80gb", 4, 16, 192),  # 8 x 24 of eight HDR NICs
+        ("dgx-1", 1, 12, 120),  # the hybrid cube mesh is three rings and their reverses, 6 x 20
+        ("hgx-a100-4-80gb", 1, 24, 240),  # four links to each of three peers: six rings and their reverses
     ],
 )
 def test_channels_are_those_nccl_finds(name: str, num_nodes: int, channels: int, total_gb: float) -> None:
