@@ -24,6 +24,8 @@ from sim.memory.runtime import NOTHING, Outside
 
 MAX_STEPS = 3
 """Steps replayed at most: a state that has not come back by then is taken not to."""
+MAX_CHECKS = 6
+"""Places within a step at which its state is compared with the step before: from equal ones on, equal things follow."""
 MAX_SAMPLES = 2000
 """Points of the memory curve that are kept: the lowest and the highest of each of half as many stretches."""
 PINNED = "pinned"
@@ -206,6 +208,10 @@ class _Replay:
         self._pools: list[Any] = []
         self._releases = releases
         self._where: tuple[str, int, _Code, Iterator[_Action]] | None = None
+        # states between the calls of the last run: index of the next call -> state, and which calls these were
+        self._checked: dict[int, object] = {}
+        self._checked_calls: tuple[Sequence[Call], _Ready] | None = None
+        self._may_end_early = True
 
     # --- the program -----------------------------------------------------------------------------
 
@@ -217,7 +223,8 @@ class _Replay:
         self._run("first", program.first_step, first_ready)
         seen = {self._state(0)}
         for _ in range(MAX_STEPS - 1):
-            self._run("steady", program.step, ready)
+            if self._run("steady", program.step, ready):
+                break
             state = self._state(0)
             if state in seen:
                 break
@@ -231,41 +238,60 @@ class _Replay:
             self._pools += [self.allocator.pool(stream, size) for stream, size in pools[len(self._pools) :]]
         return code
 
-    def _run(self, run: str, calls: Sequence[Call], ready: _Ready) -> None:
-        """Replay calls, skipping what repeats."""
+    def _run(self, run: str, calls: Sequence[Call], ready: _Ready) -> bool:
+        """Replay calls, skipping what repeats. Return whether it ended early, the rest being as it was the last time."""
         allocator = self.allocator
         self._peak = _Peak(run, allocator.allocated_bytes, (0, 0), len(self.executed), -1)
         allocator.peak_allocated_bytes = allocator.allocated_bytes
         repeats = _repeats(calls, ready)
+        before = self._checked if self._checked_calls == (calls, ready) else {}
+        self._checked, self._checked_calls = {}, (calls, ready)
         index, num_calls = 0, len(calls)
+        next_check = -(-num_calls // MAX_CHECKS)
         while index < num_calls:
             if index in repeats:
-                period, count, step = repeats[index]
-                end = index + period * count
-                cheap_seen: set[tuple[int, ...]] = set()
-                seen: dict[object, int] = {}
-                while index < end:
-                    for call in range(index, index + period):
-                        self._call(run, call, calls[call], ready)
-                    index += period
-                    cheap = (allocator.allocated_bytes, allocator.reserved_bytes, len(self.live))
-                    if cheap in cheap_seen and index < end:
-                        state = self._state(calls[index].microbatch, index)
-                        if state in seen:
-                            cycle = index - seen[state]
-                            skipped = (end - index) // cycle * cycle
-                            self._skip(skipped // period * step, skipped)
-                            index += skipped
-                            seen.clear()
-                            cheap_seen.clear()
-                        else:
-                            seen[state] = index
-                    cheap_seen.add(cheap)
+                index = self._run_repeated(run, index, repeats[index], calls, ready)
             else:
                 self._call(run, index, calls[index], ready)
                 index += 1
+            if self._may_end_early and next_check <= index < num_calls:
+                next_check = index + -(-num_calls // MAX_CHECKS)
+                state = self._checked[index] = self._state(0, index)
+                if before.get(index) == state:
+                    self.peaks.append(self._peak)
+                    return True
         self._shift_awaiting(-num_calls)
         self.peaks.append(self._peak)
+        return False
+
+    def _run_repeated(
+        self, run: str, index: int, repeat: tuple[int, int, int], calls: Sequence[Call], ready: _Ready
+    ) -> int:
+        """Replay groups of equal calls until a state comes back, skip whole cycles, replay the rest; return the end."""
+        allocator = self.allocator
+        period, count, step = repeat
+        end = index + period * count
+        cheap_seen: set[tuple[int, ...]] = set()
+        seen: dict[object, int] = {}
+        while index < end:
+            for call in range(index, index + period):
+                self._call(run, call, calls[call], ready)
+            index += period
+            # a state costs something to describe: only where it can have been there before
+            cheap = (allocator.allocated_bytes, allocator.reserved_bytes, len(self.live))
+            if cheap in cheap_seen and index < end:
+                state = self._state(calls[index].microbatch, index)
+                if state in seen:
+                    cycle = index - seen[state]
+                    skipped = (end - index) // cycle * cycle
+                    self._skip(skipped // period * step, skipped)
+                    index += skipped
+                    seen.clear()
+                    cheap_seen.clear()
+                else:
+                    seen[state] = index
+            cheap_seen.add(cheap)
+        return end
 
     def _state(self, microbatch: int, call: int = 0) -> tuple[object, ...]:
         """Return everything that later behaviour depends on, microbatches and positions relative to those given."""
@@ -459,17 +485,19 @@ class _Observed(_Replay):
         self._record = record
         self._trace: list[tuple[str, int, int, str, str]] = []
         self.allocator.trace = self._trace
+        self._may_end_early = False  # so that the record ends where a step does
         self._totals = [0] * len(CATEGORIES)
         self._category = {name: index for index, name in enumerate(CATEGORIES)}
         self._phase, self._module = "setup", ""
         self._points: list[_Point] = []
         self.samples: dict[int, tuple[Sample, ...]] = {}
 
-    def _run(self, run: str, calls: Sequence[Call], ready: _Ready) -> None:
+    def _run(self, run: str, calls: Sequence[Call], ready: _Ready) -> bool:
         before = list(self._totals)
         self._points = []
         super()._run(run, calls, ready)
         self.samples[len(self.peaks) - 1] = _samples(self._points, before)
+        return False
 
     def _replay_actions(
         self, iterator: Iterator[_Action], code: _Code, call: int, bits: int, ready: dict[int, int] | None
