@@ -76,7 +76,8 @@ def times(theta: np.ndarray, s: np.ndarray, backward: bool, x: Machine) -> np.nd
     moved = batch * width * x.element_bytes * 2 * (heads + kv_heads) * length
     if backward:
         moved = 2 * moved + batch * width * 12 * heads * length
-    return floor + np.maximum(compute, moved / (fraction * x.memory_bytes_per_s))
+    total_s: np.ndarray = floor + np.maximum(compute, moved / (fraction * x.memory_bytes_per_s))
+    return total_s
 
 
 def plotted(gpu: str, kernel: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -20,6 +20,7 @@ import csv
 import datetime
 import gzip
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,15 @@ def times(theta: np.ndarray, m: np.ndarray, n: np.ndarray, k: np.ndarray, x: Mac
             best = np.minimum(best, together if split == 1 else np.where(tiles < sms, together, np.inf))
     best = best + exposed * result / (fraction * x.memory_bytes_per_s)
     total = floor + best + droop * best / (best + droop_s) * 2 * m * n * k / x.peak_flops
-    return total + quantise_s(m, k, *quantise, x)
+    quantised: np.ndarray = total + quantise_s(m, k, quantise, x)
+    return quantised
 
 
-def quantise_s(m: Any, k: Any, row_s: float, fraction: float, floor_s: float, x: Machine) -> Any:
+def quantise_s(m: Any, k: Any, fitted: Sequence[float], x: Machine) -> Any:
     """Time of reading 2 and writing 1 byte an element, a row at a time; 0 unless fp8."""
     if x.element_bytes != 1:
         return 0.0
+    row_s, fraction, floor_s = fitted
     return floor_s + m * np.maximum(row_s, 3 * k / (fraction * x.memory_bytes_per_s))
 
 
@@ -122,6 +125,8 @@ def machine(entry: dict[str, Any], dtype: str) -> Machine:
 
 
 def residuals(error: np.ndarray) -> dict[str, Any]:
+    if not len(error):
+        return {"count": 0}
     size = np.abs(error)
     return {
         "count": len(error),
@@ -169,18 +174,19 @@ def main() -> None:
             predicted = np.array(
                 [
                     gemm_s(m, n, k, 1, x, coefficients)
-                    + float(quantise_s(m, k, *(fitted[name] for name in NAMES[-3:]), x))
+                    + float(quantise_s(m, k, [fitted[name] for name in NAMES[-3:]], x))
                     for m, n, k in shapes.tolist()
                 ]
             )
-            vector = times(np.array(list(fitted.values())), *shapes.T.astype(float), x)
+            m, n, k = shapes.T.astype(float)
+            vector = times(np.array(list(fitted.values())), m, n, k, x)
             assert np.allclose(predicted, vector, rtol=1e-3), "the script and sim.cost.gemm disagree"
             error, large = predicted / seconds - 1, shapes[:, 0] >= 64
             seen = residuals(error[held & large])
             small = residuals(error[held & ~large])
             print(
                 f"{name:14}{dtype:6}{seen['count']:6}{seen['median_abs']:8.1%}{seen['mean_signed']:+8.1%}"
-                f"{seen['p90_abs']:8.1%}   | {small['median_abs']:.1%}",
+                f"{seen['p90_abs']:8.1%}   | {small.get('median_abs', 0):.1%}",
                 flush=True,
             )
             if dtype != "fp8":
