@@ -239,7 +239,7 @@ class _Replay:
         return code
 
     def _run(self, run: str, calls: Sequence[Call], ready: _Ready) -> bool:
-        """Replay calls, skipping what repeats. Return whether it ended early, the rest being as it was the last time."""
+        """Replay calls, skipping what repeats. Return whether it ended early, the rest being as last time."""
         allocator = self.allocator
         self._peak = _Peak(run, allocator.allocated_bytes, (0, 0), len(self.executed), -1)
         allocator.peak_allocated_bytes = allocator.allocated_bytes
