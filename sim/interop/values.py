@@ -100,13 +100,15 @@ def near(word: str, names: Iterable[str], limit: int = 3) -> list[str]:
     lower = word.lower()
     if meant := [name for name in known if name.lower() == lower or lower in SYNONYMS.get(name, ())]:
         return meant
-    from rapidfuzz import fuzz, process, utils
+    from rapidfuzz import fuzz, process
 
-    found = process.extract(
-        word, known, scorer=fuzz.WRatio, processor=utils.default_process, limit=limit, score_cutoff=72
-    )
-    best = found[0][1] if found else 0
-    return [name for name, score, _ in found if score >= best - 6]
+    # misspelt as a whole, or else a piece of the name
+    for scorer, cutoff in ((fuzz.ratio, 70.0), (fuzz.WRatio, 72.0)):
+        found = process.extract(lower, known, scorer=scorer, processor=str.lower, limit=limit, score_cutoff=cutoff)
+        if found:
+            best = found[0][1]
+            return [name for name, score, _ in found if score >= best - 6]
+    return []
 
 
 def either(words: Sequence[str]) -> str:

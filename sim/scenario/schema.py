@@ -6,9 +6,10 @@ each value that the file did not give comes from. All sizes are base units.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic_core import core_schema
 
 from sim.catalog.schema import GpuFacts, NetworkFacts, NodeFacts
 from sim.interop.deepspeed_config import DeepSpeedSettings
@@ -22,6 +23,13 @@ ModelCode = Literal["torch", "huggingface", "megatron"]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class _AsIs:
+    """Marks a field whose value the catalogue or a reader has checked already: its type is checked, not its inside."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.is_instance_schema(source)
 
 
 class ModelConfig(_Frozen):
@@ -76,9 +84,9 @@ class ModelConfig(_Frozen):
 class ClusterSpec(_Frozen):
     """The machine, in facts: overrides applied, network chosen."""
 
-    node: NodeFacts
-    gpu: GpuFacts
-    network: NetworkFacts | None
+    node: Annotated[NodeFacts, _AsIs()]
+    gpu: Annotated[GpuFacts, _AsIs()]
+    network: Annotated[NetworkFacts, _AsIs()] | None
     num_nodes: PositiveInt
     num_gpus: PositiveInt
     written: dict[str, Any] = Field(default_factory=dict)
@@ -161,7 +169,7 @@ class Scenario(_Frozen):
     parallelism: Parallelism
     training: Training
     ddp: DdpSettings = DdpSettings()
-    deepspeed: DeepSpeedSettings
+    deepspeed: Annotated[DeepSpeedSettings, _AsIs()]
     fsdp1: Fsdp1Settings = Fsdp1Settings()
     allocator: AllocatorConfig = AllocatorConfig()
     sources: dict[str, str] = Field(default_factory=dict)
