@@ -200,18 +200,24 @@ def _rails(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(cluster.rail_of(gpu) for gpu in gpus))
 
 
-def _mesh_cycles(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def _direct_wires(cluster: Cluster, gpus: tuple[int, ...]) -> dict[tuple[int, int], int]:
+    """Return how many NVLinks each GPU has straight to each other one."""
+    wires: dict[tuple[int, int], int] = {}
+    for a, b in permutations(gpus, 2):
+        route = cluster.local_route(a, b)
+        if route.kind == "NVL" and len(route.links) == 1:
+            wires[a, b] = cluster.node.wires[route.links[0]].count
+    return wires
+
+
+def _mesh_cycles(gpus: tuple[int, ...], wires: dict[tuple[int, int], int]) -> tuple[tuple[int, ...], ...]:
     """Return rings through all GPUs over direct NVLinks, none using a wire twice; empty if there is none.
 
     A ring and its reverse use the two directions of the same wires, so rings are sought in pairs (two GPUs: one ring a
     wire): as many as fit, by depth-first search that goes on over the pair with the most unused wires, then to the
     lowest GPU, and gives up improving after ``MESH_SEARCH_STEPS``, as NCCL's search has its timeout.
     """
-    spare: dict[tuple[int, int], int] = {}
-    for a, b in permutations(gpus, 2):
-        route = cluster.local_route(a, b)
-        if route.kind == "NVL" and len(route.links) == 1:
-            spare[a, b] = cluster.node.wires[route.links[0]].count
+    spare = dict(wires)
     if len(gpus) == 2:
         return (gpus,) * min(spare.get(gpus, 0), MAX_CHANNELS // 2)
     most = min(min(sum(spare.get((a, b), 0) for b in gpus) for a in gpus) // 2, MAX_CHANNELS // 4)
@@ -251,32 +257,51 @@ def _mesh_cycles(cluster: Cluster, gpus: tuple[int, ...]) -> tuple[tuple[int, ..
     return tuple(ring for cycle in best for ring in (cycle, (cycle[0], *reversed(cycle[1:]))))
 
 
-def _orders(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the order of the GPUs of a node in each ring. With NICs, ring i starts at the GPU of ``rails[i]``.
+def _mesh_path(
+    spare: dict[tuple[int, int], int], gpus: tuple[int, ...], path: tuple[int, ...], last: int
+) -> tuple[int, ...]:
+    """Return ``path`` continued through all other GPUs to ``last`` over unused wires; empty if there is no way."""
+    if len(path) == len(gpus) - 1:
+        return (*path, last) if spare.get((path[-1], last), 0) > 0 else ()
+    ahead = [b for b in gpus if b != last and b not in path and spare.get((path[-1], b), 0) > 0]
+    for b in sorted(ahead, key=lambda b: (-spare[path[-1], b], b)):
+        if found := _mesh_path(spare, gpus, (*path, b), last):
+            return found
+    return ()
 
-    On NVSwitch any order is as good; the last GPU is the one nearest to the NIC it sends by. Over direct NVLinks rings
-    follow the wires. Over PCIe GPUs follow each other as they hang in the tree (by index), which crosses each switch
-    and socket once.
+
+def _orders(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the order of the GPUs of a node in each ring.
+
+    With NICs, ring i starts at the GPU of ``rails[i]`` and ends at the other GPU that is nearest to that NIC. Over
+    direct NVLinks rings follow the wires, unused ones first; on NVSwitch any order is as good. Over PCIe GPUs follow
+    each other as they hang in the tree (by index), which crosses each switch and socket once.
     """
     if len(gpus) == 1:
         return (gpus,) * max(len(rails), 1)
-    direct = all(
-        len(route.links) == 1 or route.kind == "NVB"
-        for b in gpus[1:]
-        if (route := cluster.local_route(gpus[0], b)).kind in ("NVL", "NVB")
-    ) and any(cluster.local_route(gpus[0], b).kind == "NVL" for b in gpus[1:])
-    cycles = (_mesh_cycles(cluster, gpus) if direct else ()) or (gpus,)
+    spare = _direct_wires(cluster, gpus)
+    cycles = _mesh_cycles(gpus, spare) if spare else ()
     if not rails:
-        return cycles
+        return cycles or (gpus,)
+    wires = dict(spare)
     orders = []
     for i, rail in enumerate(rails):
-        cycle = cycles[i % len(cycles)]
-        start = cycle.index(next(gpu for gpu in gpus if cluster.rail_of(gpu) == rail))
-        order = (*cycle[start:], *cycle[:start])
-        if not direct:
-            near = [PATH_KINDS.index(cluster.local_nic_route(gpu, rail, outward=True).kind) for gpu in order[1:]]
-            last = max(i for i, distance in enumerate(near, 1) if distance == min(near))
-            order = (*order[:last], *order[last + 1 :], order[last])
+        start = next(gpu for gpu in gpus if cluster.rail_of(gpu) == rail)
+        at = gpus.index(start)
+        order = (*gpus[at:], *gpus[:at])
+        far = {g: PATH_KINDS.index(cluster.local_nic_route(g, rail, outward=True).kind) for g in order[1:]}
+        ends = sorted(order[:0:-1], key=lambda gpu: far[gpu])
+        order = (*(gpu for gpu in order if gpu != ends[0]), ends[0])
+        if cycles and PATH_KINDS[far[ends[0]]] == "PXN":
+            # Sent through the GPU that the ring started at: one more hop, the one that closes a cycle.
+            cycle = cycles[i % len(cycles)]
+            order = (*cycle[cycle.index(start) :], *cycle[: cycle.index(start)])
+        elif spare:
+            ways = (_mesh_path(free, gpus, (start,), end) for free in (spare, wires) for end in ends)
+            order = next(filter(None, ways), order)
+        for hop in pairwise(order):
+            if hop in spare:
+                spare[hop] -= 1
         orders.append(order)
     return tuple(orders)
 
