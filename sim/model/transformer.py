@@ -261,9 +261,21 @@ def rope_cos_sin(c: Context) -> tuple[Tensor, Tensor]:
 
 
 def _block(c: Context) -> Layer:
-    """One transformer block: attention and MLP on a residual stream, one after the other or side by side."""
+    """One transformer block: attention and MLP on a residual stream, one after the other or side by side.
+
+    Without a final norm the blocks must end normed: the norms stand after the sums (OPT-350M's do_layer_norm_before).
+    """
     tape, model = Tape(c.precision), c.model
     x = Value(c.hidden("input"))
+    if not model.final_norm and not model.parallel_block:
+        attended = _attention(c, tape, x)
+        middle = add(tape, "attention_residual.add", x, attended, c.residual_dtype, out="attention_sum")
+        first = normalise(c, tape, c.names.norm1, middle, out="normed1")
+        mixed = _mlp(c, tape, first)
+        total = add(tape, "mlp_residual.add", first, mixed, promote(first.dtype, mixed.dtype), out="mlp_sum")
+        result = normalise(c, tape, c.names.norm2, total, out="output")
+        tape.finish_backward(x, result)
+        return layer(tape, "block", x.tensor, result.tensor)
     first = normalise(c, tape, c.names.norm1, x, out="normed1")
     if model.parallel_block:
         second = first

@@ -76,6 +76,7 @@ EAGER = ("llama", "llama_mha", "llama_mqa", "gemma_mlp", "gpt", "opt", "falcon_4
 PLAIN = ("gpt", "opt", "no_bias", "falcon_7b")
 CASES = [
     *itertools.product(("huggingface",), EAGER, KERNELS, DTYPES),
+    *itertools.product(("huggingface",), ("opt_350m",), KERNELS, ("fp32",)),
     *itertools.product(("torch",), PLAIN, KERNELS, ("fp32",)),
     *itertools.product(("torch",), PLAIN, ("flash-2",), ("bf16",)),
 ]

@@ -44,6 +44,7 @@ MODELS = {
     "gpt": GPT,
     "gpt_dropout": GPT.model_copy(update={"dropout": 0.25}),
     "opt": GPT.model_copy(update={"hidden_act": "relu", "position_offset": 2}),
+    "opt_350m": GPT.model_copy(update={"hidden_act": "relu", "position_offset": 2, "final_norm": False}),
     "no_bias": GPT.model_copy(update={"norm_bias": False, "attention_bias": False, "mlp_bias": False}),
     "falcon_7b": LLAMA.model_copy(
         update={

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
+from sim.catalog import load
 from sim.ir.ledger import Attention, DType, Gemm, Layer, Ledger
 from sim.model.transformer import FLOPS_FORMULA, describe, matmul_flops, num_parameters
+from sim.scenario.load import load_scenario
 from sim.scenario.schema import ModelConfig, Training
 
 
@@ -113,6 +116,18 @@ def test_parameters_equal_the_published_checkpoint(name: str) -> None:
 def test_the_ledger_owns_as_many_parameters_as_are_counted(name: str, code: str) -> None:
     model, published = PUBLISHED[name]
     assert ledger(model, code).num_parameters == published
+
+
+@pytest.mark.parametrize("name", [n for n in load.names("model") if "num_local_experts" not in load.model_config(n)])
+def test_every_dense_model_of_the_catalogue_has_its_parameters(name: str, tmp_path: Path) -> None:
+    text = (
+        f"model: {name}\ncluster: {{node: dgx-h100, num_nodes: 1}}\nframework: deepspeed\n"
+        "parallelism: {dp: 8, zero: 3}\n"
+        "training: {sequence_length: 512, micro_batch_size: 1, global_batch_size: 8, precision: bf16}\n"
+    )
+    (tmp_path / "scenario.yaml").write_text(text, encoding="utf-8")
+    model = load_scenario(str(tmp_path / "scenario.yaml")).model
+    assert num_parameters(model) == load.model_parameters()[name][0] == ledger(model, "torch").num_parameters
 
 
 def test_blocks_are_one_object() -> None:

@@ -181,7 +181,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, code: str, kernel: str, *, fused: bool) -> None:
         super().__init__()
-        self.parallel, self.code = config.parallel_block, code
+        self.parallel, self.code, self.norms_after = config.parallel_block, code, not config.final_norm
         self.norm1 = make_norm(config, code, config.hidden_size)
         self.norm2 = make_norm(config, code, config.hidden_size) if config.num_block_norms == 2 else None
         self.attention, self.mlp = Attention(config, code, kernel, fused=fused), Mlp(config, code)
@@ -195,8 +195,11 @@ class Block(nn.Module):
                 mixed += attended
                 return x + mixed
             return x + (self.attention(first, tables) + self.mlp(second))
-        middle = x + self.attention(self.norm1(x), tables)
         assert self.norm2 is not None
+        if self.norms_after:
+            middle = self.norm1(x + self.attention(x, tables))
+            return self.norm2(middle + self.mlp(middle))
+        middle = x + self.attention(self.norm1(x), tables)
         return middle + self.mlp(self.norm2(middle))
 
 
