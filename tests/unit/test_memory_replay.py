@@ -255,3 +255,15 @@ def test_footprints_of_a_world() -> None:
     for footprint in (first, second):
         assert footprint.peak_device_bytes == footprint.peak_allocated_bytes + sum(footprint.beside.values())
     assert second.peak_device_bytes == second.peak_reserved_bytes + 500 * MIB
+
+
+def test_a_class_with_less_memory_is_replayed_again_only_where_it_matters() -> None:
+    """75 MiB are reserved at the peak; 80 or 90 of capacity make no difference, 60 do."""
+    base = simple()
+    programs = tuple(Program((rank,), 0, base.chunks, base.setup, base.first_step, base.step) for rank in range(3))
+    settings = {rank: AllocatorSettings(capacity_bytes=mib * MIB) for rank, mib in enumerate((90, 80, 60))}
+    large, enough, short = footprints(World(3, programs, {}), None, settings, {})
+    assert enough.at_peak is large.at_peak
+    assert short.at_peak is not large.at_peak
+    assert large.out_of_memory is None
+    assert short.out_of_memory is not None
