@@ -89,6 +89,7 @@ class Stage3(DeepSpeed):
         self.pending: dict[int, Storage] = {}
         # one storage of a gathered parameter: it is gathered, dropped and gathered again
         self.whole = [self._gathered(index) for index in range(len(self.parameters))]
+        self.allocs = [Alloc(s) for s in self.whole]
         self.releases: list[tuple[Instruction, ...]] = [
             (Free(s),) if self.gather_stream == COMPUTE else (UseOn(s, COMPUTE), Free(s)) for s in self.whole
         ]
@@ -177,7 +178,7 @@ class Stage3(DeepSpeed):
             out += [Alloc(full), Free(full)]
         if self.plan.dp > 1:
             # the first pass gathers the persistent ones; every step ends with them gathered
-            out.extend(Alloc(self.whole[i]) for i, keeps in enumerate(self.persistent) if keeps)
+            out.extend(self.allocs[i] for i, keeps in enumerate(self.persistent) if keeps)
         return tuple(out)
 
     # the record
@@ -244,7 +245,7 @@ class Stage3(DeepSpeed):
             for _ in range(self.plan.root_modules):
                 self._fetch(_ROOT, out)
         place = (layer, module)
-        if self._is_module(place):
+        if module or self._is_module(place):
             self._fetch(place, out)
         return out
 
@@ -259,7 +260,7 @@ class Stage3(DeepSpeed):
             for _ in range(self.plan.root_modules):
                 self._fetch(_ROOT, out)
         place = (layer, module)
-        if self._is_module(place):
+        if module or self._is_module(place):
             self._fetch(place, out)
         return out
 
@@ -304,6 +305,9 @@ class Stage3(DeepSpeed):
                 assert fetched in mine, "ZeRO-3 trace: the queue of parameters is out of step"
                 recent[fetched] = at
                 front += 1
+        self.front = front
+        if front == len(queue):
+            return
         limit = min(self.settings.max_live_parameters - self.num_available, self.settings.prefetch_bucket_size)
         ahead: list[int] = []
         while front < len(queue) and limit > 0:
@@ -328,7 +332,7 @@ class Stage3(DeepSpeed):
         flat = None
         if dp > 1:
             if alone:
-                out.append(Alloc(self.whole[group[0]]))
+                out.append(self.allocs[group[0]])
             else:
                 flat = flat_storage("gathered", count * dp, self.dtype, "buffers", stream)
                 out += [Alloc(flat), copy("gather.flatten", count, self.dtype, self.dtype, stream)]
@@ -353,7 +357,7 @@ class Stage3(DeepSpeed):
                 out.append(wait(handle.event, stream))
                 if not handle.alone:
                     for each in handle.group:
-                        out.append(Alloc(self.whole[each]))
+                        out.append(self.allocs[each])
                         out.append(copy("gather.unflatten", self.sizes[each], self.dtype, self.dtype, stream))
             else:
                 out.extend(host_sync("gathered", stream))  # NoGatherHandle.wait synchronises the stream
@@ -520,7 +524,7 @@ class Stage3(DeepSpeed):
             out.extend(self._step_group(number, group, first_step))
         out.append(Mark("optimizer", "gather"))
         if self.plan.dp > 1 and kept:
-            out.extend(Alloc(self.whole[index]) for index in kept)
+            out.extend(self.allocs[index] for index in kept)
             for number, index in enumerate(kept):
                 size = self.partitions[index] * self.plan.dp * self.element
                 event = f"persistent.{number}"

@@ -171,14 +171,17 @@ def pointwise(op: str, kind: str, reads: tuple[Flat, ...], writes: tuple[Flat, .
     return Compute(op, kernel, stream)
 
 
+@lru_cache(maxsize=4096)
 def copy(op: str, num_elements: int, source: DType, target: DType, stream: str = COMPUTE) -> Compute:
     return pointwise(op, "copy", ((num_elements, source),), ((num_elements, target),), stream)
 
 
+@lru_cache(maxsize=4096)
 def in_place(op: str, num_elements: int, dtype: DType, stream: str = COMPUTE) -> Compute:
     return pointwise(op, "elementwise", ((num_elements, dtype),), ((num_elements, dtype),), stream)
 
 
+@lru_cache(maxsize=4096)
 def accumulate(op: str, num_elements: int, source: DType, target: DType, stream: str = COMPUTE) -> Compute:
     """``target += source``."""
     return pointwise(
@@ -196,6 +199,7 @@ def wait(event: str, stream: str) -> Wait:
     return Wait(event, stream)
 
 
+@cache
 def wait_stream(waiter: str, other: str) -> tuple[Instruction, ...]:
     """``waiter.wait_stream(other)``: an event recorded now; nothing where both are one stream."""
     if waiter == other:
@@ -204,6 +208,7 @@ def wait_stream(waiter: str, other: str) -> tuple[Instruction, ...]:
     return record(event, other), wait(event, waiter)
 
 
+@cache
 def host_sync(event: str, stream: str = COMPUTE) -> tuple[Instruction, ...]:
     """The host reads a value or synchronises with a stream: it goes on when all issued there is done."""
     return record(event, stream), HostWait(event)
@@ -213,9 +218,9 @@ class Communicator:
     """Collectives of the data-parallel group, on the streams that torch and NCCL put them on.
 
     A call with ``async_op`` runs on the process group's own stream, which first waits for the current one; a blocking
-    call runs on the current stream (ProcessGroupNCCL.cpp since PyTorch 2.8). NCCL keeps the operations of one
-    communicator in order, whatever streams they are on ("Using multiple NCCL communicators concurrently" and
-    "CUDA Stream Semantics" of the NCCL user guide), so a change of stream waits for the last one's event.
+    call runs on the current stream (ProcessGroupNCCL.cpp since PyTorch 2.8). NCCL launches the operations of one
+    communicator through its device stream, so they run in order whatever streams they are on (``ncclLaunchPrepare`` and
+    ``ncclLaunchFinish`` in NCCL's src/enqueue.cc): a change of stream waits for the last one's event.
     """
 
     def __init__(self, axis: str, num_ranks: int) -> None:
