@@ -84,6 +84,7 @@ class Footprint:
     ``at_peak`` adds up to ``peak_allocated_bytes``; ``beside`` (fragmentation, cuda_context, nccl, libraries) is what
     ``peak_device_bytes`` adds to it. ``peak_step`` is "setup", "first" or "steady". ``samples`` are of the step of
     the peak, steady unless the first step peaks higher. ``events`` and ``segments`` are filled on request only.
+    ``peak_awaiting_bytes`` is the most that was freed but still in use on another stream: the cache grows by that.
     """
 
     ranks: tuple[int, ...]
@@ -104,3 +105,4 @@ class Footprint:
     out_of_memory: OutOfMemory | None = None
     events: tuple[BlockEvent, ...] = ()
     segments: tuple[Segment, ...] = ()
+    peak_awaiting_bytes: int = 0

@@ -174,6 +174,8 @@ class CachingAllocator:
         self.segments: dict[int, Block] = {}
         self._pools: dict[tuple[str, bool], Pool] = {}
         self._at: dict[int, Block] = {}
+        self.awaiting_bytes = 0
+        self.peak_awaiting_bytes = 0
         self._num_awaited = 0
         self._capacity = UNLIMITED if settings.capacity_bytes is None else settings.capacity_bytes
         self._allowed = UNLIMITED if settings.allowed_bytes is None else settings.allowed_bytes
@@ -268,6 +270,8 @@ class CachingAllocator:
         """
         self.allocated_bytes -= block.size
         block.state = AWAITING
+        self.awaiting_bytes += block.size
+        self.peak_awaiting_bytes = max(self.peak_awaiting_bytes, self.awaiting_bytes)
         self._num_awaited += 1
         heappush(self.awaiting, (ready_at, self._num_awaited, block))
 
@@ -305,6 +309,7 @@ class CachingAllocator:
         if self.trace is not None:
             self.trace.append(("free_completed", block.address, block.requested, block.pool.stream, block.name))
         block.used_elsewhere = False
+        self.awaiting_bytes -= block.size
         self.allocated_bytes += block.size  # free takes it off again
         self.free(block)
 

@@ -452,6 +452,7 @@ class _Replay:
             samples=(),
             num_alloc_retries=allocator.num_alloc_retries,
             out_of_memory=self._first_failure(),
+            peak_awaiting_bytes=allocator.peak_awaiting_bytes,
         )
 
     def _first_failure(self) -> OutOfMemory | None:

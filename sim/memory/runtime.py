@@ -150,8 +150,9 @@ def outside_torch(
     low, high = context_band if context_band and any(context_band) else (cuda_context_bytes, cuda_context_bytes)
     words = [f"CUDA context of {_mib(cuda_context_bytes)}, with lazily loaded kernels ({_mib(low)} to {_mib(high)})"]
     if communicators:
+        number = "1 communicator" if len(communicators) == 1 else f"{len(communicators)} communicators"
         words.append(
-            f"NCCL buffers of {_mib(counted)} for {len(communicators)} communicators, counted from their connections "
+            f"NCCL buffers of {_mib(counted)} for {number}, counted from their connections "
             f"at NCCL's default buffer sizes ({_mib(least)} to {_mib(most)}, by the algorithms that are connected)"
         )
     if library_bytes:

@@ -112,8 +112,10 @@ def test_a_block_used_on_another_stream_waits_for_it() -> None:
     assert allocator.allocated_bytes == 0
     allocator.process_events(4)
     assert request(allocator, 2 * MIB).address != address
+    assert (allocator.awaiting_bytes, allocator.reserved_bytes) == (2 * MIB, 20 * MIB)
     allocator.process_events(5)
     assert request(allocator, 2 * MIB).address == address
+    assert (allocator.awaiting_bytes, allocator.peak_awaiting_bytes) == (0, 2 * MIB)
 
 
 def test_cached_segments_are_released_before_giving_up() -> None:
