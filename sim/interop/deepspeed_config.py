@@ -374,7 +374,7 @@ def _read_offload(key: str, value: Any, at: Path, problems: list[Problem], readi
         )
         return
     reading.fields[ours] = device
-    if device != "none" and isinstance(value.get("pin_memory"), bool):
+    if isinstance(value.get("pin_memory"), bool):
         reading.fields["pin_memory"] = value["pin_memory"]
 
 
@@ -393,8 +393,7 @@ def write_deepspeed_config(settings: DeepSpeedSettings) -> dict[str, Any]:
     names.update({ours: key for key, (ours, _) in _ZERO.items() if key.startswith("stage3_")})
     zero: dict[str, Any] = {key: getattr(settings, ours) for ours, key in sorted(names.items(), key=lambda x: x[1])}
     for key in ("offload_optimizer", "offload_param"):
-        if (device := getattr(settings, key)) != "none":
-            zero[key] = {"device": device, "pin_memory": settings.pin_memory}
+        zero[key] = {"device": getattr(settings, key), "pin_memory": settings.pin_memory}
     config: dict[str, Any] = {"gradient_clipping": settings.gradient_clipping, "zero_optimization": zero}
     if settings.grad_accum_dtype:
         config["data_types"] = {"grad_accum_dtype": settings.grad_accum_dtype}

@@ -170,9 +170,8 @@ def _opt(keys: Keys, config: Mapping[str, Any]) -> None:
     bias = config.get("enable_bias", True) is True
     keys["attention_bias"] = keys["attention_output_bias"] = keys["mlp_bias"] = bias
     keys["final_norm"] = config.get("do_layer_norm_before", True) is True
-    width = config.get("word_embed_proj_dim")
-    if isinstance(width, int) and width != keys.get("hidden_size"):
-        keys["embedding_width"] = width
+    if keys.get("embedding_width") == keys.get("hidden_size"):
+        keys.pop("embedding_width", None)
 
 
 def _neox(keys: Keys, config: Mapping[str, Any]) -> None:
@@ -283,6 +282,7 @@ FAMILIES: dict[str, _Family] = {
     "opt": _Family(
         {
             **_COMMON,
+            "embedding_width": ("word_embed_proj_dim",),
             "intermediate_size": ("ffn_dim",),
             "hidden_act": ("activation_function",),
             "dropout": ("dropout",),
@@ -399,6 +399,8 @@ def _read_family(  # noqa: PLR0912 - one branch for each way that a key may be s
         spec.finish(keys, config)
         for ours in sorted(set(keys) - before):
             sources[ours] = f"the code of {family} in transformers"
+            if read_mapping({ours: keys[ours]}, MODEL_KEYS, path, problems)[1]:
+                wrong.add(ours)
     missing = [ours for ours in REQUIRED if ours not in keys and ours not in wrong]
     if missing:
         theirs_missing = [spec.names.get(ours, (ours,))[0] for ours in missing]

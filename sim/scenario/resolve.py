@@ -188,7 +188,7 @@ class _Resolver:
         self.written["node"] = text.lower()
         try:
             return catalog.node(text.lower())
-        except KeyError:
+        except (KeyError, OSError, ValueError):
             self.problems.append(
                 Problem(("cluster", "node"), f"unknown node {show(text)}", suggest(text, catalog.names("node")))
             )
@@ -210,7 +210,7 @@ class _Resolver:
         try:
             name = node.gpu
             usual = catalog.gpu(name)
-        except KeyError:
+        except (KeyError, OSError, ValueError):
             self.problems.append(
                 Problem(
                     ("cluster", "node"),
@@ -232,7 +232,7 @@ class _Resolver:
             name = values["name"].lower()
             try:
                 usual = catalog.gpu(name)
-            except KeyError:
+            except (KeyError, OSError, ValueError):
                 self.problems.append(
                     Problem(
                         (*path, "name"),
@@ -303,7 +303,7 @@ class _Resolver:
                 d.network = catalog.network(node.default_network)
                 self.written["network"] = node.default_network
                 self.sources["cluster.network"] = f"node {node.name}'s default network"
-            except KeyError:
+            except (KeyError, OSError, ValueError):
                 self.problems.append(
                     Problem(
                         ("cluster", "node"),
@@ -328,7 +328,7 @@ class _Resolver:
         else:
             try:
                 d.network = catalog.network(text.lower())
-            except KeyError:
+            except (KeyError, OSError, ValueError):
                 remedy = suggest(text, catalog.names("network"), most=8)
                 words = "" if remedy.startswith("did") else "; or write words: '400 Gbit/s RoCE per GPU'"
                 self.problems.append(Problem(path, f"unknown network {show(text)}", remedy + words))
@@ -624,8 +624,8 @@ class _Resolver:
 
     # --- afterwards --------------------------------------------------------------------------
 
-    def notices(self) -> None:
-        """Say what is odd but no mistake."""
+    def notices(self, resolved: bool) -> None:
+        """Say what is odd but no mistake. A resolved file brings along what was said of its model's config."""
         d, m = self.draft, self.draft.model
         if d.pp > 1 and d.layers_per_stage is None and m.num_hidden_layers % (d.pp * d.vpp):
             self.warnings.append(
@@ -637,6 +637,8 @@ class _Resolver:
             self.warnings.append(
                 f"a vocabulary of {m.vocab_size} does not divide over tp {d.tp}: it is padded, as Megatron pads it"
             )
+        if resolved:
+            return
         if m.position == "rope" and m.given_positions and d.sequence_length > m.max_position_embeddings:
             self.warnings.append(
                 f"sequence_length {d.sequence_length} is beyond the {m.max_position_embeddings} positions that the "
@@ -782,7 +784,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
         r.problems.extend(problem for problem in unsupported(d) if problem.path not in taken)
     if r.problems or r.findings:
         raise ScenarioError(_distinct([*r.findings, *(doc.finding(problem) for problem in r.problems)]))
-    r.notices()
+    r.notices(resolved="sources" in top)
     name = top.get("name") or FilePath(doc.file).stem
     if "name" not in top:
         r.sources["name"] = "the file's name"
@@ -824,7 +826,8 @@ def _scenario(
     carried_sources = top.get("sources")
     sources = dict(r.sources)
     if isinstance(carried_sources, Mapping):
-        sources.update((str(key), str(value)) for key, value in carried_sources.items())
+        changed = {dotted(path) for path in r.doc.origin}
+        sources.update((key, str(value)) for key, value in carried_sources.items() if key not in changed)
     carried = top.get("warnings")
     warnings = [*(str(item) for item in carried)] if isinstance(carried, list) else []
     warnings += [warning for warning in r.warnings if warning not in warnings]
