@@ -39,11 +39,13 @@ def fused_attention(
     out: str,
     module: str,
     name: str = "",
+    causal: bool = True,
 ) -> Value:
     """One kernel forward, one backward; scores are never in memory, dropout is redone from the random state.
 
     ``kernel``: flash-2, flash-3, cudnn, or efficient (what SDPA takes for fp32, and where there is a bias).
-    Saves q, k, v, out, the log-sum-exp in fp32 [batch, heads, seq] and the state of the random generator.
+    Saves q, k, v, out, the log-sum-exp in fp32 [batch, heads, seq] and the state of the random generator. ``causal`` is
+    False where the mask is a tensor: then nothing is skipped.
     """
     batch, seq, heads, head_dim = head_dims(q)
     kv_heads = k.shape[2:3]
@@ -59,7 +61,7 @@ def fused_attention(
     def call(direction: str) -> Attention:
         return Attention(
             kernel, "forward" if direction == "forward" else "backward", batch, heads, kv_heads, seq, key_seq(k),
-            head_dim, True, tape.precision.gemm,
+            head_dim, causal, tape.precision.gemm,
         )  # fmt: skip
 
     keeps = (lse, state)
@@ -314,6 +316,17 @@ def rope_complex(tape: Tape, module: str, q: Value, k: Value, *, table: Tensor) 
     return first, second
 
 
-def alibi_tensor(heads: Dim, seq: Shape, dtype: DType) -> Tensor:
-    """The bias of ALiBi as a tensor added to scores: [heads, 1, key_seq]."""
-    return Tensor("alibi", (heads, Dim("key_seq", seq[0].size)), dtype)
+def alibi_tensor(q: Shape, kernel: str, dtype: DType) -> Tensor:
+    """What ALiBi keeps on the GPU for a query of shape [batch, seq, heads, head_dim].
+
+    flash and cudnn kernels take a slope a head, fp32. scaled_dot_product_attention has no slopes, and takes no mask
+    beside ``is_causal``: both become one mask [heads, seq, key_seq]. Code that adds to scores itself broadcasts
+    [heads, 1, key_seq] (``eager``).
+    """
+    _, seq, heads, _ = q
+    keys = Dim("key_seq", seq.size)
+    if kernel == "eager":
+        return Tensor("alibi", (heads, keys), dtype)
+    if kernel in ("sdpa", "math"):
+        return Tensor("alibi", (heads, seq, keys), dtype)
+    return Tensor("alibi", (heads,), "fp32")

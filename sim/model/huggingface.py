@@ -109,11 +109,14 @@ def eager_attention(
     masked = handed_on(
         tape, f"{module}.mask", scaled, "scores.masked", constants=(bias,), dtype=dtype, module=module, region=REGION
     )  # fmt: skip
-    if names.fp32_softmax or tape.precision.autocast:
+    upcast = names.fp32_softmax or tape.precision.autocast
+    if upcast and masked.dtype != "fp16":
         masked = cast(tape, f"{module}.float", masked, "fp32", out="scores.fp32", module=module, region=REGION)
     name = "probabilities"
+    # CUDA's softmax reads fp16 and writes fp32 in one kernel, bf16 it does not (aten/src/ATen/native/SoftMax.cpp)
     probabilities = pointwise(
-        tape, f"{module}.softmax", (masked,), name, grads=((name,),), kind="softmax", module=module, region=REGION
+        tape, f"{module}.softmax", (masked,), name, grads=((name,),), kind="softmax",
+        dtype="fp32" if upcast else masked.dtype, module=module, region=REGION,
     )  # fmt: skip
     low_probabilities = cast(
         tape, f"{module}.probabilities.cast", probabilities, q.dtype, out=f"{name}.low", module=module, region=REGION

@@ -65,7 +65,8 @@ def _buffers(c: Context) -> tuple[Tensor, ...]:
     if c.model.position == "rope":
         return (Tensor("rotary_pos_emb", (d.seq, d.head_dim), "fp32"),)
     if c.model.position == "alibi":
-        return (core.alibi_tensor(d.heads, (d.seq,), c.precision.low),)
+        kernel = "eager" if c.training.attention == "math" else "flash-2"
+        return (core.alibi_tensor((*d.rows, d.heads, d.head_dim), kernel, c.precision.low),)
     return ()
 
 

@@ -37,6 +37,8 @@ class Names:
     """Query, key and value are picked by index, whose backward makes a zeroed tensor for each, not by ``split``."""
     scale: Literal["scores", "query", "fused"] = "scores"
     """What eager attention scales: the scores, the projected query, or the product itself as it is made (baddbmm)."""
+    repeats: bool = False
+    """Grouped keys and values are copied for every query head as soon as they are projected (Falcon-40B's code)."""
     fp32_softmax: bool = False
     """Eager attention computes softmax in fp32 and casts it back."""
 
@@ -69,7 +71,7 @@ FALCON = Names(
     embed="word_embeddings", position="position_embeddings", embed_norm="embed_norm", attention="self_attention",
     q="", k="", v="", qkv="self_attention.query_key_value", out="self_attention.dense", norm1="input_layernorm",
     norm2="post_attention_layernorm", gate="mlp.gate", up="mlp.dense_h_to_4h", act="mlp.act", down="mlp.dense_4h_to_h",
-    final_norm="ln_f",
+    final_norm="ln_f", repeats=True,
 )  # fmt: skip
 MPT = Names(
     embed="wte", position="wpe", embed_norm="norm_e", attention="attn", q="", k="", v="", qkv="attn.Wqkv",

@@ -223,9 +223,8 @@ def add_positions(tape: Tape, x: Value, where: Value, out: str, dtype: DType) ->
 
 
 def _rope_table(c: Context) -> Tensor:
-    """torch: complex64 of every position (torchtitan's precompute_freqs_cis)."""
-    positions_ = Dim("positions", max(c.model.max_position_embeddings, c.training.sequence_length))
-    return Tensor("freqs_cis", (positions_, c.dims.head_dim), "fp32")
+    """torch: a complex64 for each position of the sequences trained on and each pair (torchtitan, freqs_cis)."""
+    return Tensor("freqs_cis", (Dim("positions", c.training.sequence_length), c.dims.head_dim), "fp32")
 
 
 def _buffers(c: Context) -> tuple[Tensor, ...]:
@@ -243,10 +242,17 @@ def _buffers(c: Context) -> tuple[Tensor, ...]:
             found.append(Tensor("rotary_emb.inv_freq", (Dim("head_dim", model.head_dim // 2),), "fp32"))
             found += rope_cos_sin(c)
     if model.position == "alibi":
-        found.append(core.alibi_tensor(d.heads, (d.seq,), c.precision.low))
+        found.append(_alibi(c))
     if c.code == "huggingface" and c.training.attention == "math":
         found.append(_causal_mask(c))
     return tuple(found)
+
+
+def _alibi(c: Context) -> Tensor:
+    """ALiBi's biases as the attention code that runs takes them."""
+    d, kernel = c.dims, c.training.attention
+    eager = c.code == "huggingface" and kernel == "math"
+    return core.alibi_tensor((*d.rows, d.heads, d.head_dim), "eager" if eager else kernel, c.precision.low)
 
 
 def _causal_mask(c: Context) -> Tensor:
@@ -323,6 +329,13 @@ def _qkv(c: Context, tape: Tape, x: Value) -> tuple[Value, Value, Value]:
             )
         else:
             q, k, v = split(tape, f"{n.attention}.split", fused, (query, key, key), module=n.attention)
+        if n.repeats and c.code == "huggingface" and d.kv_heads.size > 1:
+            k, v = (
+                core.repeat_kv(
+                    tape, f"{n.attention}.repeat_{what}", x, (d.heads,), f"{what}.broadcast", module=n.attention
+                )
+                for what, x in (("key", k), ("value", v))
+            )
         return q, k, v
     q = project(n.q, (d.heads, d.head_dim), "query")
     if n.scale == "query" and c.code == "huggingface":
@@ -360,18 +373,19 @@ def _attention(c: Context, tape: Tape, x: Value) -> Value:
 def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
     """Choose what computes softmax(q k^T) v."""
     module, p, out = c.names.attention, c.model.attention_dropout, "attention"
-    alibi = core.alibi_tensor(c.dims.heads, (c.dims.seq,), c.precision.low) if c.model.position == "alibi" else None
+    alibi = _alibi(c) if c.model.position == "alibi" else None
     kernel: str = c.training.attention
     if c.code == "huggingface" and kernel == "math":
         bias = alibi if alibi is not None else _causal_mask(c)
         return eager_attention(tape, module, q, k, v, names=c.names, out=out, p=p, bias=bias)
     if tape.precision.autocast:
         q, k, v = core.to_low(tape, module, q, k, v)
+    biased = kernel == "sdpa" and alibi is not None
     if kernel == "sdpa":
         kernel = sdpa_backend(q, k, alibi is not None)
     if kernel == "math":
         return core.sdpa_math(tape, q, k, v, out=out, module=module, p=p, alibi=alibi)
-    return core.fused_attention(tape, q, k, v, kernel=kernel, out=out, module=module)
+    return core.fused_attention(tape, q, k, v, kernel=kernel, out=out, module=module, causal=not biased)
 
 
 def sdpa_backend(q: Value, k: Value, biased: bool) -> str:

@@ -111,6 +111,8 @@ class Attention(nn.Module):
                 q = q * c.head_dim**-0.5
             k, v = self.k(x), self.v(x)
         q, k, v = (t.view(batch, seq, -1, c.head_dim) for t in (q, k, v))
+        if c.parallel_block and self.code == "huggingface" and c.num_key_value_heads > 1:
+            k, v = (t.unsqueeze(3).expand(-1, -1, -1, q.shape[2] // t.shape[2], -1).reshape(q.shape) for t in (k, v))
         if c.query_key_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.position == "rope" and self.code == "torch":
