@@ -233,7 +233,7 @@ def _buffers(c: Context) -> tuple[Tensor, ...]:
     huggingface: cos and sin are computed in each forward and live until the last block's backward: they are counted
     as buffers, since no op of one block owns them. So is the causal mask of eager attention.
     """
-    model, d = c.model, c.dims
+    model = c.model
     found: list[Tensor] = []
     if model.position == "rope":
         if c.code == "torch":

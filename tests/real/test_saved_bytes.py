@@ -45,6 +45,13 @@ MODELS = {
     "gpt_dropout": GPT.model_copy(update={"dropout": 0.25}),
     "opt": GPT.model_copy(update={"hidden_act": "relu", "position_offset": 2}),
     "opt_350m": GPT.model_copy(update={"hidden_act": "relu", "position_offset": 2, "final_norm": False}),
+    "bloom": GPT.model_copy(update={"position": "alibi", "embedding_norm": True}),
+    "mpt": GPT.model_copy(
+        update={
+            "position": "alibi", "norm_bias": False, "attention_bias": False, "attention_output_bias": False,
+            "mlp_bias": False,
+        }
+    ),
     "no_bias": GPT.model_copy(update={"norm_bias": False, "attention_bias": False, "mlp_bias": False}),
     "falcon_7b": LLAMA.model_copy(
         update={
@@ -56,7 +63,7 @@ MODELS = {
         update={"parallel_block": True, "num_block_norms": 2, "norm": "layernorm", "hidden_act": "gelu"}
     ),
 }  # fmt: skip
-FUSED = ("gpt", "gpt_dropout", "no_bias", "falcon_7b", "falcon_40b")
+FUSED = ("gpt", "bloom", "mpt", "gpt_dropout", "no_bias", "falcon_7b", "falcon_40b")
 
 
 def torch_dtype(name: str) -> torch.dtype:

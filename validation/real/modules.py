@@ -103,7 +103,11 @@ class Attention(nn.Module):
         c = self.config
         batch, seq, _ = x.shape
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        if self.fused:
+        if self.fused and self.code == "huggingface" and c.embedding_norm:
+            mixed = self.qkv(x).view(batch, seq, c.num_attention_heads, 3, c.head_dim)
+            q, k, v = mixed[..., 0, :], mixed[..., 1, :], mixed[..., 2, :]
+            del mixed
+        elif self.fused:
             q, k, v = self.qkv(x).split((q_width, kv_width, kv_width), dim=-1)
         else:
             q = self.q(x)
@@ -149,8 +153,15 @@ class Attention(nn.Module):
                 t[:, :, None].expand(-1, -1, groups, -1, -1).reshape(t.shape[0], -1, t.shape[2], t.shape[3])
                 for t in (k, v)
             )
+        if c.embedding_norm:
+            batch, heads, seq, width = q.shape
+            q, k, v = (t.reshape(batch * heads, seq, width) for t in (q, k, v))
+            bias = torch.zeros(batch * heads, 1, seq, dtype=q.dtype)
+            scores = bias.baddbmm(q, k.transpose(1, 2), alpha=c.head_dim**-0.5).view(batch, heads, seq, seq) + mask
+            probabilities = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+            return torch.bmm(probabilities.view(batch * heads, seq, seq), v).view(batch, heads, seq, width)
         scores = torch.matmul(q, k.transpose(2, 3)) * (c.head_dim**-0.5) + mask
-        if c.position == "rope" and not c.parallel_block:
+        if c.position == "alibi" or (c.position == "rope" and not c.parallel_block):
             probabilities = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         else:
             probabilities = functional.softmax(scores, dim=-1).type(v.dtype)
