@@ -232,7 +232,8 @@ class Stage3(DeepSpeed):
         self.fetch_events: deque[str] = deque()
         self.num_gathers = self.num_fetches = self.num_reductions = 0
         self.reduce_events: deque[str] = deque()
-        self.behind = False
+        self.behind = ""
+        self.moved = True
         self.in_bucket: list[tuple[Trained, Storage | None]] = []
         self.elements = 0
         self.leftovers: list[_Place] = []
@@ -289,9 +290,9 @@ class Stage3(DeepSpeed):
                 self.active[index].add(place)
                 if index in self.handles:
                     self._await(index, out)
-        if self.behind:
-            self.behind = False
-            out.extend(wait_stream(COMPUTE, self.gather_stream))
+        if self.behind:  # current_stream().wait_stream(allgather_stream), where something has arrived there
+            out.append(wait(self.behind, COMPUTE))
+            self.behind = ""
         if self.trace is not None:
             self._prefetch(mine, out)
         self.step_id = step + 1
@@ -336,9 +337,12 @@ class Stage3(DeepSpeed):
             else:
                 flat = flat_storage("gathered", count * dp, self.dtype, "buffers", stream)
                 out += [Alloc(flat), copy("gather.flatten", count, self.dtype, self.dtype, stream)]
-                self.behind = stream != COMPUTE
+                self.moved = True
             name = self.parameters[group[0]].name if alone else "parameters"
-            out.extend(self.nccl.asynchronous(name, "all_gather", count * dp * self.element, self.dtype, stream, event))
+            size = count * dp * self.element
+            current = stream if self.moved else self.nccl.stream  # nothing ran there but waits for gathers
+            self.moved = stream == COMPUTE
+            out.extend(self.nccl.asynchronous(name, "all_gather", size, self.dtype, current, event))
         handle = _Handle(group, flat, event, alone)
         for index in group:
             self.status[index] = _IN_FLIGHT
@@ -356,6 +360,7 @@ class Stage3(DeepSpeed):
             if self.plan.dp > 1:
                 out.append(wait(handle.event, stream))
                 if not handle.alone:
+                    self.moved = True
                     for each in handle.group:
                         out.append(self.allocs[each])
                         out.append(copy("gather.unflatten", self.sizes[each], self.dtype, self.dtype, stream))
@@ -365,12 +370,12 @@ class Stage3(DeepSpeed):
                 self.status[each] = _AVAILABLE
         if handle.waiting == 0 and handle.flat is not None:
             out.append(Free(handle.flat))
-        if stream != COMPUTE:
-            self.behind = True
         event = f"fetch.{self.num_fetches % (MAX_FETCH_EVENTS + 2)}"
         self.num_fetches += 1
         out.append(record(event, stream))
         self.fetch_events.append(event)
+        if stream != COMPUTE:
+            self.behind = event
 
     def _release(self, place: _Place) -> list[Instruction]:
         """``release_sub_module``: keep what persists, was skipped by the prefetch, or is used again soon."""
