@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from sim.interop.deepspeed_config import DeepSpeedSettings
@@ -52,9 +53,12 @@ def chain(kind: Any, modules: Iterable[tuple[str, tuple[int, ...]]], has_input: 
     return Layer(kind, kind, tuple(parameters), tuple(forward), tuple(backward[::-1]), layer_input, out)
 
 
-def gpt(num_layers: int = NUM_LAYERS) -> tuple[Layer, ...]:
+def gpt(num_layers: int = NUM_LAYERS, tied: bool = False) -> tuple[Layer, ...]:
     block = chain("block", BLOCK, True, True)
-    return (chain("embedding", EMBEDDING, False, True), *(block,) * num_layers, chain("head", HEAD, True, False))
+    head = chain("head", HEAD, True, False)
+    if tied:
+        head = replace(head, tied=(("head.weight", "embedding", "wte.weight"),))
+    return (chain("embedding", EMBEDDING, False, True), *(block,) * num_layers, head)
 
 
 class Job:

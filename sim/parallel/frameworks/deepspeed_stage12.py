@@ -181,6 +181,9 @@ class Stage12(DeepSpeed):
             out.extend(self._cast_and_reduce("all_reduce", "gradients", total, stream))
             if self.plan.dp > 1:
                 out.append(in_place("bucket.average", total, self.dtype, stream))
+        if not (self.settings.contiguous_gradients and self.settings.reduce_scatter):
+            runs = slices(((self.offsets[t.index], t.num_elements) for t, _ in filled), self.partition)
+            out.extend(self._add_compact(sum(count for rank, count in runs if rank == self.rank), stream))
         for trained, gradient in filled:
             out.extend(self._copy_out(trained, stream))
             if gradient is not None:
@@ -218,16 +221,23 @@ class Stage12(DeepSpeed):
         kind: CollectiveKind = "all_reduce" if destination < 0 else "reduce"
         out.extend(self._cast_and_reduce(kind, "gradients", total, stream))
         if kept:
-            if self.compact:
-                if self.averaged is None:
-                    self.averaged = flat_storage("grad.partition", self.partition, "fp32", "gradients", stream)
-                    out.append(Alloc(self.averaged))
-                cast = flat_storage("grad.cast", kept, "fp32", "temporary", stream)
-                out += [Alloc(cast), copy("grad.cast", kept, self.dtype, "fp32", stream)]
-                out += [accumulate("accumulate partition", kept, "fp32", "fp32", stream), Free(cast)]
+            out.extend(self._add_compact(kept, stream))
             out.append(copy("bucket.copy back", kept, self.dtype, self.dtype, stream))
         if flat is not None:
             out.append(Free(flat))
+        return out
+
+    def _add_compact(self, count: int, stream: str) -> list[Instruction]:
+        """With fp32 accumulation: add what was reduced of this rank's partition to its one fp32 buffer."""
+        if not self.compact or not count:
+            return []
+        out: list[Instruction] = []
+        if self.averaged is None:
+            self.averaged = flat_storage("grad.partition", self.partition, "fp32", "gradients", stream)
+            out.append(Alloc(self.averaged))
+        cast = flat_storage("grad.cast", count, "fp32", "temporary", stream)
+        out += [Alloc(cast), copy("grad.cast", count, self.dtype, "fp32", stream)]
+        out += [accumulate("accumulate partition", count, "fp32", "fp32", stream), Free(cast)]
         return out
 
     def _cast_and_reduce(self, kind: CollectiveKind, name: str, count: int, stream: str) -> list[Instruction]:
