@@ -85,12 +85,11 @@ def run(
 
         _print_json(result(report, remedies))
     else:
-        from sim.report.tables import print_report
+        from sim.report.tables import print_report, print_warnings
 
         print_report(_console(), simulation.scenario, report, remedies)
         if not quiet:
-            for warning in report.warnings:
-                typer.echo(f"warning: {warning}", err=True)
+            print_warnings(_console(stderr=True), report.warnings)
     if not report.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -113,14 +112,15 @@ def check(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False
 @app.command()
 def explain(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
     """Print the resolved scenario with the source of every default and fact."""
-    from sim.report.explain import explanation, print_explanation
+    from sim.report.explain import explanation, given_document, print_explanation
     from sim.scenario.load import load_scenario
 
     scenario = load_scenario(file, set_ or ())
+    content = explanation(scenario, given_document(file, set_ or ()))
     if json:
-        _print_json(explanation(scenario))
+        _print_json(content)
     else:
-        print_explanation(_console(), scenario, quiet=quiet)
+        print_explanation(_console(), content, quiet=quiet)
 
 
 @app.command()
@@ -136,17 +136,18 @@ def catalog(
     if json:
         _print_json(content)
     else:
-        print_catalogue(_console(), kind, name, content)
+        print_catalogue(_console(), content)
 
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(metavar="[scenario]", help="Which schema.")] = "scenario",
+    kind: Annotated[str, typer.Argument(metavar="[scenario|topology]", help="Which schema.")] = "scenario",
 ) -> None:
     """Print a JSON Schema, for editors and for other programs."""
+    from sim.catalog.json_schema import topology_schema
     from sim.scenario.load import scenario_json_schema
 
-    kinds: dict[str, Callable[[], dict[str, Any]]] = {"scenario": scenario_json_schema}
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {"scenario": scenario_json_schema, "topology": topology_schema}
     if kind not in kinds:
         typer.echo(f"sim schema: there is no schema {kind!r}; write one of: {', '.join(kinds)}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT)
@@ -210,7 +211,7 @@ def _print_json(value: object) -> None:
     typer.echo(json_text(value), nl=False)
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, stderr=stderr)

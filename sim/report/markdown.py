@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sim.report.report import RemedyResult, Report
 from sim.report.rows import (
+    CLASS_HEADER,
     COMMUNICATION_HEADER,
     account,
+    class_rows,
     communication_rows,
     headline,
     out_of_memory_words,
@@ -25,21 +27,30 @@ def to_markdown(scenario: Scenario, report: Report, remedies: Sequence[RemedyRes
 
 def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> Iterator[str]:
     words = headline(scenario, report)
-    yield f"# {words.model} on {words.where}\n"
-    yield f"{words.how}\n"
-    yield f"**{words.verdict}**: {words.memory}. Step **{words.time}**, {words.rate}."
+    yield f"# {words.model} on {words.machine}\n"
+    yield f"{words.layout}  \n{words.job}\n"
+    yield f"**{_sentence(words.verdict)}**: {words.memory}.  "
+    yield f"**{words.time}** a step: {words.rate} · {words.efficiency}."
     if not report.fits:
-        yield f"\nOut of memory {out_of_memory_words(report)}."
+        yield f"\n**Out of memory** in {out_of_memory_words(report)}."
     footprint = report.fullest
-    yield f"\n## Memory of the fullest GPU at the peak\n\n{peak_words(footprint)}\n"
+    yield f"\n## Memory of the fullest GPU at its peak\n\n{_sentence(peak_words(footprint))}\n"
     rows = (
         (_bold(r.name, r.total), f"{r.num_bytes:,}", _bold(format_bytes(r.num_bytes), r.total))
         for r in account(footprint)
     )
-    yield from _table(("what", "bytes", ""), "lrr", rows)
+    yield from _table(("held by", "bytes", ""), "lrr", rows)
     yield "\n![memory over the step](memory.png)"
+    if len(report.footprints) > 1:
+        yield "\n## Memory of all ranks at their peaks\n"
+        yield from _table(CLASS_HEADER, "lrrrrl", class_rows(report))
+    if not report.fits:
+        yield "\n## Who holds most at the peak\n"
+        holders = next(f for f in report.footprints if f.out_of_memory is not None).holders
+        held = ((h.name, f"{h.count:,}", format_bytes(h.num_bytes), h.category) for h in holders)
+        yield from _table(("storage", "number", "together", "category"), "lrrl", held)
     if remedies:
-        yield "\n## What would make it fit\n"
+        yield "\n## What would make it fit\n\nEach was simulated.\n"
         yield from map(_remedy, remedies)
     yield "\n## Time of a step\n"
     yield from _table(
@@ -47,7 +58,7 @@ def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult])
     )
     yield "\n![one step](timeline.png)"
     if report.communication:
-        yield "\n## Communication of a rank in a step\n"
+        yield "\n## Communication of one rank in a step\n"
         yield from _table(COMMUNICATION_HEADER, "llrrrrrl", communication_rows(report))
     if report.warnings:
         yield "\n## What was assumed\n"
@@ -69,3 +80,7 @@ def _table(header: Sequence[str], justify: str, rows: Iterable[Sequence[str]]) -
 
 def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]

@@ -2,135 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
 
 from sim.ir.footprint import Footprint
+from sim.report.layout import Cell, fold, grid, show, title
 from sim.report.report import RemedyResult, Report
 from sim.report.rows import (
+    CLASS_HEADER,
     COMMUNICATION_HEADER,
     account,
+    class_rows,
     communication_rows,
     headline,
     out_of_memory_words,
     peak_words,
+    remedy_rows,
     step_rows,
 )
 from sim.scenario.schema import Scenario
-from sim.units import format_bytes, format_duration
+from sim.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR_WIDTH = 24
-MAX_CLASSES = 4
+NAME_WIDTH, SIZE_WIDTH, SHARE_WIDTH = 26, 9, 6
+MIN_BAR, MAX_BAR = 10, 48
+MAX_CLASSES = 8
 MAX_HOLDERS = 6
 
 
 def print_report(console: Console, scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> None:
     """Print headline, memory, step, communication; where it does not fit, who holds it and what would help."""
-    words = headline(scenario, report)
-    console.print()
-    console.print(Text.assemble((words.model, "bold"), f" on {words.where}"))
-    console.print(Text(words.how, style="dim"))
-    style = "bold green" if report.fits else "bold red"
-    console.print(Text.assemble((words.verdict, style), f": {words.memory}"))
-    console.print(Text.assemble("step ", (words.time, "bold"), f" · {words.rate}"))
-    fullest = report.fullest
-    for footprint in [fullest, *(f for f in report.footprints if f is not fullest)][:MAX_CLASSES]:
-        console.print()
-        console.print(_memory(footprint, report))
+    show(console, _report(scenario, report, remedies, min(console.width, 120)))
+
+
+def print_warnings(console: Console, warnings: Sequence[str]) -> None:
+    """Print what was assumed, extrapolated or not modelled, a paragraph each."""
+    if not warnings:
+        return
+    width = min(console.width, 120)
+    lines = [line for words in warnings for line in fold(f"- {words}", width, 2, hang=2)]
+    show(console, [Text(), title("Assumed, extrapolated or not modelled"), *map(Text, lines)])
+
+
+def _report(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult], width: int) -> Iterator[Text]:
+    yield from _headline(scenario, report, width)
+    yield Text()
+    yield from _memory(report.fullest, report, width)
+    if len(report.footprints) > 1:
+        yield Text()
+        yield title("Memory of all ranks at their peaks")
+        rows = list(class_rows(report))[:MAX_CLASSES]
+        yield from grid([_dim(CLASS_HEADER), *rows], "lrrrrl", width)
+        if more := len(report.footprints) - len(rows):
+            yield Text(f"  and {more} more classes of ranks (--json has all)", style="dim")
     if not report.fits:
-        console.print()
-        console.print(Text.assemble(("out of memory ", "bold red"), out_of_memory_words(report)))
-        console.print(_holders(next(f for f in report.footprints if f.out_of_memory is not None)))
+        yield Text()
+        yield Text.assemble(("Out of memory", "bold red"))
+        yield from map(Text, fold(out_of_memory_words(report), width, 2))
+        yield Text()
+        yield from _holders(next(f for f in report.footprints if f.out_of_memory is not None), width)
         if remedies:
-            console.print(_remedies(remedies))
-    console.print()
-    console.print(_step(report))
+            yield Text()
+            yield from _remedies(remedies, width)
+    yield Text()
+    yield title("Time of a step", "the slowest rank")
+    rest = width - _BAR_AT
+    for words, duration, share in step_rows(report):
+        yield _bar_line(words, duration, share, share, rest, total=False)
     if report.communication:
-        console.print()
-        console.print(_communication(report))
+        yield Text()
+        yield title("Communication in a step", "of one rank")
+        yield from grid([_dim(COMMUNICATION_HEADER), *communication_rows(report)], "llrrrrrl", width)
 
 
-def _memory(footprint: Footprint, report: Report) -> Table:
-    table = _table(f"Memory of a GPU at the peak ({peak_words(footprint)})")
-    table.add_column(min_width=26)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(min_width=BAR_WIDTH)
+def _headline(scenario: Scenario, report: Report, width: int) -> Iterator[Text]:
+    words = headline(scenario, report)
+    yield Text.assemble((words.model, "bold"), f" on {words.machine}")
+    yield from (Text(line, style="dim") for line in fold(words.layout, width, 0))
+    yield from (Text(line, style="dim") for line in fold(words.job, width, 0))
+    yield Text()
+    style = "bold green" if report.fits else "bold red"
+    yield from _answer((words.verdict, style), words.memory, width)
+    together = f"{words.rate} · {words.efficiency}"
+    fits = ANSWER_WIDTH + 2 + len(together) <= width
+    yield from _answer((f"{words.time} a step", "bold"), together if fits else words.rate, width)
+    if not fits:
+        yield from map(Text, fold(words.efficiency, width, ANSWER_WIDTH + 2))
+
+
+def _answer(answer: tuple[str, str], words: str, width: int) -> Iterator[Text]:
+    indent = ANSWER_WIDTH + 2
+    first, *rest = fold(words, width, indent)
+    yield Text.assemble((answer[0].ljust(ANSWER_WIDTH), answer[1]), "  ", first.strip())
+    yield from map(Text, rest)
+
+
+ANSWER_WIDTH = 13
+_BAR_AT = 2 + NAME_WIDTH + SIZE_WIDTH + 2 + SHARE_WIDTH + 2
+
+
+def _memory(footprint: Footprint, report: Report, width: int) -> Iterator[Text]:
+    yield title("Memory of the fullest GPU at its peak")
+    yield from (Text(line, style="dim") for line in fold(peak_words(footprint), width, 2))
     whole = max(report.capacity_bytes, footprint.peak_device_bytes)
     for row in account(footprint):
-        style = "bold" if row.total else ""
-        table.add_row(
-            Text(row.name if row.total else f"  {row.name}", style=style),
-            Text(format_bytes(row.num_bytes), style=style),
-            f"{row.num_bytes / report.capacity_bytes:.1%}",
-            "" if row.total else _bar(row.num_bytes / whole),
-        )
-    if footprint.host_bytes:
-        table.add_row(Text("host memory of the node", style="bold"), format_bytes(report.host_bytes_per_node), "", "")
-    return table
+        share, part = row.num_bytes / report.capacity_bytes, row.num_bytes / whole
+        yield _bar_line(row.name, format_bytes(row.num_bytes), share, part, width - _BAR_AT, total=row.total)
+    if report.host_bytes_per_node:
+        name = "host memory of a node"
+        yield Text(f"  {name:<{NAME_WIDTH}}{format_bytes(report.host_bytes_per_node):>{SIZE_WIDTH}}")
 
 
-def _holders(footprint: Footprint) -> Table:
-    table = _table("Who holds it at the peak")
-    table.add_column(min_width=26)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column()
-    for holder in footprint.holders[:MAX_HOLDERS]:
-        category = Text(holder.category, style="dim")
-        table.add_row(f"  {holder.name}", f"{holder.count} x", format_bytes(holder.num_bytes), category)
-    return table
+def _bar_line(name: str, value: str, share: float, part: float, rest: int, total: bool) -> Text:
+    style = "bold" if total else ""
+    line = Text("  ")
+    line.append(f"{name if total else f'  {name}':<{NAME_WIDTH}}{value:>{SIZE_WIDTH}}", style=style)
+    line.append(f"  {share:>{SHARE_WIDTH}.1%}  ")
+    if not total and rest >= MIN_BAR:
+        line.append(bar(part, min(rest, MAX_BAR)), style="cyan")
+    return line
 
 
-def _remedies(remedies: Sequence[RemedyResult]) -> Table:
+def _holders(footprint: Footprint, width: int) -> Iterator[Text]:
+    yield title("Who holds most at the peak")
+    rows: list[tuple[Cell, ...]] = [
+        (h.name, f"{h.count} x" if h.count > 1 else "", format_bytes(h.num_bytes), (h.category, "dim"))
+        for h in footprint.holders[:MAX_HOLDERS]
+    ]
+    yield from grid(rows, "lrrl", width)
+
+
+def _remedies(remedies: Sequence[RemedyResult], width: int) -> Iterator[Text]:
     fitting = any(remedy.fits for remedy in remedies)
-    table = _table("What makes it fit (each simulated)" if fitting else "Nothing tried makes it fit; the nearest")
-    table.add_column(min_width=26)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    for remedy in remedies:
-        step = f"{format_duration(remedy.time_s)} a step"
-        table.add_row(f"  {remedy.words}", format_bytes(remedy.peak_device_bytes), step)
-        table.add_row(Text("    " + " ".join(f"--set {o}" for o in remedy.overrides), style="dim"), "", "")
-    return table
+    yield title(
+        "What makes it fit" if fitting else "Nothing that was tried makes it fit; nearest", "each was simulated"
+    )
+    rows = list(remedy_rows(remedies))
+    for line, row in zip(grid([row[:3] for row in rows], "lrr", width), rows, strict=True):
+        yield line
+        options = row[3].replace("--set ", "--set\0")  # an option stays with its value
+        yield from (Text(part.replace("\0", " "), style="dim") for part in fold(options, width, 4))
 
 
-def _step(report: Report) -> Table:
-    table = _table("Time of a step (the slowest rank)")
-    table.add_column(min_width=26)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(min_width=BAR_WIDTH)
-    for words, duration, share in step_rows(report):
-        table.add_row(f"  {words}", duration, f"{share:.1%}", _bar(share))
-    return table
+def bar(part: float, width: int) -> str:
+    """Return a bar of eighths of a character; ``part`` 1 is the full width."""
+    full, rest = divmod(round(max(0.0, min(1.0, part)) * width * 8), 8)
+    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
 
 
-def _communication(report: Report) -> Table:
-    table = _table("Communication of a rank in a step")
-    table.show_header = True
-    for name in COMMUNICATION_HEADER:
-        justify = "left" if name in ("kind", "axis", "algorithm") else "right"
-        table.add_column(f"  {name}" if name == "kind" else name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for kind, *rest in communication_rows(report):
-        table.add_row(f"  {kind}", *rest)
-    return table
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold cyan", header_style="dim", box=None, show_header=False,
-        pad_edge=False, padding=(0, 2, 0, 0),
-    )  # fmt: skip
-
-
-def _bar(share: float) -> Text:
-    """Return a bar of eighths of a character; full width is 1."""
-    full, rest = divmod(round(max(0.0, min(1.0, share)) * BAR_WIDTH * 8), 8)
-    return Text("█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else ""), style="cyan")
+def _dim(header: Sequence[str]) -> list[Cell]:
+    return [(name, "dim") for name in header]

@@ -1,0 +1,275 @@
+"""``sim explain``: every value of a resolved scenario, every fact and coefficient behind it, and where each is from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from sim.catalog import load
+from sim.catalog.schema import Fact
+from sim.cost import efficiency
+from sim.errors import Finding
+from sim.report.catalog import fact_rows
+from sim.report.layout import Cell, fold, paragraphs, show, title
+from sim.scenario.document import Document
+from sim.scenario.schema import Scenario
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SECTIONS = (
+    "name", "framework", "model", "cluster", "parallelism", "training", "deepspeed", "ddp", "fsdp1", "allocator",
+)  # fmt: skip
+
+
+def given_document(file: Path, overrides: Sequence[str]) -> Document:
+    """Return the scenario file as it is written, with ``--set`` laid over it: for the lines of what it gives."""
+    from sim.scenario.document import parse_yaml, read_text
+    from sim.scenario.load import apply_overrides
+
+    findings: list[Finding] = []
+    document = parse_yaml(read_text(file, str(file)), str(file), findings)
+    apply_overrides(document, overrides, findings)
+    return document
+
+
+def explanation(scenario: Scenario, document: Document) -> dict[str, Any]:
+    """Return the explanation as plain data: ``values``, ``facts`` by device, ``cost`` by family, ``warnings``."""
+    return {
+        "scenario": scenario.name,
+        "values": list(_values(scenario, document)),
+        "facts": {
+            device: {"name": name, "facts": [_fact(key, fact) for key, fact in facts.items()]}
+            for device, name, facts in _devices(scenario)
+        },
+        "cost": list(_cost(scenario)),
+        "warnings": list(scenario.warnings),
+    }
+
+
+def print_explanation(console: Console, content: Mapping[str, Any], *, quiet: bool) -> None:
+    """Print what ``explanation`` returned; ``quiet`` leaves the facts' sources out."""
+    show(console, _lines(content, min(console.width, 140), quiet))
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _values(scenario: Scenario, document: Document) -> Iterator[dict[str, Any]]:
+    """Yield each value with its origin: given (a line of the file, or --set), or why it is what it is."""
+    from sim.scenario.dump import plain
+
+    data = plain(scenario)
+    for path, value in _leaves({section: data[section] for section in _SECTIONS if section in data}, ()):
+        key = ".".join(path)
+        source = scenario.sources.get(key) or _deepspeed_source(scenario, path)
+        origin, line = _given(document, path)
+        if origin and (source is None or not line):
+            yield {"key": key, "value": value, "kind": "given", "line": line, "from": origin}
+        else:
+            yield {"key": key, "value": value, "kind": "default", "line": 0, "from": source or "sim's default"}
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, below in value.items():
+            yield from _leaves(below, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def _given(document: Document, path: tuple[str, ...]) -> tuple[str, int]:
+    """Return what gives a value, and in which line: "file:3", "--set", "ds_config.json (file:3)"; "" if nothing does.
+
+    Where the document has a name or a path in the place of a section, that gives all its values.
+    """
+    for end in range(len(path), 0, -1):
+        part = path[:end]
+        value = _at(document, part)
+        line = document.lines.get(part, 0)
+        if end < len(path) and isinstance(value, Mapping):
+            return "", 0  # the section is written out, without this key
+        if part in document.origin:
+            return document.origin[part], 0
+        if line:
+            where = f"{document.file}:{line}"
+            return (f"{value} ({where})" if end < len(path) and str(value).endswith(".json") else where), line
+        if value is not None and end == len(path):
+            return document.file, 0
+    return "", 0
+
+
+def _at(document: Document, path: tuple[str, ...]) -> Any:
+    value: Any = document.data
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _deepspeed_source(scenario: Scenario, path: tuple[str, ...]) -> str | None:
+    """DeepSpeed's keys stand in sections of its config, but their sources under their last word."""
+    if path[0] != "deepspeed":
+        return None
+    if len(path) == 2 or path[-1] == "enabled":
+        return _DEEPSPEED_TOP.get(path[-1])
+    sources, last = scenario.sources, path[-1]
+    known = [f"deepspeed.{name}" for name in (last, last.removeprefix("stage3_"), path[-2])]
+    return next((sources[key] for key in known if key in sources), None)
+
+
+_DEEPSPEED_TOP = {
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size / (dp x micro_batch_size)",
+    "train_batch_size": "training.global_batch_size",
+    "gradient_clipping": "training.gradient_clipping",
+    "enabled": "training.precision",
+}
+
+
+# --- facts and coefficients ------------------------------------------------------------------------
+
+
+def _devices(scenario: Scenario) -> Iterator[tuple[str, str, Mapping[str, Fact]]]:
+    cluster = scenario.cluster
+    yield "gpu", cluster.gpu.name, cluster.gpu.facts
+    yield "node", cluster.node.name, cluster.node.facts
+    if cluster.network is not None:
+        yield "network", cluster.network.name, cluster.network.facts
+    for kind in dict.fromkeys(kind for _, _, kind, _ in cluster.node.wires):
+        yield f"link {kind}", kind, load.link(kind).facts
+
+
+def _fact(name: str, fact: Fact) -> dict[str, Any]:
+    return {"name": name, "value": fact.text, "kind": fact.kind, "source": fact.source, "note": fact.note}
+
+
+def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
+    """Yield, for each family of kernels, which measured file its coefficients are from and how well they fit it."""
+    gpu = scenario.cluster.gpu
+    source = efficiency.source_of(gpu)
+    own = "measured on this GPU" if source.same else f"stands for {gpu.name}: {source.why}"
+    if source.power != 1.0:
+        own += f"; clock {source.power:.2f} of it, as its power allows"
+    for family in ("gemm", "attention"):
+        file = f"{family}_{source.name.replace('-', '_')}.yaml"
+        if not (efficiency.MEASURED / file).exists():
+            yield {"family": family, "file": "", "machine": source.name, "words": own, "source": "", "fits": []}
+            continue
+        data = _measured(file)
+        words = "; ".join(str(data[key]) for key in ("source", "measured_with", "date", "script") if key in data)
+        yield {
+            "family": family,
+            "file": f"sim/catalog/measured/{file}",
+            "machine": source.name,
+            "words": own,
+            "source": words,
+            "fits": list(_fits(data)),
+        }
+    memory = efficiency.memory_coefficients(gpu)
+    yield {
+        "family": "memory-bound",
+        "file": "sim/catalog/measured/memory_bound.yaml",
+        "machine": gpu.name,
+        "words": "share of the memory bandwidth by family",
+        "source": "",
+        "fits": [
+            {"of": family, "value": fraction, "kind": "assumed" if family in memory.assumed else "measured"}
+            for family, fraction in memory.fractions.items()
+        ],
+    }
+    yield {
+        "family": "host",
+        "file": "sim/catalog/measured/host.yaml",
+        "machine": "",
+        "words": "times of the thread that issues, and CPU Adam",
+        "source": "",
+        "fits": [
+            {"of": name, "value": fact["value"], "kind": fact["kind"], "source": fact["source"]}
+            for name, fact in _measured("host.yaml").items()
+        ],
+    }
+
+
+def _measured(file: str) -> dict[str, Any]:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content: dict[str, Any] = yaml.load((efficiency.MEASURED / file).read_text(encoding="utf-8"), loader)
+    return content
+
+
+def _fits(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the residuals that a file of fits states, dtype by dtype or kernel by kernel."""
+    for of, fit in data.items():
+        if not isinstance(fit, Mapping):
+            continue
+        for name, residuals in _residuals(fit, ()):
+            yield {"of": " ".join((of, *name)), **residuals}
+
+
+def _residuals(fit: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    for key, value in fit.items():
+        if isinstance(value, Mapping):
+            if "median_abs" in value:
+                words = key.removeprefix("residuals_").replace("_", " ")
+                yield (*path, words), value
+            else:
+                yield from _residuals(value, path)
+
+
+# --- for a person ----------------------------------------------------------------------------------
+
+
+def _lines(content: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Text]:
+    sections: dict[str, list[tuple[Cell, ...]]] = {}
+    for value in content["values"]:
+        section, _, name = value["key"].rpartition(".")
+        source = (value["from"], "bold" if value["kind"] == "given" else "dim")
+        sections.setdefault(section or "scenario", []).append((name, value_words(value["value"]), source))
+    for number, (section, rows) in enumerate(sections.items()):
+        yield from [Text()] if number else []
+        yield title(section)
+        yield from paragraphs(rows, width)
+    if quiet:
+        return
+    for device, entry in content["facts"].items():
+        yield Text()
+        yield title(device if device.startswith("link ") else f"{device} {entry['name']}")
+        yield from paragraphs(fact_rows(entry["facts"]), width)
+    for family in content["cost"]:
+        yield Text()
+        yield title(f"{family['family']} kernels" if family["family"] != "host" else "host", family["words"])
+        for words in filter(None, (family["file"], family["source"])):
+            yield from (Text(line, style="dim") for line in fold(words, width, 2))
+        yield from paragraphs([_fit_row(fit) for fit in family["fits"]], width)
+    if content["warnings"]:
+        yield Text()
+        yield title("Assumed, extrapolated or not modelled")
+        for words in content["warnings"]:
+            yield from map(Text, fold(f"- {words}", width, 2, hang=2))
+
+
+def _fit_row(fit: Mapping[str, Any]) -> tuple[Cell, ...]:
+    if "median_abs" in fit:
+        words = (
+            f"median error {fit['median_abs']:.1%}, mean {fit['mean_signed']:+.1%}, "
+            f"nine in ten within {fit['p90_abs']:.1%}, {fit['count']:,} points"
+        )
+        return (fit["of"], words)
+    value = fit["value"]
+    words = f"{value:g}" if isinstance(value, float) else str(value)
+    return (fit["of"], f"{words}, {fit['kind']}" + (f": {fit['source']}" if fit.get("source") else ""))
+
+
+def value_words(value: Any) -> str:
+    """Return a value as the scenario file would have it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float) and abs(value) >= 10**15:
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
