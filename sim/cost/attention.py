@@ -60,7 +60,7 @@ def attention_s(
     machine: Machine,
     coefficients: AttentionCoefficients,
 ) -> float:
-    """Return the time of one attention kernel (backward: with the two small ones beside it), in seconds, on an idle GPU."""
+    """Return the time of one attention kernel (backward: and the two beside it), in seconds, on an idle GPU."""
     c = coefficients
     sms = machine.num_sms
     pair_s = (10 if backward else 4) * head_dim * sms / (machine.peak_flops * c.peak_fraction)
