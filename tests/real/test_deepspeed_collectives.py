@@ -76,6 +76,7 @@ class Replay:
     def __init__(self, case: dict[str, Any], parameters: list[tuple[str, int]], rank: int) -> None:
         zero = {key.removeprefix("stage3_"): value for key, value in case["zero"].items()}
         zero.setdefault("overlap_comm", zero["stage"] == 3)
+        zero["grad_accum_dtype"] = case.get("accumulation")
         self.microbatches = case.get("microbatches", 1)
         self.dtype = case["dtype"]
         plan = Plan(

@@ -78,6 +78,18 @@ CASES: dict[str, dict[str, Any]] = {
             "sub_group_size": 700_000,
         },
     },
+    "zero2-bf16-fp32-accumulation": {
+        "dtype": "bf16",
+        "microbatches": 2,
+        "accumulation": "fp32",
+        "zero": {"stage": 2, "reduce_bucket_size": 500_000},
+    },
+    "zero3-bf16-fp32-accumulation": {
+        "dtype": "bf16",
+        "microbatches": 2,
+        "accumulation": "fp32",
+        "zero": {"stage": 3, "reduce_bucket_size": 500_000, "reduce_scatter": False},
+    },
     "zero3-fp32": {"dtype": "fp32", "zero": {"stage": 3, "reduce_bucket_size": 400_000}},
 }
 
@@ -198,6 +210,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "zero_optimization": case["zero"],
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": case["dtype"] == "bf16"},
+        "data_types": {"grad_accum_dtype": case.get("accumulation", case["dtype"])},
     }
     if stage == 3:
         with deepspeed.zero.Init(config_dict_or_path=config):
