@@ -134,11 +134,13 @@ def integer(least: int, most: int, example: int, doc: str = "", required: bool =
     def read(value: object) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
+        few = f"write {either([str(v) for v in range(least, most + 1)])}" if most - least <= 3 else ""
         if isinstance(value, bool) or not isinstance(value, int):
-            raise WrongValueError(f"{show(value)} is not a whole number", f"write a whole number such as {example}")
-        if most - least <= 3 and not least <= value <= most:
-            values = [str(v) for v in range(least, most + 1)]
-            raise WrongValueError(f"{value} is out of range", f"write {either(values)}")
+            raise WrongValueError(
+                f"{show(value)} is not a whole number", few or f"write a whole number such as {example}"
+            )
+        if few and not least <= value <= most:
+            raise WrongValueError(f"{value} is out of range", few)
         if value < least:
             raise WrongValueError(
                 f"{value} is too small", f"write {least} or more" if example == least else f"write {example}, or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, Literal, cast
@@ -12,9 +13,9 @@ from sim.catalog.schema import Fact, GpuFacts, NodeFacts
 from sim.errors import Finding, ScenarioError
 from sim.interop.deepspeed_config import DeepSpeedReading, read_deepspeed_config, settings_of
 from sim.interop.hf_config import MODEL_KEYS, HfModel, complete, read_hf_config
-from sim.interop.values import Problem, WrongValueError, dotted, near, read_mapping, show, suggest
+from sim.interop.values import Problem, WrongValueError, dotted, either, near, read_mapping, show, suggest
 from sim.scenario import fields
-from sim.scenario.checks import mesh_fits_cluster, run_rules
+from sim.scenario.checks import mesh_fits_cluster, multiples, run_rules, write
 from sim.scenario.document import Document, UnreadableError, parse_json, read_text
 from sim.scenario.draft import Draft, ModelDraft, UnknownError
 from sim.scenario.schema import (
@@ -54,9 +55,8 @@ class _Resolver:
         path = FilePath(text).expanduser() if text.startswith("~/") else FilePath(text)
         return path if path.is_absolute() else self.folder / path
 
-    def _json(self, text: str, what: str, at: tuple[str, ...]) -> Document | None:
+    def _json(self, path: FilePath, what: str, at: tuple[str, ...]) -> Document | None:
         """Return the document of a JSON file named in the scenario, or None (reported)."""
-        path = self._path_of(text)
         try:
             return parse_json(read_text(path, _shown(path), what), _shown(path), what)
         except UnreadableError as error:
@@ -90,6 +90,8 @@ class _Resolver:
                 return
         if isinstance(given, Mapping):
             at: Literal["place", "catalogue", "file"] = "place"
+            if given.get("model_type"):  # the family's own key may differ from the one that --set names
+                overrides = {k: v for k, v in given.items() if k in MODEL_KEYS and ("model", k) in self.doc.origin}
             read = read_hf_config(given, ("model",), self.problems, in_place=True)
             name = given.get("name") or given.get("_name_or_path") or ""
         elif isinstance(given, str):
@@ -117,13 +119,25 @@ class _Resolver:
             read = read_hf_config(catalog.model_config(text.lower()), ("model",), self.problems)
             return read, "catalogue", text.lower()
         path = self._path_of(text)
-        looks_like_file = "/" in text or "\\" in text or text.endswith(".json")
-        if not looks_like_file and not _exists(path):
-            self.problems.append(Problem(("model",), f"unknown model {show(text)}", suggest(text, names)))
-            return None
+        if not _exists(path):
+            hub = re.fullmatch(r"[\w-][\w.-]*/([\w.-]+)", text) if not text.endswith(".json") else None
+            if hub:
+                bare = re.sub(r"(?i)^meta-|-(hf|base|instruct|v[0-9.]+)(?=-|$)", "", hub[1])
+                close = near(bare, names)
+                self.problems.append(
+                    Problem(
+                        ("model",),
+                        f"unknown model {show(text)}: there is no such directory, and nothing is downloaded",
+                        (f"did you mean {either(close)}? Or " if close else "") + "give the path of its config.json",
+                    )
+                )
+                return None
+            if "/" not in text and "\\" not in text and not text.endswith(".json"):
+                self.problems.append(Problem(("model",), f"unknown model {show(text)}", suggest(text, names)))
+                return None
         if _exists(path / "config.json"):
             path = path / "config.json"
-        doc = self._json(str(path), "the model's config", ("model",))
+        doc = self._json(path, "the model's config", ("model",))
         if doc is None:
             return None
         problems: list[Problem] = []
@@ -355,7 +369,7 @@ class _Resolver:
             given = given["config"]
         if isinstance(given, str):
             self.ds_name = FilePath(given).name
-            doc = self._json(given, "DeepSpeed's settings", ("deepspeed",))
+            doc = self._json(self._path_of(given), "DeepSpeed's settings", ("deepspeed",))
             if doc is None:
                 d.forget("deepspeed")
                 return
@@ -488,7 +502,7 @@ class _Resolver:
             )
         )
 
-    def _batch(self, values: Mapping[str, Any], wrong: set[str]) -> None:  # noqa: PLR0912 - three numbers, two places
+    def _batch(self, values: Mapping[str, Any], wrong: set[str]) -> None:  # noqa: PLR0911, PLR0912 - three numbers, two places
         """Micro and global batch: from the scenario, else from DeepSpeed's three numbers."""
         d, reading = self.draft, self._ds() or DeepSpeedReading()
         micro, batch = values.get("micro_batch_size"), values.get("global_batch_size")
@@ -512,9 +526,22 @@ class _Resolver:
             batch = total
             self.sources["training.global_batch_size"] = f"{self.ds_name}: train_batch_size"
         if micro is None:
-            if batch is not None and steps is not None and dp and batch % (dp * steps) == 0:
-                micro = batch // (dp * steps)
-                self.sources["training.micro_batch_size"] = f"global_batch_size / (dp x {steps} accumulation steps)"
+            if batch is not None and dp and (total is not None or steps is not None):
+                # deepspeed/runtime/config.py, _set_batch_related_parameters: one accumulation step unless said
+                micro, rest = divmod(batch, dp * (steps or 1))
+                if rest or not micro:
+                    self.problems.append(
+                        Problem(
+                            ("deepspeed",),
+                            f"a batch of {batch} does not divide over dp {dp}"
+                            + (f" * gradient_accumulation_steps {steps}" if steps else ""),
+                            write("train_batch_size", multiples(dp * (steps or 1), batch)),
+                        )
+                    )
+                    return
+                self.sources["training.micro_batch_size"] = (
+                    f"global_batch_size / (dp x {steps or 1} accumulation steps)"
+                )
             elif self.draft.knows("deepspeed") and (dp or batch is None or steps is None):
                 parent = ("training",) if ("training",) in self.doc.lines else ()
                 self.problems.append(
@@ -778,6 +805,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     ddp = r.settings("ddp", fields.DDP, top.get("ddp"), framework, "ddp")
     fsdp1 = r.settings("fsdp1", fields.FSDP1, top.get("fsdp1"), framework, "fsdp1")
     allocator = _allocator(r, top.get("allocator"))
+    r.problems = [_sent_home(problem) for problem in r.problems]
     r.problems.extend(run_rules(d))
     if simulate:
         taken = {problem.path for problem in r.problems}
@@ -789,6 +817,28 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     if "name" not in top:
         r.sources["name"] = "the file's name"
     return _scenario(r, name, ddp, fsdp1, allocator, top)
+
+
+_SECTIONS = {
+    "cluster": fields.CLUSTER,
+    "cluster.gpu": fields.GPU,
+    "parallelism": fields.PARALLELISM,
+    "training": fields.TRAINING,
+    "ddp": fields.DDP,
+    "allocator": fields.ALLOCATOR,
+    "model": MODEL_KEYS,
+}
+
+
+def _sent_home(problem: Problem) -> Problem:
+    """Where an unknown key is known in another section, say so."""
+    if not problem.problem.startswith("unknown key ") or not problem.path:
+        return problem
+    here, key = dotted(problem.path[:-1]), problem.path[-1]
+    homes = [section for section, table in _SECTIONS.items() if key in table and section != here]
+    if key in fields.TOP and here:
+        return problem._replace(remedy=f"{key} stands at the top, not under {here}")
+    return problem._replace(remedy=f"write it as {either([f'{home}.{key}' for home in homes])}") if homes else problem
 
 
 def _allocator(r: _Resolver, given: object) -> dict[str, Any]:

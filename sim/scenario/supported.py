@@ -36,13 +36,6 @@ def precision(d: Draft) -> Iterator[Problem]:
         yield Problem(("training", "precision"), f"precision {d.precision} is not simulated yet", "write bf16")
 
 
-def attention(d: Draft) -> Iterator[Problem]:
-    if d.attention in ("flash-3", "cudnn"):
-        yield Problem(
-            ("training", "attention"), f"attention {d.attention} is not simulated yet", "write flash-2, sdpa or math"
-        )
-
-
 def compiled(d: Draft) -> Iterator[Problem]:
     if d.compile:
         yield Problem(("training", "compile"), "compile: true is not simulated yet", "leave compile out")
@@ -61,7 +54,7 @@ def offload(d: Draft) -> Iterator[Problem]:
             )
 
 
-NOT_YET: tuple[Rule, ...] = (frameworks, axes, recompute, precision, attention, compiled, experts, offload)
+NOT_YET: tuple[Rule, ...] = (frameworks, axes, recompute, precision, compiled, experts, offload)
 
 
 def unsupported(draft: Draft) -> Iterator[Problem]:

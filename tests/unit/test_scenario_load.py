@@ -92,6 +92,12 @@ def test_a_key_of_a_named_model_can_be_overridden() -> None:
     assert s.model.vocab_size == 32000
 
 
+def test_a_key_of_a_pasted_config_can_be_overridden_by_our_name() -> None:
+    pasted = "{model_type: gpt2, n_embd: 64, n_layer: 12, n_head: 4, n_positions: 4096, vocab_size: 100}"
+    s = load(BASE.replace("llama-2-7b", pasted), "model.num_hidden_layers=3", "model.n_embd=128")
+    assert (s.model.num_hidden_layers, s.model.hidden_size, s.model.head_dim) == (3, 128, 32)
+
+
 def test_gpu_facts_are_overridden_with_their_source() -> None:
     s = load(BASE, "cluster.gpu={memory: 94.99 GiB, memory_bandwidth: 2.4 TB/s, power_limit: 500 W}")
     assert s.cluster.gpu.total_memory_bytes == round(94.99 * 2**30)
@@ -251,6 +257,27 @@ def test_a_mapping_is_a_scenario_too() -> None:
     with pytest.raises(ScenarioError) as caught:
         load_scenario_mapping({**data, "framework": "dpp"}, "run-1", file="runs.yaml", line=7)
     assert (caught.value.findings[0].file, caught.value.findings[0].line) == ("runs.yaml", 7)
+
+
+def test_a_relative_path_is_relative_to_a_relative_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenarios" / "configs").mkdir(parents=True)
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+    Path("scenarios/configs/m.json").write_text(json.dumps(config))
+    Path("scenarios/configs/ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    text = BASE.replace("llama-2-7b", "configs/m.json").replace("  zero: 3\n", "  tp: 1\n")
+    Path("scenarios/a.yaml").write_text(text + "deepspeed: configs/ds.json\n")
+    s = load_scenario("scenarios/a.yaml")
+    assert (s.model.hidden_size, s.parallelism.zero) == (64, 1)
+
+
+def test_deepspeed_works_out_the_micro_batch_as_deepspeed_does() -> None:
+    text = BASE.replace("  micro_batch_size: 2\n", "")
+    assert load(text + "deepspeed: {train_batch_size: 64}\n").training.micro_batch_size == 64 // 16
+    s = load(text + "deepspeed: {train_batch_size: 64, gradient_accumulation_steps: 2}\n")
+    assert (s.training.micro_batch_size, s.num_microbatches) == (2, 2)
+    assert problems(text + "deepspeed: {train_batch_size: 40}\n") == ["a batch of 40 does not divide over dp 16"]
 
 
 def test_a_path_is_relative_to_the_file(tmp_path: Path) -> None:
