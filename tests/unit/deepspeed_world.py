@@ -92,10 +92,15 @@ class Job:
             passes = self.emitter.passes(self.hooks)
             self.passes.append((passes.forward, passes.backward))
         self.step = self.hooks.optimizer_step(True)
+        self.later_step = self.hooks.optimizer_step(False)  # for the same passes
 
     @property
     def chunks(self) -> list[Chunk]:
         return [self.setup, *(chunk for pair in self.passes for chunk in pair), self.step]
+
+    @property
+    def two_steps(self) -> list[Chunk]:
+        return [*self.chunks, *(chunk for pair in self.passes for chunk in pair), self.later_step]
 
 
 def live(chunks: Iterable[Chunk]) -> dict[int, Storage]:
