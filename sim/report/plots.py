@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from sim.ir.footprint import CATEGORIES, Footprint
+from sim.ir.footprint import CATEGORIES, Footprint, Sample
+from sim.ir.program import Program
 from sim.ir.timeline import Timeline
-from sim.report.clock import clock_of
+from sim.report.clock import curve
 from sim.report.metrics import busy
 from sim.report.report import Report
+from sim.report.rows import moment
 from sim.units import TICKS_PER_S, format_bytes, format_duration
 
 COLOURS = {
@@ -22,16 +25,21 @@ COLOURS = {
     "activations": "#e15759",
     "buffers": "#b07aa1",
     "temporary": "#edc948",
-    "rounding": "#bab0ac",
+    "rounding": "#9c755f",
 }
 KIND_COLOURS = {
     "compute": "#4e79a7",
     "optimizer": "#59a14f",
-    "transfer": "#f28e2b",
-    "wait": "#f7d6b4",
-    "host": "#bab0ac",
+    "communication": "#f28e2b",
+    "waits for a rank": "#f9d9b8",
+    "copy or CPU": "#8c8c8c",
 }
+PHASE_COLOURS = {"forward": "#d5dfeb", "backward": "#f3d9d9", "optimizer": "#d9ead7"}
+LIMIT = "#b00020"
 GIB = 2**30
+NUM_BINS = 1500
+MAX_ROWS = 32
+_WIDTH, _DPI = 11.0, 130
 
 
 def _time_unit(ticks: int) -> tuple[float, str]:
@@ -42,91 +50,204 @@ def _time_unit(ticks: int) -> tuple[float, str]:
     return TICKS_PER_S * 1e-9, "ns"
 
 
-def memory_png(footprint: Footprint, timeline: Timeline, report: Report) -> bytes:
+# --- memory --------------------------------------------------------------------------------------
+
+
+def memory_png(footprint: Footprint, timeline: Timeline, program: Program, report: Report) -> bytes:
     """Draw what a rank holds over the step, stacked by category; the peak and the GPU's capacity are marked."""
-    when = clock_of(timeline, footprint.ranks[0])
-    samples = footprint.samples
+    rank = footprint.ranks[0]
     scale, unit = _time_unit(timeline.end)
-    times = np.array([when(s.position) for s in samples], dtype=float) / scale
-    heights = np.array([s.by_category for s in samples], dtype=float).T / GIB
-    reserved = np.array([s.reserved_bytes for s in samples], dtype=float) / GIB
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    times, chosen, reserved = _binned(curve(footprint, timeline, program), timeline.end)
+    edges = np.append(times, timeline.end) / scale
+    heights = np.array([sample.by_category for sample in chosen], dtype=float).reshape(-1, len(CATEGORIES)).T / GIB
+    cached = np.array(reserved, dtype=float) / GIB
+    figure = Figure(figsize=(_WIDTH, 5.6), layout="constrained")
     axes = figure.subplots()
-    used = [i for i, name in enumerate(CATEGORIES) if heights[i].max(initial=0) > 0]
-    axes.stackplot(
-        times, heights[used], labels=[CATEGORIES[i] for i in used], colors=[COLOURS[CATEGORIES[i]] for i in used],
-        step="post", linewidth=0,
-    )  # fmt: skip
-    axes.step(times, reserved, where="post", color="black", linewidth=1.0, label="reserved")
-    axes.axhline(report.usable_bytes / GIB, color="#c00000", linestyle="--", linewidth=1.2)
-    axes.annotate(
-        f"usable by the framework: {format_bytes(report.usable_bytes)}", (0.01, report.usable_bytes / GIB),
-        xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points", color="#c00000", fontsize=9,
-    )  # fmt: skip
-    peak = int(np.argmax(heights.sum(axis=0)))
-    axes.plot(times[peak], heights[:, peak].sum(), "v", color="black", markersize=8)
-    axes.annotate(
-        f"peak {format_bytes(footprint.peak_allocated_bytes)}\n{footprint.peak_phase} of {footprint.peak_module}",
-        (times[peak], heights[:, peak].sum()), xytext=(0, 10), textcoords="offset points", fontsize=9,
-        ha="right" if times[peak] > times[-1] * 0.6 else "left",
-    )  # fmt: skip
-    top = max(report.capacity_bytes, footprint.peak_device_bytes, footprint.peak_allocated_bytes) / GIB
-    axes.set_ylim(0, top * 1.12)
+    base = np.zeros(len(chosen))
+    for index, name in enumerate(CATEGORIES):
+        if heights[index].max(initial=0.0) * GIB >= 1.0:
+            axes.stairs(base + heights[index], edges, baseline=base, fill=True, color=COLOURS[name], label=name)
+            base = base + heights[index]
+    axes.stairs(cached, edges, baseline=base, fill=True, color="#ececec", label="cached by the\nallocator, free")
+    axes.stairs(cached, edges, baseline=None, color="#555555", linewidth=0.9, label="reserved")
+    top = max(report.capacity_bytes, max(reserved, default=0), footprint.peak_allocated_bytes) / GIB * 1.13
+    _limits(axes, report, timeline.end / scale)
+    _peak(axes, footprint, edges, base, top)
+    _phases(axes, timeline, rank, scale, top)
+    axes.set_ylim(0, top)
     axes.set_xlim(0, timeline.end / scale)
     axes.set_xlabel(f"time in the step ({unit})")
     axes.set_ylabel("GPU memory (GiB)")
-    axes.set_title(f"{report.scenario}: memory of rank {footprint.ranks[0]} over a step", loc="left")
-    _legend(axes)
+    step = {"first": "the first step", "setup": "setup (not timed)"}.get(footprint.peak_step, "a step")
+    alike = f" ({len(footprint.ranks) - 1:,} more are alike)" if len(footprint.ranks) > 1 else ""
+    _title(axes, f"{report.scenario}: memory of rank {rank} over {step}{alike}")
+    _legend(axes, reverse=True)
     return _png(figure)
+
+
+def _binned(points: Sequence[tuple[int, Sample]], end: int) -> tuple[Any, list[Sample], list[int]]:
+    """Return the start of each column of time, the sample that held most in it, and the most that was reserved.
+
+    A picture has fewer columns than a step has samples; each column shows the most that there was in it.
+    """
+    width = max(1, -(-end // NUM_BINS))
+    best: dict[int, Sample] = {}
+    most: dict[int, int] = {}
+    for tick, sample in points:
+        column = min(tick // width, NUM_BINS - 1) if best else 0
+        if column not in best or sample.allocated_bytes > best[column].allocated_bytes:
+            best[column] = sample
+        most[column] = max(most.get(column, 0), sample.reserved_bytes)
+    starts = np.array([min(column * width, end) for column in best], dtype=float)
+    return starts, list(best.values()), list(most.values())
+
+
+def _limits(axes: Any, report: Report, end: float) -> None:
+    """Mark what the framework can use, and above it what context, NCCL and libraries take of the GPU."""
+    usable, capacity = report.usable_bytes / GIB, report.capacity_bytes / GIB
+    axes.axhspan(usable, capacity, color=LIMIT, alpha=0.12, linewidth=0)
+    axes.axhline(usable, color=LIMIT, linestyle="--", linewidth=1.1)
+    axes.annotate(
+        f"the allocator can have {format_bytes(report.usable_bytes)} of {format_bytes(report.capacity_bytes)}",
+        (end, capacity), xytext=(-4, 4), textcoords="offset points", color=LIMIT, fontsize=9, ha="right",
+        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}, zorder=6,
+    )  # fmt: skip
+
+
+def _peak(axes: Any, footprint: Footprint, edges: Any, totals: Any, top: float) -> None:
+    if not len(totals):
+        return
+    column = int(np.argmax(totals))
+    x, y = (edges[column] + edges[column + 1]) / 2, totals[column]
+    late = x > edges[-1] * 0.6
+    high = y > top * 0.8
+    axes.plot(x, y, "v", color="black", markersize=7, zorder=7, clip_on=False)
+    axes.annotate(
+        f"peak {format_bytes(footprint.peak_allocated_bytes)}\n"
+        f"{moment(footprint.peak_phase, footprint.peak_module)}",
+        (x, y), xytext=((-8 if late else 8), (-26 if high else 9)), textcoords="offset points", fontsize=9,
+        ha="right" if late else "left", zorder=7,
+        bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+    )  # fmt: skip
+
+
+def _phases(axes: Any, timeline: Timeline, rank: int, scale: float, top: float) -> None:
+    """Draw a strip below the curve's top edge that says which phase the GPU computes."""
+    runs: list[list[Any]] = []
+    for span in sorted((s for s in timeline.spans if s.rank == rank and s.stream == "compute"), key=lambda s: s.start):
+        if span.kind == "compute" and span.phase in PHASE_COLOURS:
+            if runs and runs[-1][0] == span.phase:
+                runs[-1][2] = span.end
+            else:
+                runs.append([span.phase, span.start, span.end])
+    y, height = top * 0.965, top * 0.035
+    for phase, start, end in runs:
+        axes.broken_barh([(start / scale, (end - start) / scale)], (y, height), facecolors=PHASE_COLOURS[phase])
+        if (end - start) > 0.012 * len(phase) * timeline.end:
+            axes.text((start + end) / 2 / scale, y + height / 2, phase, ha="center", va="center", fontsize=8)
+
+
+# --- time ----------------------------------------------------------------------------------------
 
 
 def timeline_png(timeline: Timeline, report: Report) -> bytes:
-    """Draw what runs on each stream of each class of ranks (at most eight classes)."""
-    ranks = sorted(timeline.rank_end)[:8]
-    rows: list[tuple[int, str]] = []
-    for span in timeline.spans:
-        if span.rank in ranks and (span.rank, span.stream) not in rows:
-            rows.append((span.rank, span.stream))
-    rows.sort(key=lambda row: row[0])
+    """Draw what runs on each stream of each class of ranks.
+
+    A column of the picture is longer than most kernels, so that a bar is as high as the stream was busy in it.
+    """
+    rows = _streams(timeline)
+    left_out = len(rows) - MAX_ROWS
+    rows = rows[:MAX_ROWS]
     scale, unit = _time_unit(timeline.end)
-    figure = Figure(figsize=(11, 1.6 + 0.5 * len(rows)), layout="constrained")
+    width = max(1, -(-timeline.end // NUM_BINS))
+    number = -(-timeline.end // width) if timeline.end else 1
+    edges = np.minimum(np.arange(number + 1) * width, timeline.end) / scale
+    shares = _shares(timeline, {row: index for index, row in enumerate(rows)}, number, width)
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.46 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    for span in timeline.spans:
-        if (span.rank, span.stream) not in rows:
-            continue
-        row = rows.index((span.rank, span.stream))
-        if span.kind == "compute":
-            kind = "optimizer" if span.phase == "optimizer" else "compute"
-            bars.setdefault((row, kind), []).extend((s / scale, (e - s) / scale) for s, e in busy(span))
-        elif span.transfer is not None:
-            began = span.transfer.start
-            bars.setdefault((row, "transfer"), []).append((began / scale, (span.end - began) / scale))
-            if began > span.start:
-                bars.setdefault((row, "wait"), []).append((span.start / scale, (began - span.start) / scale))
-        else:
-            bars.setdefault((row, "host"), []).append((span.start / scale, (span.end - span.start) / scale))
     labelled: set[str] = set()
-    for (row, kind), pieces in sorted(bars.items()):
-        label = None if kind in labelled else kind
-        labelled.add(kind)
-        axes.broken_barh(pieces, (row - 0.4, 0.8), facecolors=KIND_COLOURS[kind], label=label, linewidth=0)
-    axes.set_yticks(range(len(rows)), [f"rank {rank} · {stream}" for rank, stream in rows])
-    axes.invert_yaxis()
+    for index in range(len(rows)):
+        base = np.full(number, float(-index))
+        for kind, colour in KIND_COLOURS.items():
+            share = shares.get((index, kind))
+            if share is None:
+                continue
+            filled = base + np.minimum(share / width, 1.0) * 0.8
+            label = None if kind in labelled else kind
+            labelled.add(kind)
+            axes.stairs(filled, edges, baseline=base, fill=True, color=colour, label=label)
+            base = filled
+        axes.axhline(-index, color="#cccccc", linewidth=0.5, zorder=0)
+    single = len({rank for rank, _ in rows}) == 1
+    names = [stream if single else f"rank {rank} · {stream}" for rank, stream in rows]
+    axes.set_yticks([0.4 - index for index in range(len(rows))], names, fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(0.15 - len(rows) + 0.7, 1.0)
     axes.set_xlim(0, timeline.end / scale)
-    axes.set_xlabel(f"time in the step ({unit})")
-    axes.set_title(f"{report.scenario}: one step, {format_duration(report.time_s)}", loc="left")
+    more = f"; {left_out} more streams are in the trace" if left_out > 0 else ""
+    axes.set_xlabel(f"time in the step ({unit}); a bar is as high as the stream is busy{more}")
+    alike = f" of rank {rows[0][0]}" if single and rows else ""
+    _title(axes, f"{report.scenario}: one step{alike}, {format_duration(report.time_s)}")
+    axes.spines["left"].set_visible(False)
     _legend(axes)
     return _png(figure)
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+def _streams(timeline: Timeline) -> list[tuple[int, str]]:
+    """Return (rank, stream) of all that run, by rank, the compute stream first."""
+    found = dict.fromkeys((span.rank, span.stream) for span in timeline.spans)
+    return sorted(found, key=lambda row: (row[0], row[1] != "compute"))
+
+
+def _shares(
+    timeline: Timeline, rows: dict[tuple[int, str], int], number: int, width: int
+) -> dict[tuple[int, str], Any]:
+    """Return, for each row and kind, the ticks of each column in which it runs."""
+    pieces: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for span in timeline.spans:
+        row = rows.get((span.rank, span.stream))
+        if row is None:
+            continue
+        if span.kind == "compute":
+            kind = "optimizer" if span.phase == "optimizer" else "compute"
+            pieces.setdefault((row, kind), []).extend(busy(span))
+        elif span.kind in ("copy", "host") or span.transfer is None:
+            pieces.setdefault((row, "copy or CPU"), []).append((span.start, span.end))
+        else:
+            began = span.transfer.start
+            pieces.setdefault((row, "communication"), []).append((began, span.end))
+            if began > span.start:
+                pieces.setdefault((row, "waits for a rank"), []).append((span.start, began))
+    return {key: _coverage(intervals, number, width) for key, intervals in pieces.items()}
+
+
+def _coverage(intervals: Iterable[tuple[int, int]], number: int, width: int) -> Any:
+    """Return how many ticks of each column disjoint intervals cover: the difference of their running total."""
+    points = sorted(intervals)
+    starts = np.array([start for start, _ in points], dtype=float)
+    ends = np.array([end for _, end in points], dtype=float)
+    before = np.concatenate([[0.0], np.cumsum(ends - starts)])
+    edges = np.arange(number + 1, dtype=float) * width
+    index = np.searchsorted(starts, edges, side="right")
+    inside = np.where(index > 0, np.maximum(ends[np.maximum(index - 1, 0)] - edges, 0.0), 0.0)
+    return np.diff(before[index] - inside)
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
+def _title(axes: Any, words: str) -> None:
+    axes.set_title(words, loc="left", fontsize=12, pad=10)
+
+
+def _legend(axes: Any, reverse: bool = False) -> None:
     axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, reverse=reverse)
 
 
 def _png(figure: Figure) -> bytes:
-    """Return the picture, 130 dots an inch, without a date: the same bytes each time."""
+    """Return the picture without a date: the same bytes each time."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": "sim"})
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": "sim"})
     return buffer.getvalue()

@@ -57,14 +57,15 @@ def save(simulation: Answered, remedies: Sequence[RemedyResult], out: Path) -> N
     from sim.scenario.load import dump_resolved
 
     prepare(out)
-    report, timeline = simulation.report, simulation.timeline
+    report, timeline, fullest = simulation.report, simulation.timeline, simulation.report.fullest
+    program = next(program for program in simulation.world.programs if program.rank == fullest.ranks[0])
     write_whole(out / "scenario.resolved.yaml", dump_resolved(simulation.scenario).encode())
     write_whole(out / "report.json", json_text(result(report, remedies)).encode())
     write_whole(out / "report.md", to_markdown(simulation.scenario, report, remedies).encode())
-    write_whole(out / "memory.png", memory_png(report.fullest, timeline, report))
+    write_whole(out / "memory.png", memory_png(fullest, timeline, program, report))
     write_whole(out / "timeline.png", timeline_png(timeline, report))
     write_whole(out / "trace.json.gz", trace_bytes(simulation.world, timeline, simulation.footprints))
-    write_whole(out / "memory_snapshot.pickle", snapshot_bytes(report.fullest))
+    write_whole(out / "memory_snapshot.pickle", snapshot_bytes(fullest))
 
 
 def write_whole(path: Path, content: bytes) -> None:

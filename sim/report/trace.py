@@ -1,7 +1,8 @@
 """The step as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
 One process for each class of ranks, one thread for each stream, a complete event ("X") for each kernel and transfer,
-and counters ("C") of allocated and reserved bytes. Times are microseconds, as the format wants them.
+and counters ("C") of allocated and reserved bytes. Inside a collective, the time until the last rank arrived is an
+event of its own. Times are microseconds, as the format wants them.
 
 Format: "Trace Event Format", Google, docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
@@ -10,46 +11,46 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sim.ir.footprint import CATEGORIES, Footprint
-from sim.ir.program import Program, World
+from sim.ir.program import COMPUTE, Program, World
 from sim.ir.timeline import Span, Timeline
-from sim.report.clock import clock_of
+from sim.report.clock import curve
 from sim.units import TICKS_PER_S
 
 _TICKS_PER_US = TICKS_PER_S // 10**6
 
 
-def trace_bytes(world: World, timeline: Timeline, footprints: tuple[Footprint, ...]) -> bytes:
+def trace_bytes(world: World, timeline: Timeline, footprints: Sequence[Footprint]) -> bytes:
     """Return the trace, gzipped; the same bytes for the same step (no time stamp, no file name in the header)."""
     events = list(trace_events(world, timeline, footprints))
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"))
     return gzip.compress(text.encode(), compresslevel=6, mtime=0)
 
 
-def trace_events(world: World, timeline: Timeline, footprints: tuple[Footprint, ...]) -> Iterator[dict[str, Any]]:
+def trace_events(world: World, timeline: Timeline, footprints: Sequence[Footprint]) -> Iterator[dict[str, Any]]:
     """Yield the events: names of processes and threads, spans in the order of the timeline, counters."""
     programs = {program.rank: program for program in world.programs}
-    threads: dict[tuple[int, str], int] = {}
     for rank, program in sorted(programs.items()):
         alike = f" ({len(program.ranks)} ranks alike)" if len(program.ranks) > 1 else ""
         yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}{alike}"}}
+    streams = sorted(dict.fromkeys((span.rank, span.stream) for span in timeline.spans), key=_thread_order)
+    threads: dict[tuple[int, str], int] = {}
+    for rank, stream in streams:
+        thread = threads[rank, stream] = sum(other == rank for other, _ in threads)
+        at = {"ph": "M", "pid": rank, "tid": thread}
+        yield {**at, "name": "thread_name", "args": {"name": stream}}
+        yield {**at, "name": "thread_sort_index", "args": {"sort_index": thread}}
     for span in timeline.spans:
-        key = (span.rank, span.stream)
-        if key not in threads:
-            threads[key] = sum(rank == span.rank for rank, _ in threads)
-            yield {
-                "ph": "M",
-                "name": "thread_name",
-                "pid": span.rank,
-                "tid": threads[key],
-                "args": {"name": span.stream},
-            }
-        yield from _span_events(span, programs[span.rank], threads[key])
+        yield from _span_events(span, programs[span.rank], threads[span.rank, span.stream])
     for footprint in footprints:
-        yield from _counters(footprint, timeline)
+        yield from _counters(footprint, timeline, programs[footprint.ranks[0]])
+
+
+def _thread_order(row: tuple[int, str]) -> tuple[int, bool]:
+    return row[0], row[1] != COMPUTE
 
 
 def _span_events(span: Span, program: Program, thread: int) -> Iterator[dict[str, Any]]:
@@ -62,24 +63,30 @@ def _span_events(span: Span, program: Program, thread: int) -> Iterator[dict[str
             yield {**common, "name": name, "ts": _us(start), "dur": _us(end - start), "args": where}
         return
     args: dict[str, Any] = dict(where)
-    if span.transfer is not None:
-        transfer = span.transfer
+    transfer = span.transfer
+    if transfer is not None:
         args |= {
             "axis": transfer.axis,
             "ranks": transfer.num_ranks,
+            "communicator": transfer.communicator,
+            "meeting": transfer.instance,
             "tensor_bytes": transfer.tensor_bytes,
             "wire_bytes": transfer.wire_bytes,
             "algorithm": transfer.algorithm,
-            "waited_us": _us(transfer.start - span.start),
         }
+        if span.end > transfer.start:
+            args["wire_bytes_per_s"] = round(transfer.wire_bytes * TICKS_PER_S / (span.end - transfer.start))
     yield {**common, "name": span.name, "ts": _us(span.start), "dur": _us(span.end - span.start), "args": args}
+    if transfer is not None and transfer.start > span.start:
+        waited = _us(transfer.start - span.start)
+        yield {**common, "name": "waits for a rank", "ts": _us(span.start), "dur": waited, "args": {}}
 
 
-def _counters(footprint: Footprint, timeline: Timeline) -> Iterator[dict[str, Any]]:
-    rank = footprint.ranks[0]
-    when = clock_of(timeline, rank)
-    for sample in footprint.samples:
-        at = {"ph": "C", "pid": rank, "ts": _us(when(sample.position))}
+def _counters(footprint: Footprint, timeline: Timeline, program: Program) -> Iterator[dict[str, Any]]:
+    if footprint.peak_step == "setup":
+        return
+    for tick, sample in curve(footprint, timeline, program):
+        at = {"ph": "C", "pid": footprint.ranks[0], "ts": _us(tick)}
         yield {**at, "name": "allocated bytes", "args": dict(zip(CATEGORIES, sample.by_category, strict=True))}
         yield {**at, "name": "reserved bytes", "args": {"reserved": sample.reserved_bytes}}
 
