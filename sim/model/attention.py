@@ -43,14 +43,14 @@ def fused_attention(
 ) -> Value:
     """One kernel forward, one backward; scores are never in memory, dropout is redone from the random state.
 
-    ``kernel``: flash-2, flash-3, cudnn, or efficient (what SDPA takes for fp32, and where there is a bias).
+    ``kernel``: flash-2, flash-3, cudnn, or memory-efficient (what SDPA takes for fp32, and where there is a bias).
     Saves q, k, v, out, the log-sum-exp in fp32 [batch, heads, seq] and the state of the random generator. ``causal`` is
     False where the mask is a tensor: then nothing is skipped.
     """
     batch, seq, heads, head_dim = head_dims(q)
     kv_heads = k.shape[2:3]
     lse_seq = seq
-    if kernel == "efficient":
+    if kernel == "memory-efficient":
         # kAlignLSE of the memory-efficient kernels is 32 rows (attention.cu, _efficient_attention_forward)
         lse_seq = (Dim("seq", _round(seq[0].size, 32)),)
     lse = Tensor(f"{out}.logsumexp", batch + heads + lse_seq, "fp32")
@@ -101,8 +101,8 @@ def _backward_scratch(
     GQA dk and dv accumulators fp32 of the key heads (hopper/flash_api.cpp; head_dim rounded to 64, 96, 128, 192, 256,
     tiles of 128 rows at most).
     cudnn: an fp32 accumulator of dq and the row sums. Its true workspace is not published; flash-2's is assumed.
-    efficient: delta fp32[b, h, s]; for fp32 its outputs are the accumulators (attention_backward.cu); for 16 bit it
-    accumulates dq in fp32 (kernel_backward.h, kNeedsAccumGradQ) [batch, heads, seq, head_dim].
+    memory-efficient: delta fp32[b, h, s]; for fp32 its outputs are the accumulators (attention_backward.cu); for
+    16 bit it accumulates dq in fp32 (kernel_backward.h, kNeedsAccumGradQ) [batch, heads, seq, head_dim].
     """
     batch, seq, heads, head_dim = head_dims(q)
     d = head_dim[0].size
@@ -111,7 +111,7 @@ def _backward_scratch(
     def tensor(what: str, shape: Shape, dtype: DType = "fp32") -> Tensor:
         return Tensor(f"{name}.{what}", shape, dtype)
 
-    if kernel == "efficient":
+    if kernel == "memory-efficient":
         delta = tensor("delta", batch + heads + seq)
         if q.dtype == "fp32":
             return (delta,), ()
@@ -226,18 +226,12 @@ def contiguous(tape: Tape, name: str, x: Value, out: str, *, module: str) -> Val
     return handed_on(tape, name, x, out, kind="copy", module=module, region=REGION)
 
 
-def for_bmm(
-    tape: Tape, module: str, q: Value, k: Value, v: Value, *, repeated: bool
-) -> tuple[Value, Value, Value]:  # fmt: skip
-    """``matmul`` folds batch and heads into one dimension: transposed operands are copied for it, unless there is one
+def for_bmm(tape: Tape, module: str, what: str, x: Value) -> Value:
+    """``matmul`` folds batch and heads into one dimension: a transposed operand is copied for it, unless there is one
     sequence, when a view serves. Keys and values repeated for GQA are contiguous already."""
-    if q.shape[0].size == 1:
-        return q, k, v
-    q = contiguous(tape, f"{module}.query.contiguous", q, "query.contiguous", module=module)
-    if not repeated:
-        k = contiguous(tape, f"{module}.key.contiguous", k, "key.contiguous", module=module)
-        v = contiguous(tape, f"{module}.value.contiguous", v, "value.contiguous", module=module)
-    return q, k, v
+    if x.shape[0].size == 1 or f"{what}.repeated" in x.name:
+        return x
+    return contiguous(tape, f"{module}.{what}.contiguous", x, f"{what}.contiguous", module=module)
 
 
 def sdpa_math(
@@ -258,10 +252,18 @@ def sdpa_math(
     k = repeat_kv(tape, f"{module}.repeat_key", k, heads, "key.repeated", module=module)
     v = repeat_kv(tape, f"{module}.repeat_value", v, heads, "value.repeated", module=module)
     q, k = (
-        pointwise(tape, f"{module}.scale_{n}", (x,), f"{n}.scaled", grads=((),), module=module, region=REGION)
+        pointwise(
+            tape,
+            f"{module}.scale_{n}",
+            (x,),
+            f"{x.name}.scaled" if repeated else f"{n}.scaled",
+            grads=((),),
+            module=module,
+            region=REGION,
+        )
         for n, x in (("query", q), ("key", k))
     )
-    q, k, v = for_bmm(tape, module, q, k, v, repeated=repeated)
+    q, k = for_bmm(tape, module, "query", q), for_bmm(tape, module, "key", k)
     scores = matmul_scores(tape, f"{module}.scores", q, k, f"{out}.scores", module=module, heads=heads)
     mask = alibi if alibi is not None else Tensor("causal_mask", scores.shape[2:], "fp32")
     tape.op(
@@ -273,6 +275,7 @@ def sdpa_math(
         tape, f"{module}.softmax", (scores,), name, grads=((name,),), kind="softmax", module=module, region=REGION
     )  # fmt: skip
     dropped = dropout(tape, f"{module}.dropout", probabilities, p, out=f"{name}.dropped", module=module, region=REGION)
+    v = for_bmm(tape, module, "value", v)
     context = matmul_values(tape, f"{module}.{REGION}", dropped, v, f"{out}.heads", module=module)
     result = cast(tape, f"{module}.cast", context, dtype, out=f"{out}.low", module=module, region=REGION)
     return contiguous(tape, f"{module}.contiguous", result, out, module=module)

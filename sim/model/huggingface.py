@@ -98,7 +98,7 @@ def eager_attention(
         q = cast(tape, f"{module}.query.cast", q, low, out="query.low", module=module, region=REGION)
         k = cast(tape, f"{module}.key.cast", k, low, out="key.low", module=module, region=REGION)
         v = cast(tape, f"{module}.value.cast", v, low, out="value.low", module=module, region=REGION)
-    q, k, v = for_bmm(tape, module, q, k, v, repeated=repeated and not single)
+    q, k = for_bmm(tape, module, "query", q), for_bmm(tape, module, "key", k)
     scores = matmul_scores(tape, f"{module}.scores", q, k, "scores", module=module, heads=heads)
     scaled = scores
     if names.scale != "fused":
@@ -109,6 +109,7 @@ def eager_attention(
     masked = handed_on(
         tape, f"{module}.mask", scaled, "scores.masked", constants=(bias,), dtype=dtype, module=module, region=REGION
     )  # fmt: skip
+    variable = masked.name  # replaced by the probabilities only when they are cast
     upcast = names.fp32_softmax or tape.precision.autocast
     if upcast and masked.dtype != "fp16":
         masked = cast(tape, f"{module}.float", masked, "fp32", out="scores.fp32", module=module, region=REGION)
@@ -119,11 +120,13 @@ def eager_attention(
         dtype="fp32" if upcast else masked.dtype, module=module, region=REGION,
     )  # fmt: skip
     low_probabilities = cast(
-        tape, f"{module}.probabilities.cast", probabilities, q.dtype, out=f"{name}.low", module=module, region=REGION
+        tape, f"{module}.probabilities.cast", probabilities, q.dtype, out=f"{name}.low", module=module, region=REGION,
+        also_reads=(variable,),
     )  # fmt: skip
     dropped = dropout(
         tape, f"{module}.dropout", low_probabilities, p, out="dropped", module=module, region=REGION
     )  # fmt: skip
+    v = for_bmm(tape, module, "value", v)
     context = matmul_values(tape, f"{module}.{REGION}", dropped, v, f"{out}.heads", module=module)
     return contiguous(tape, f"{module}.contiguous", context, out, module=module)
 

@@ -39,6 +39,8 @@ class Names:
     """What eager attention scales: the scores, the projected query, or the product itself as it is made (baddbmm)."""
     repeats: bool = False
     """Grouped keys and values are copied for every query head as soon as they are projected (Falcon-40B's code)."""
+    adds_in_place: bool = False
+    """A parallel block adds attention's output into the MLP's (``+=``), and holds it to the end."""
     fp32_softmax: bool = False
     """Eager attention computes softmax in fp32 and casts it back."""
 
@@ -71,7 +73,13 @@ FALCON = Names(
     embed="word_embeddings", position="position_embeddings", embed_norm="embed_norm", attention="self_attention",
     q="", k="", v="", qkv="self_attention.query_key_value", out="self_attention.dense", norm1="input_layernorm",
     norm2="post_attention_layernorm", gate="mlp.gate", up="mlp.dense_h_to_4h", act="mlp.act", down="mlp.dense_4h_to_h",
-    final_norm="ln_f", repeats=True,
+    final_norm="ln_f", repeats=True, adds_in_place=True,
+)  # fmt: skip
+NEOX = Names(
+    embed="embed_in", position="embed_positions", embed_norm="embed_norm", attention="attention", q="", k="", v="",
+    qkv="attention.query_key_value", out="attention.dense", norm1="input_layernorm", norm2="post_attention_layernorm",
+    gate="mlp.gate", up="mlp.dense_h_to_4h", act="mlp.act", down="mlp.dense_4h_to_h", final_norm="final_layer_norm",
+    head="embed_out", fp32_softmax=True,
 )  # fmt: skip
 MPT = Names(
     embed="wte", position="wpe", embed_norm="norm_e", attention="attn", q="", k="", v="", qkv="attn.Wqkv",
@@ -81,9 +89,9 @@ MPT = Names(
 
 
 def names_of(model: ModelConfig) -> Names:
-    """Return the paths of the family that a config's structure belongs to."""
+    """Return the paths of the family that a config's structure belongs to (a parallel block with biases is NeoX's)."""
     if model.parallel_block:
-        return FALCON
+        return NEOX if model.mlp_bias else FALCON
     if model.position == "alibi":
         return BLOOM if model.embedding_norm else MPT
     if model.position == "learned" and not model.gated:

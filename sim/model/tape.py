@@ -267,12 +267,23 @@ def pointwise(
     return result
 
 
-def cast(tape: Tape, name: str, x: Value, dtype: DType, *, out: str = "", module: str = "", region: str = "") -> Value:
+def cast(
+    tape: Tape,
+    name: str,
+    x: Value,
+    dtype: DType,
+    *,
+    out: str = "",
+    module: str = "",
+    region: str = "",
+    also_reads: tuple[str, ...] = (),
+) -> Value:
     """``x.to(dtype)``: nothing if it is that already; saves nothing, casts the gradient back."""
     if x.dtype == dtype:
         return x
     return pointwise(
-        tape, name, (x,), out or name, grads=((),), dtype=dtype, kind="copy", module=module, region=region
+        tape, name, (x,), out or name, grads=((),), dtype=dtype, kind="copy", also_reads=also_reads, module=module,
+        region=region,
     )  # fmt: skip
 
 
@@ -320,13 +331,23 @@ def add_in_place(tape: Tape, name: str, left: Value, right: Value, *, module: st
     return result
 
 
-def dropout(tape: Tape, name: str, x: Value, p: float, *, out: str, module: str = "", region: str = "") -> Value:
+def dropout(
+    tape: Tape,
+    name: str,
+    x: Value,
+    p: float,
+    *,
+    out: str,
+    module: str = "",
+    region: str = "",
+    also_reads: tuple[str, ...] = (),
+) -> Value:
     """``F.dropout`` on CUDA: native_dropout keeps a mask of one byte an element. Nothing when p is 0."""
     if not p:
         return x
     mask = Tensor(f"{out}.mask", x.shape, "bool")
     return pointwise(
-        tape, name, (x,), out, grads=((mask.name,),), keeps=(mask,), module=module, region=region
+        tape, name, (x,), out, grads=((mask.name,),), keeps=(mask,), also_reads=also_reads, module=module, region=region
     )  # fmt: skip
 
 
@@ -393,12 +414,23 @@ def handed_on(
     return result
 
 
-def linear(tape: Tape, module: str, x: Value, n: Shape, k: Shape, *, bias: bool, out: str) -> Value:
+def linear(
+    tape: Tape,
+    module: str,
+    x: Value,
+    n: Shape,
+    k: Shape,
+    *,
+    bias: bool,
+    out: str,
+    also_reads: tuple[str, ...] = (),
+) -> Value:
     """``F.linear``: y[m, n] = x[m, k] @ w[n, k]^T + b[n]. Saves x (and the weight, which is a parameter).
 
     Backward in the order of AddmmBackward0/MmBackward0: grad_input, grad_weight, then the bias's sum, which the engine
     does when it checks the gradient's shape (torch/csrc/autograd/engine.cpp, validate_outputs).
-    Under autocast the input is cast (each call anew), the weight once; their gradients are cast back.
+    Under autocast the input is cast (each call anew), the weight once; their gradients are cast back. Leaves out: the
+    bias's cast, n elements that autocast's cache holds until its region ends.
     """
     low, gemm = tape.precision.low, tape.precision.gemm
     m = x.shape[:2]
@@ -411,7 +443,8 @@ def linear(tape: Tape, module: str, x: Value, n: Shape, k: Shape, *, bias: bool,
     autocast_reads = (held.name,) if tape.precision.autocast else ()
     parameters = (weight.name,) + ((shift.name,) if shift else ())
     tape.op(
-        module, (Gemm(m, n, k, gemm),), reads=(x.name, *autocast_reads), writes=(result.tensor,),
+        module, (Gemm(m, n, k, gemm),), reads=tuple(dict.fromkeys((x.name, *autocast_reads, *also_reads))),
+        writes=(result.tensor,),
         saves=(x.name, *autocast_reads), parameters=parameters, module=module,
     )  # fmt: skip
 

@@ -289,12 +289,13 @@ def _block(c: Context) -> Layer:
             second = normalise(c, tape, c.names.norm2, x, out="normed2")
         attended = _attention(c, tape, first)
         mixed = _mlp(c, tape, second)
-        if c.code == "huggingface":
+        in_place = c.code == "huggingface" and c.names.adds_in_place
+        if in_place:
             both = add_in_place(tape, "parallel.add", mixed, attended)
         else:
             both = add(tape, "parallel.add", mixed, attended, promote(mixed.dtype, attended.dtype), out="parallel")
         # FalconDecoderLayer's local variable holds the attention's output until it returns
-        held = (attended.name,) if c.code == "huggingface" else ()
+        held = (attended.name,) if in_place else ()
         result = add(tape, "residual.add", both, x, c.residual_dtype, out="output", also_reads=held)
     else:
         attended = _attention(c, tape, first)
@@ -363,11 +364,20 @@ def _attention(c: Context, tape: Tape, x: Value) -> Value:
             q, k = core.rope_complex(tape, module, q, k, table=_rope_table(c))
     out = _core_attention(c, tape, q, k, v)
     p, name = model.dropout, "attention_output"
+    held = (q.name, k.name, v.name)  # local variables of the module's forward until it returns
     y = linear(
         tape, n.out, out, (d.hidden,), (d.heads, d.head_dim), bias=model.attention_output_bias,
-        out=f"{name}.linear" if p else name,
+        out=f"{name}.linear" if p else name, also_reads=held,
     )  # fmt: skip
-    return dropout(tape, f"{module}.resid_dropout", y, p, out=name, module=f"{module}.resid_dropout" if p else module)
+    return dropout(
+        tape,
+        f"{module}.resid_dropout",
+        y,
+        p,
+        out=name,
+        also_reads=held,
+        module=f"{module}.resid_dropout" if p else module,
+    )
 
 
 def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
@@ -391,11 +401,11 @@ def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Val
 def sdpa_backend(q: Value, k: Value, biased: bool) -> str:
     """Return what scaled_dot_product_attention runs on CUDA (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 
-    flash takes 16 bit without a bias; efficient takes the rest unless keys are grouped; math takes what is left.
+    flash takes 16 bit without a bias; memory-efficient takes the rest unless keys are grouped; math takes what is left.
     """
     if q.dtype != "fp32" and not biased:
         return "flash-2"
-    return "efficient" if q.shape[2].size == k.shape[2].size else "math"
+    return "memory-efficient" if q.shape[2].size == k.shape[2].size else "math"
 
 
 def _mlp(c: Context, tape: Tape, x: Value) -> Value:

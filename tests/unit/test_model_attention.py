@@ -65,7 +65,7 @@ def test_flash_3_accumulates_grouped_keys_in_fp32_of_their_own_heads() -> None:
 
 
 def test_the_efficient_kernel_aligns_its_statistics_to_32_rows() -> None:
-    forward, backward = run("efficient", dtype="fp32")
+    forward, backward = run("memory-efficient", dtype="fp32")
     assert sizes(forward.keeps)["logsumexp"] == 4 * BATCH * HEADS * 224
     assert sizes(backward.scratch) == {"delta": 4 * BATCH * HEADS * 200}
 
@@ -81,8 +81,8 @@ def test_backward_is_five_matmuls_to_two() -> None:
 @pytest.mark.parametrize(
     ("dtype", "kv_heads", "biased", "backend"),
     [
-        ("bf16", 8, False, "flash-2"), ("bf16", 2, False, "flash-2"), ("bf16", 8, True, "efficient"),
-        ("fp32", 8, False, "efficient"), ("fp32", 2, False, "math"),
+        ("bf16", 8, False, "flash-2"), ("bf16", 2, False, "flash-2"), ("bf16", 8, True, "memory-efficient"),
+        ("fp32", 8, False, "memory-efficient"), ("fp32", 2, False, "math"),
     ],
 )  # fmt: skip
 def test_what_sdpa_takes_on_cuda(dtype: DType, kv_heads: int, biased: bool, backend: str) -> None:
