@@ -97,8 +97,6 @@ class Stage12(DeepSpeed):
         self.filled = []
         self.elements = 0
         self.reduced = None
-        self.current = 0
-        self.reduced_once = False
 
     def gradient_ready(self, layer: int, parameter: str, gradient: Storage) -> Iterable[Instruction]:
         trained = self.owner[layer, parameter]

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from sim.interop.deepspeed_config import DeepSpeedSettings
 from sim.ir.ledger import DTYPE_BYTES, DType, Layer
 from sim.ir.program import COMPUTE, Alloc, Chunk, Compute, Free, HostWait, Instruction, Mark, Storage, UseOn
+from sim.parallel.emit import Emitter
 from sim.parallel.frameworks.deepspeed_base import DeepSpeed, communication_dtype, named_dtype
 from sim.parallel.frameworks.flat import (
     Trained,
@@ -183,8 +183,8 @@ class Stage3(DeepSpeed):
 
     # the record
 
-    def use_trace(self, emitter: Any) -> None:
-        """Take the record from the plans of an :class:`~sim.parallel.emit.Emitter`, without writing a pass."""
+    def use_trace(self, emitter: Emitter) -> None:
+        """Take the record from the plans of an emitter, without writing a pass."""
         places: list[_Place] = [_ROOT] * self.plan.root_modules
         wanted = ("pre", "pre_again", "pre_back")
         for index, plan in enumerate(emitter.plans):
