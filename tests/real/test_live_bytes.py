@@ -72,7 +72,7 @@ def _walk(
 
 KERNELS = ("flash-2", "math")
 DTYPES = ("fp32", "bf16")
-EAGER = ("llama", "llama_mha", "llama_mqa", "gemma_mlp", "gpt", "opt", "bloom", "mpt", "falcon_40b")
+EAGER = ("llama", "llama_mha", "llama_mqa", "gemma_mlp", "gpt", "opt", "bloom", "mpt", "neox", "falcon_40b")
 PLAIN = ("gpt", "opt", "no_bias", "falcon_7b")
 CASES = [
     *itertools.product(("huggingface",), EAGER, KERNELS, DTYPES),

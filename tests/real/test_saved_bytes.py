@@ -59,11 +59,17 @@ MODELS = {
             "num_key_value_heads": 1,
         }
     ),
+    "neox": LLAMA.model_copy(
+        update={
+            "parallel_block": True, "norm": "layernorm", "hidden_act": "gelu", "num_key_value_heads": 4,
+            "attention_bias": True, "attention_output_bias": True, "mlp_bias": True,
+        }
+    ),
     "falcon_40b": LLAMA.model_copy(
         update={"parallel_block": True, "num_block_norms": 2, "norm": "layernorm", "hidden_act": "gelu"}
     ),
 }  # fmt: skip
-FUSED = ("gpt", "bloom", "mpt", "gpt_dropout", "no_bias", "falcon_7b", "falcon_40b")
+FUSED = ("gpt", "bloom", "mpt", "gpt_dropout", "no_bias", "neox", "falcon_7b", "falcon_40b")
 
 
 def torch_dtype(name: str) -> torch.dtype:

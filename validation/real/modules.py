@@ -115,7 +115,7 @@ class Attention(nn.Module):
                 q = q * c.head_dim**-0.5
             k, v = self.k(x), self.v(x)
         q, k, v = (t.view(batch, seq, -1, c.head_dim) for t in (q, k, v))
-        if c.parallel_block and self.code == "huggingface" and c.num_key_value_heads > 1:
+        if c.parallel_block and not c.mlp_bias and self.code == "huggingface" and c.num_key_value_heads > 1:
             k, v = (t.unsqueeze(3).expand(-1, -1, -1, q.shape[2] // t.shape[2], -1).reshape(q.shape) for t in (k, v))
         if c.query_key_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -160,14 +160,15 @@ class Attention(nn.Module):
             scores = bias.baddbmm(q, k.transpose(1, 2), alpha=c.head_dim**-0.5).view(batch, heads, seq, seq) + mask
             probabilities = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
             return torch.bmm(probabilities.view(batch * heads, seq, seq), v).view(batch, heads, seq, width)
-        scores = torch.matmul(q, k.transpose(2, 3)) * (c.head_dim**-0.5) + mask
-        if c.position == "alibi" or (c.position == "rope" and not c.parallel_block):
-            probabilities = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        scores = torch.matmul(q, k.transpose(2, 3)) * (c.head_dim**-0.5)
+        scores = scores + mask
+        if c.position == "alibi" or (c.position == "rope" and (c.mlp_bias or not c.parallel_block)):
+            scores = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         else:
-            probabilities = functional.softmax(scores, dim=-1).type(v.dtype)
+            scores = functional.softmax(scores, dim=-1).type(v.dtype)
         if c.attention_dropout:
-            probabilities = functional.dropout(probabilities, c.attention_dropout)
-        return torch.matmul(probabilities, v)
+            scores = functional.dropout(scores, c.attention_dropout)
+        return torch.matmul(scores, v)
 
 
 class Mlp(nn.Module):
@@ -195,6 +196,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, code: str, kernel: str, *, fused: bool) -> None:
         super().__init__()
         self.parallel, self.code, self.norms_after = config.parallel_block, code, not config.final_norm
+        self.neox = config.mlp_bias
         self.norm1 = make_norm(config, code, config.hidden_size)
         self.norm2 = make_norm(config, code, config.hidden_size) if config.num_block_norms == 2 else None
         self.attention, self.mlp = Attention(config, code, kernel, fused=fused), Mlp(config, code)
@@ -203,7 +205,7 @@ class Block(nn.Module):
         if self.parallel:
             first = self.norm1(x)
             second = first if self.norm2 is None else self.norm2(x)
-            if self.code == "huggingface":
+            if self.code == "huggingface" and not self.neox:
                 attended, mixed = self.attention(first, tables), self.mlp(second)
                 mixed += attended
                 return x + mixed
