@@ -1,0 +1,64 @@
+"""The loss's temporaries, in bytes a logit: they decide the peak where the vocabulary is large."""
+
+from __future__ import annotations
+
+import pytest
+
+from sim.ir.ledger import Dim, DType, Tensor
+from sim.model.loss import cross_entropy, vocab_cross_entropy
+from sim.model.precision import Precision
+from sim.model.tape import Tape, Value
+
+ROWS = (Dim("batch", 2), Dim("seq", 8))
+LOGITS = (*ROWS, Dim("vocab", 1000))
+LABELS = Tensor("labels", ROWS, "int64")
+
+
+def run(code: str, dtype: DType = "bf16") -> tuple[Tape, dict[str, str]]:
+    """Return the tape after both passes, and the dtypes of the tensors as large as the logits."""
+    tape = Tape(Precision.of(dtype, dtype, autocast=False))
+    logits = Value(Tensor("logits", LOGITS, dtype))
+    if code == "megatron":
+        loss = vocab_cross_entropy(tape, logits, LABELS)
+    else:
+        loss = cross_entropy(tape, logits, LABELS, code=code)
+    tape.start_backward(loss)
+    for emit in reversed(tape._nodes):
+        emit()
+    made = [t for op in (*tape.forward, *tape.backward) for t in op.writes]
+    return tape, {t.name: t.dtype for t in made if t.shape == LOGITS}
+
+
+@pytest.mark.parametrize("code", ["torch", "huggingface"])
+def test_plain_cross_entropy_makes_four_tensors_beside_16_bit_logits(code: str) -> None:
+    """Forward the upcast and log-softmax (kept), backward nll_loss's, log_softmax's, and the cast: 4 4 4 4 2 bytes."""
+    tape, made = run(code)
+    assert made == {
+        "logits.fp32": "fp32", "log_probabilities": "fp32", "grad:log_probabilities": "fp32",
+        "grad:logits.fp32": "fp32", "grad:logits": "bf16",
+    }  # fmt: skip
+    saved = {name for op in tape.forward for name in op.saves}
+    assert saved & made.keys() == {"log_probabilities"}
+
+
+def test_fp32_logits_need_no_casts() -> None:
+    _, made = run("torch", "fp32")
+    assert list(made) == ["log_probabilities", "grad:log_probabilities", "grad:logits"]
+
+
+def test_the_callers_logits_live_until_the_loss_is_there() -> None:
+    tape, _ = run("torch")
+    assert {"logits", "logits.fp32"} <= set(tape.forward[-1].reads)
+
+
+def test_megatron_makes_one_fp32_tensor_and_the_gradient() -> None:
+    """The fp32 copy becomes the softmax, then the gradient, in place: 4 bytes kept and 2 made."""
+    tape, made = run("megatron")
+    assert made == {"softmax": "fp32", "grad:logits": "bf16"}
+    assert {name for op in tape.forward for name in op.saves} == {"softmax", "loss.target_mask", "loss.masked_target"}
+
+
+def test_hugging_face_shifts_the_labels_into_a_tensor_that_is_kept() -> None:
+    tape, _ = run("huggingface")
+    assert tape.forward[0].writes == (Tensor("shifted_labels", ROWS, "int64"),)
+    assert "shifted_labels" in tape.forward[-1].saves
