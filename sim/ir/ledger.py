@@ -102,9 +102,7 @@ class Attention:
     @property
     def flops(self) -> int:
         """FLOPs executed: two matmuls forward, five backward; a causal mask skips half."""
-        dense = 2 * prod(
-            size(s) for s in (self.batch, self.heads, self.query, self.key, self.head_dim)
-        )
+        dense = 2 * prod(size(s) for s in (self.batch, self.heads, self.query, self.key, self.head_dim))
         executed = dense * (2 if self.direction == "forward" else 5)
         return executed // 2 if self.causal else executed
 
@@ -133,6 +131,20 @@ class Pointwise:
 
 
 Kernel = Gemm | Attention | Pointwise
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A collective that is part of a layer's own forward or backward: tensor, sequence, context or expert parallelism.
+
+    ``tensor`` is the whole message in nccl-tests' sense: an all-gather's output, a reduce-scatter's input, else the
+    buffer. ``blocking``: the compute stream waits for it; else only the op that reads its output does (``Op.awaits``).
+    """
+
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv"]
+    axis: str
+    tensor: Tensor
+    blocking: bool = True
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -174,6 +186,8 @@ class Op:
     ``releases``    (backward) forward ops whose saved tensors it was the last to need
     ``module``      path of the innermost torch module whose forward runs it ("" is the layer)
     ``region``      a label that recompute policies refer to ("core_attention", "mlp_activation")
+    ``exchange``    the collective that the op is, instead of or before its kernels
+    ``awaits``      names of ops whose exchange was not blocking and must have ended before the kernels run
     """
 
     name: str
@@ -188,6 +202,8 @@ class Op:
     releases: tuple[str, ...] = ()
     module: str = ""
     region: str = ""
+    exchange: Exchange | None = None
+    awaits: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int:

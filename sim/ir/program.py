@@ -16,12 +16,8 @@ from typing import Literal
 
 from sim.ir.ledger import DType, Kernel
 
-Category = Literal[
-    "parameters", "gradients", "optimizer", "activations", "buffers", "temporary"
-]
-CollectiveKind = Literal[
-    "all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all", "barrier"
-]
+Category = Literal["parameters", "gradients", "optimizer", "activations", "buffers", "temporary"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all", "barrier"]
 
 COMPUTE = "compute"
 """The stream that torch calls the current one."""
@@ -164,19 +160,7 @@ class Mark:
 
 
 Instruction = (
-    Compute
-    | Collective
-    | Send
-    | Recv
-    | Copy
-    | HostCompute
-    | Alloc
-    | Free
-    | UseOn
-    | Record
-    | Wait
-    | HostWait
-    | Mark
+    Compute | Collective | Send | Recv | Copy | HostCompute | Alloc | Free | UseOn | Record | Wait | HostWait | Mark
 )
 Chunk = tuple[Instruction, ...]
 

@@ -18,8 +18,8 @@ class Transfer:
     """What a collective, send, receive or copy moved.
 
     ``kind`` is the collective's ("all_gather", ...), "send", "recv", "host_to_device" or "device_to_host"; ``axis`` the
-    communicator's axis ("" for copies); ``instance`` numbers the meetings on one ``communicator`` (its name), so that the
-    spans of one meeting can be found on all ranks; ``start`` is when the bytes began to flow (all ranks had arrived).
+    communicator's axis ("" for copies); ``instance`` numbers the meetings on one ``communicator`` (its name), so that
+    the spans of one meeting can be found on all ranks; ``start`` is when the bytes began to flow (all had arrived).
     """
 
     kind: str

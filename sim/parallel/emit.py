@@ -18,12 +18,27 @@ Liveness is worked out once for each distinct layer (:func:`plan_layer`) and ins
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from sim.ir.ledger import DTYPE_BYTES, Dim, DType, Layer, Op, Pointwise, Tensor
-from sim.ir.program import Alloc, Category, Chunk, Compute, Free, Instruction, Mark, Storage
+from sim.ir.program import (
+    COMPUTE,
+    Alloc,
+    Category,
+    Chunk,
+    Collective,
+    Compute,
+    Free,
+    Instruction,
+    Mark,
+    Record,
+    Recv,
+    Send,
+    Storage,
+    Wait,
+)
 
 
 class Hooks(Protocol):
@@ -85,8 +100,8 @@ _INPUT, _OUTPUT, _GRAD_OUTPUT, _GRAD_INPUT = range(4)
 _NUM_BORDER = 4
 
 _Verb = Literal["alloc", "free", "gradient", "pre", "post", "pre_again", "post_again", "pre_back", "post_back"]
-_Step = tuple[_Verb, int, str] | Compute
-"""A kernel, or (verb, slot, module): a slot's alloc, free or gradient; entering and leaving a module."""
+_Step = tuple[_Verb, int, str] | Instruction
+"""An instruction, or (verb, slot, module): a slot's alloc, free or gradient; entering and leaving a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +277,7 @@ def _steps(tape: _Tape, num_forward: int) -> tuple[tuple[_Step, ...], tuple[_Ste
     for slot, last in tape.death.items():
         if slot not in never:
             tape.nodes[last].dying.append(slot)
-    kernels: dict[int, tuple[Compute, ...]] = {}
+    issued: dict[int, tuple[Instruction, ...]] = {}
     passes: list[list[_Step]] = []
     for nodes in (tape.nodes[:num_forward], tape.nodes[num_forward:]):
         steps: list[_Step] = []
@@ -270,16 +285,38 @@ def _steps(tape: _Tape, num_forward: int) -> tuple[tuple[_Step, ...], tuple[_Ste
         for node in nodes:
             _enter(steps, stack, node)
             steps.extend(("alloc", slot, "") for slot in (*node.born, *node.gradients, *node.scratch))
-            launched = kernels.get(id(node.op))
-            if launched is None:
-                launched = kernels[id(node.op)] = tuple(Compute(node.op.name, kernel) for kernel in node.op.kernels)
-            steps.extend(launched)
+            instructions = issued.get(id(node.op))
+            if instructions is None:
+                instructions = issued[id(node.op)] = tuple(_issue(node.op))
+            steps.extend(instructions)
             steps.extend(("free", slot, "") for slot in node.scratch)
             steps.extend(("gradient", slot, "") for slot in node.gradients)
             steps.extend(("free", slot, "") for slot in sorted(node.dying))
         _leave(steps, stack, 0)
         passes.append(steps)
     return tuple(passes[0]), tuple(passes[1])
+
+
+def _issue(op: Op) -> Iterator[Instruction]:
+    """Yield what an op asks of the GPU: its collective on NCCL's stream for the axis, then its kernels."""
+    exchange = op.exchange
+    if exchange is not None:
+        stream = f"nccl:{exchange.axis}"
+        yield Record(f"{op.name} ready", COMPUTE)
+        yield Wait(f"{op.name} ready", stream)
+        tensor = exchange.tensor
+        if exchange.kind == "send_recv":
+            yield Send(op.name, exchange.axis, tensor.num_bytes, stream)
+            yield Recv(op.name, exchange.axis, tensor.num_bytes, stream)
+        else:
+            yield Collective(op.name, exchange.kind, exchange.axis, tensor.num_bytes, tensor.dtype, stream)
+        yield Record(op.name, stream)
+        if exchange.blocking:
+            yield Wait(op.name, COMPUTE)
+    for awaited in op.awaits:
+        yield Wait(awaited, COMPUTE)
+    for kernel in op.kernels:
+        yield Compute(op.name, kernel)
 
 
 def _enter(steps: list[_Step], stack: list[tuple[str, _Verb]], node: _Node) -> None:
@@ -354,7 +391,7 @@ class Emitter:
         order = []
         for index in reversed(range(len(self.layers))):
             for step in self.plans[index].backward:
-                if not isinstance(step, Compute) and step[0] == "gradient":
+                if isinstance(step, tuple) and step[0] == "gradient":
                     parameter = self.plans[index].slots[step[1] - _NUM_BORDER].parameter
                     if (index, parameter) not in self.owners:
                         order.append((index, parameter))
@@ -383,7 +420,7 @@ class Emitter:
     ) -> None:
         slots = self.plans[index].slots
         for step in steps:
-            if isinstance(step, Compute):
+            if not isinstance(step, tuple):
                 out.append(step)
                 continue
             verb, slot, module = step
