@@ -6,7 +6,9 @@ Results go to standard output, progress, warnings and prose to standard error. E
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +20,14 @@ from sim.errors import ScenarioError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
     from sim.advice import Remedy
 
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_DEFECT = 70
+PROGRESS_AFTER_S = 0.7
 
 app = typer.Typer(
     name="sim",
@@ -58,7 +62,7 @@ def run(
         bool, typer.Option(help="Where it does not fit, try by simulation which changes would make it fit.")
     ] = True,
 ) -> None:
-    """Simulate one training step: fits or not, memory, time, communication."""
+    """Simulate one training step: memory, time, communication."""
     from sim.pipeline import simulate
     from sim.scenario.load import load_scenario
 
@@ -67,7 +71,8 @@ def run(
         from sim.report.save import prepare
 
         prepare(out)
-    simulation = simulate(scenario, record=out is not None)
+    with _progress(f"simulating {scenario.name}", quiet):
+        simulation = simulate(scenario, record=out is not None)
     report = simulation.report
     remedies: tuple[Remedy, ...] = ()
     if not report.fits and advice:
@@ -96,7 +101,7 @@ def run(
 
 @app.command()
 def check(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Read and resolve a scenario, simulate nothing; print every problem at once."""
+    """Print every problem of a scenario; simulate nothing."""
     from sim.scenario.load import load_scenario
 
     scenario = load_scenario(file, set_ or ())
@@ -111,7 +116,7 @@ def check(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False
 
 @app.command()
 def explain(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Print the resolved scenario with the source of every default and fact."""
+    """Print a resolved scenario, and where each value comes from."""
     from sim.report.explain import explanation, given_document, print_explanation
     from sim.scenario.load import load_scenario
 
@@ -129,7 +134,7 @@ def catalog(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them.")] = None,
     json: Json = False,
 ) -> None:
-    """List what is known: GPUs, nodes, networks, links, models; each fact with its source."""
+    """List what is known, or every fact about one of them."""
     from sim.report.catalog import catalogue, print_catalogue
 
     content = catalogue(kind, name)
@@ -143,7 +148,7 @@ def catalog(
 def schema(
     kind: Annotated[str, typer.Argument(metavar="[scenario|topology]", help="Which schema.")] = "scenario",
 ) -> None:
-    """Print a JSON Schema, for editors and for other programs."""
+    """Print a JSON Schema, for editors and other programs."""
     from sim.catalog.json_schema import topology_schema
     from sim.scenario.load import scenario_json_schema
 
@@ -157,7 +162,11 @@ def schema(
 def main() -> None:
     """Run the command line: bad input is a list of findings and exit 2, anything unforeseen our defect and exit 70."""
     import gc
+    import io
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
     gc.disable()  # a run makes many small objects and no cycles worth collecting; the process ends soon
     try:
         app()
@@ -165,9 +174,6 @@ def main() -> None:
         for finding in error.findings:
             typer.echo(str(finding), err=True)
         sys.exit(EXIT_BAD_INPUT)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader left (sim ... | head)
-        sys.exit(0)
     except Exception:
         import traceback
 
@@ -195,23 +201,72 @@ def _root(
 
 @contextmanager
 def _progress(words: str, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show on standard error, if a person looks at it, what is being done; yields a function that says the part."""
+    """Say on standard error, if a person looks at it and it takes long, what is being done.
+
+    Yields a function that says which part.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda part: None
         return
-    from rich.console import Console
+    late = _Late(words)
+    try:
+        yield late.say
+    finally:
+        late.stop()
 
-    with Console(stderr=True).status(words) as status:
-        yield lambda part: status.update(f"{words}: {part}")
+
+class _Late:
+    """A spinner that appears only where the work is not done by then."""
+
+    def __init__(self, words: str) -> None:
+        self._words = self._said = words
+        self._lock = threading.Lock()
+        self._status: Status | None = None
+        self._timer = threading.Timer(PROGRESS_AFTER_S, self._show)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def say(self, part: str) -> None:
+        with self._lock:
+            self._said = f"{self._words}: {part}"
+            if self._status is not None:
+                self._status.update(self._said)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._words = ""
+            if self._status is not None:
+                self._status.stop()
+
+    def _show(self) -> None:
+        console = _console(stderr=True)
+        with self._lock:
+            if self._words:
+                self._status = console.status(self._said)
+                self._status.start()
 
 
 def _print_json(value: object) -> None:
     from sim.report.report import json_text
 
-    typer.echo(json_text(value), nl=False)
+    try:
+        sys.stdout.write(json_text(value))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_left()
 
 
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, stderr=stderr)
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            _reader_left()
+
+    return Patient(highlight=False, stderr=stderr)
+
+
+def _reader_left() -> None:
+    """The reader of standard output has had enough (sim ... | head): write the rest nowhere, the exit code stays."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sim.ir.footprint import CATEGORIES, Footprint
-from sim.ir.ledger import Attention, Gemm, Ledger
+from sim.ir.ledger import Attention, Gemm, Kernel, Ledger
 from sim.ir.program import Compute, World
 from sim.ir.timeline import Timeline
 from sim.report.metrics import PARTS, CommunicationTotal, communication, slowest_rank, step_parts
@@ -191,7 +191,11 @@ def peak_flops_per_s(scenario: Scenario) -> float:
 
 
 def executed_flops(world: World) -> int:
-    """Return the matmul and attention FLOPs that all ranks execute in a step, recompute included."""
+    """Return the matmul and attention FLOPs that all ranks execute in a step, recompute included.
+
+    Causal attention counts in full, as in ``Ledger.matmul_flops``, though its kernels skip half: so HFU and MFU are
+    shares of one measure, and differ by what is computed again.
+    """
     total = 0
     for program in world.programs:
         by_chunk: dict[str, int] = {}
@@ -199,14 +203,18 @@ def executed_flops(world: World) -> int:
             flops = by_chunk.get(call.chunk)
             if flops is None:
                 chunk = program.chunks[call.chunk]
-                flops = sum(i.kernel.flops for i in chunk if i.__class__ is Compute and _is_matmul(i))
+                flops = sum(_matmul_flops(i.kernel) for i in chunk if i.__class__ is Compute)
                 by_chunk[call.chunk] = flops
             total += flops * len(program.ranks)
     return total
 
 
-def _is_matmul(instruction: object) -> bool:
-    return isinstance(instruction.kernel, Gemm | Attention)  # type: ignore[attr-defined]
+def _matmul_flops(kernel: Kernel) -> int:
+    if isinstance(kernel, Gemm):
+        return kernel.flops
+    if isinstance(kernel, Attention):
+        return kernel.flops * 2 if kernel.causal else kernel.flops
+    return 0
 
 
 def _rank(footprint: Footprint) -> dict[str, Any]:
