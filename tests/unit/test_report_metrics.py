@@ -79,7 +79,9 @@ def test_intervals_are_sets_of_instants(left, right):
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["compute", "collective", "recv", "copy", "host"]), st.integers(0, 99), st.integers(1, 50)),
+        st.tuples(
+            st.sampled_from(["compute", "collective", "recv", "copy", "host"]), st.integers(0, 99), st.integers(1, 50)
+        ),
         min_size=1, max_size=15,
     ),
     st.sampled_from(["forward", "optimizer"]),
