@@ -49,6 +49,7 @@ def simulate(scenario: Scenario, *, record: bool = False) -> Simulation:
         parameter_dtype=dtypes.parameter,
         compute_dtype=dtypes.compute,
         autocast=dtypes.autocast,
+        flash=gpu.compute_capability >= (8, 0),
     )
     world = lower(ledger, scenario)
     cost = CostModel(cluster, gpu, CostSettings(compiled=scenario.training.compile))

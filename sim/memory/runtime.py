@@ -4,8 +4,7 @@
 from the communicators that exist and the connections that each of them makes; sizes and rules are those of NCCL 2.30
 (src/init.cc, src/transport/p2p.cc, net.cc, nvls.cc, src/channel.cc), default settings.
 
-cuBLAS workspaces are not here: PyTorch takes them from its own allocator, so a program allocates them
-(:func:`cublas_workspace_bytes`).
+cuBLAS workspaces are not here: PyTorch takes them from its own allocator, so a program allocates them.
 """
 
 from __future__ import annotations
@@ -165,17 +164,6 @@ def outside_torch(
         most_bytes=high + most + library_bytes,
         assumptions=tuple(words),
     )
-
-
-def cublas_workspace_bytes(compute_capability: tuple[int, int]) -> int:
-    """Return the workspace that PyTorch allocates for each cuBLAS handle and stream, from its caching allocator.
-
-    aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``: ":4096:2:16:8", 2 x 4096 KiB + 8 x 16 KiB,
-    and 32 MiB from Hopper on (Blackwell: in releases of 2026). Handles belong to threads, so autograd's thread, which
-    runs backward, has a workspace of its own on the same stream.
-    """
-    major, _ = compute_capability
-    return 32 * MIB if major >= 9 else (2 * 4096 + 8 * 16) * KIB
 
 
 def _with(communicator: NcclCommunicator, algorithms: tuple[str, ...]) -> NcclCommunicator:

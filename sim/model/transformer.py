@@ -61,6 +61,8 @@ class Context:
     precision: Precision
     dims: Dims
     names: Names
+    flash: bool = True
+    """Whether scaled_dot_product_attention has FlashAttention: from compute capability 8.0 on."""
 
     @property
     def code(self) -> str:
@@ -76,12 +78,18 @@ class Context:
 
 
 def describe(
-    model: ModelConfig, training: Training, *, parameter_dtype: DType, compute_dtype: DType, autocast: bool
+    model: ModelConfig,
+    training: Training,
+    *,
+    parameter_dtype: DType,
+    compute_dtype: DType,
+    autocast: bool,
+    flash: bool = True,
 ) -> Ledger:
     """Return what one replica computes for one microbatch. Identical blocks are one object, described once."""
     dims = _dims(model, training)
     precision = Precision.of(parameter_dtype, compute_dtype, autocast=autocast)
-    context = Context(model, training, precision, dims, names_of(model))
+    context = Context(model, training, precision, dims, names_of(model), flash)
     if training.code == "megatron":
         from sim.model import megatron
 
@@ -392,18 +400,18 @@ def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Val
         q, k, v = core.to_low(tape, module, q, k, v)
     biased = kernel == "sdpa" and alibi is not None
     if kernel == "sdpa":
-        kernel = sdpa_backend(q, k, alibi is not None)
+        kernel = sdpa_backend(q, k, alibi is not None, c.flash)
     if kernel == "math":
         return core.sdpa_math(tape, q, k, v, out=out, module=module, p=p, alibi=alibi)
     return core.fused_attention(tape, q, k, v, kernel=kernel, out=out, module=module, causal=not biased)
 
 
-def sdpa_backend(q: Value, k: Value, biased: bool) -> str:
+def sdpa_backend(q: Value, k: Value, biased: bool, flash: bool = True) -> str:
     """Return what scaled_dot_product_attention runs on CUDA (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 
     flash takes 16 bit without a bias; memory-efficient takes the rest unless keys are grouped; math takes what is left.
     """
-    if q.dtype != "fp32" and not biased:
+    if q.dtype != "fp32" and not biased and flash:
         return "flash-2"
     return "memory-efficient" if q.shape[2].size == k.shape[2].size else "math"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from sim.ir.ledger import Ledger
-from sim.ir.program import Alloc, Call, Chunk, Communicator, Mark, Program, Storage, World
+from sim.ir.program import Call, Chunk, Communicator, Program, World
+from sim.parallel.cublas import workspaces
 from sim.parallel.emit import Emitter, Hooks, Recompute
 from sim.parallel.mesh import mesh_of
 from sim.scenario.schema import Scenario
@@ -48,7 +49,7 @@ def lower(ledger: Ledger, scenario: Scenario) -> World:
     emitter = Emitter(ledger.layers, ledger.batch_inputs, _recompute(scenario), ledger.parameter_dtype)
     framework = _framework(emitter, ledger, scenario)
     num_microbatches = scenario.num_microbatches
-    chunks: dict[str, Chunk] = {"setup": framework.setup(), "workspaces": _workspaces(scenario)}
+    chunks: dict[str, Chunk] = {"setup": framework.setup(), "workspaces": workspaces(scenario.cluster.gpu.compute_capability)}
     passes = _passes(chunks, "first." if framework.passes_differ else "", emitter, framework, num_microbatches)
     chunks["first.optimizer"] = framework.optimizer_step(first_step=True)
     first_step = (Call("workspaces"), *passes, Call("first.optimizer"))
@@ -129,15 +130,3 @@ def _framework(emitter: Emitter, ledger: Ledger, scenario: Scenario) -> Framewor
             framework.use_trace(emitter)
         return framework
     raise AssertionError(f"no lowering for framework {scenario.framework}")
-
-
-CUBLAS_WORKSPACE_BYTES = {"hopper": 32 * 2**20, "other": 2 * 4096 * 1024 + 8 * 16 * 1024}
-"""``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB for compute capability 9.0 and later
-(NVIDIA's recommendation; PyTorch pull requests 120925 and 175344), :4096:2:16:8 KiB before."""
-
-
-def _workspaces(scenario: Scenario) -> Chunk:
-    """cuBLAS' workspace: from the caching allocator at the first matmul, once for each handle and stream, and kept."""
-    modern = scenario.cluster.gpu.compute_capability >= (9, 0)
-    size = CUBLAS_WORKSPACE_BYTES["hopper" if modern else "other"]
-    return (Mark("forward", "cublas"), Alloc(Storage("cublas workspace", size, "buffers")))

@@ -10,7 +10,6 @@ from sim.memory.runtime import (
     P2P_RECEIVE_BYTES,
     P2P_SEND_BYTES,
     NcclCommunicator,
-    cublas_workspace_bytes,
     nccl_bytes,
     outside_torch,
 )
@@ -70,9 +69,3 @@ def test_an_unknown_band_is_the_value_itself() -> None:
     outside = outside_torch(500 * MIB, context_band=(0, 0))
     assert outside.least_bytes == outside.most_bytes == outside.total_bytes == 500 * MIB
     assert NOTHING.total_bytes == 0
-
-
-def test_cublas_workspace() -> None:
-    """:4096:2:16:8 is 2 x 4096 KiB + 8 x 16 KiB = 8,519,680 B; 32 MiB from Hopper on."""
-    assert cublas_workspace_bytes((8, 0)) == cublas_workspace_bytes((8, 9)) == 8_519_680
-    assert cublas_workspace_bytes((9, 0)) == cublas_workspace_bytes((10, 0)) == 33_554_432
