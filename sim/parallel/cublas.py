@@ -1,9 +1,9 @@
 """cuBLAS workspaces: what PyTorch takes from its own allocator for every handle and stream that multiplies matrices.
 
-Source: aten/src/ATen/cuda/CublasHandlePool.cpp. ``getCurrentCUDABlasHandle`` keeps its pool window in a thread-local, so
-autograd's thread, which runs backward, has a handle of its own; ``getCUDABlasWorkspace`` keeps one workspace for each
-(handle, stream). ``parseChosenWorkspaceSize``: ":4096:2:16:8" in KiB, and 32 MiB from Hopper on (PyTorch pull requests
-120925 and 175344).
+Source: aten/src/ATen/cuda/CublasHandlePool.cpp. ``getCurrentCUDABlasHandle`` keeps its pool window in a thread-local,
+so autograd's thread, which runs backward, has a handle of its own; ``getCUDABlasWorkspace`` keeps one workspace for
+each (handle, stream). ``parseChosenWorkspaceSize``: ":4096:2:16:8" in KiB, and 32 MiB from Hopper on (PyTorch pull
+requests 120925 and 175344).
 """
 
 from __future__ import annotations

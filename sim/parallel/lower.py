@@ -49,7 +49,8 @@ def lower(ledger: Ledger, scenario: Scenario) -> World:
     emitter = Emitter(ledger.layers, ledger.batch_inputs, _recompute(scenario), ledger.parameter_dtype)
     framework = _framework(emitter, ledger, scenario)
     num_microbatches = scenario.num_microbatches
-    chunks: dict[str, Chunk] = {"setup": framework.setup(), "workspaces": workspaces(scenario.cluster.gpu.compute_capability)}
+    gpu = scenario.cluster.gpu
+    chunks: dict[str, Chunk] = {"setup": framework.setup(), "workspaces": workspaces(gpu.compute_capability)}
     passes = _passes(chunks, "first." if framework.passes_differ else "", emitter, framework, num_microbatches)
     chunks["first.optimizer"] = framework.optimizer_step(first_step=True)
     first_step = (Call("workspaces"), *passes, Call("first.optimizer"))
