@@ -35,7 +35,7 @@ def test_the_curve_runs_forward_within_the_step_and_shows_the_peak(name):
 
 
 def test_a_first_step_that_makes_optimizer_states_is_drawn_on_the_clock_of_a_later_one():
-    simulation = answered("ddp")
+    simulation = answered("too_large")
     footprint = simulation.report.fullest
     (program,) = simulation.world.programs
     assert footprint.peak_step == "first"
