@@ -123,7 +123,8 @@ def changes(scenario: Scenario) -> Iterator[Change]:
     if scenario.framework == "ddp":
         for stage in (1, 2, 3):
             yield f"DeepSpeed ZeRO-{stage}", ("framework=deepspeed", f"parallelism.zero={stage}")
-        yield (
-            "DeepSpeed ZeRO-3 and recompute",
-            ("framework=deepspeed", "parallelism.zero=3", "training.recompute=full"),
-        )
+        if training.recompute == "none":
+            yield (
+                "DeepSpeed ZeRO-3 and recompute",
+                ("framework=deepspeed", "parallelism.zero=3", "training.recompute=full"),
+            )

@@ -20,6 +20,7 @@ from sim.parallel.lower import lower
 from sim.parallel.precision import dtypes_of
 from sim.report.report import Report, summarise
 from sim.scenario.schema import Scenario
+from sim.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def simulate(scenario: Scenario, *, record: bool = False) -> Simulation:
         timeline,
         held,
         usable_bytes=min(settings.capacity_bytes or 0 for settings in allocators.values()),
-        warnings=(*scenario.warnings, *_assumptions(outside), *cost.assumptions()),
+        warnings=(*scenario.warnings, *_cache_notes(held), *_assumptions(outside), *cost.assumptions()),
     )
     return Simulation(scenario, cluster, ledger, world, timeline, held, report)
 
@@ -79,6 +80,24 @@ def _allocator(scenario: Scenario, outside: Outside) -> AllocatorSettings:
         garbage_collection_threshold=config.garbage_collection_threshold,
         capacity_bytes=max(0, scenario.cluster.gpu.total_memory_bytes - outside.total_bytes),
     )
+
+
+def _cache_notes(held: tuple[Footprint, ...]) -> tuple[str, ...]:
+    """Say where the cache is large for a reason that people can act on."""
+    fullest = max(held, key=lambda footprint: footprint.peak_reserved_bytes)
+    notes = []
+    if fullest.peak_awaiting_bytes > fullest.peak_allocated_bytes // 10:
+        notes.append(
+            f"up to {format_bytes(fullest.peak_awaiting_bytes)} of what the allocator caches was freed by the host, which "
+            "runs ahead, while another stream still used it (record_stream); how far it runs ahead rests on the host's "
+            "launch times and CUDA's queue of 1,024 launches, and Python time in a framework's own hooks is not modelled"
+        )
+    if fullest.num_alloc_retries:
+        notes.append(
+            f"the allocator emptied its cache {fullest.num_alloc_retries} times to make room; each time synchronises "
+            "the GPU, which is not in the step's time"
+        )
+    return tuple(notes)
 
 
 def _assumptions(outside: dict[int, Outside]) -> tuple[str, ...]:
