@@ -143,9 +143,7 @@ def _grouped(kind: Kind, m: int, v: int, group: int, *, last_chunk_first: bool) 
 def _interleaved(p: int, m: int, v: int, group: int) -> Orders:
     forward = _grouped("forward", m, v, group, last_chunk_first=False)
     backward = _grouped("backward", m, v, group, last_chunk_first=True)
-    return tuple(
-        _warmed(forward, backward, min(2 * (p - r - 1) + (v - 1) * group, m * v)) for r in range(p)
-    )
+    return tuple(_warmed(forward, backward, min(2 * (p - r - 1) + (v - 1) * group, m * v)) for r in range(p))
 
 
 def interleaved(p: int, m: int, v: int) -> Orders:
@@ -201,9 +199,7 @@ def interleaved_zero_bubble(p: int, m: int, v: int) -> Orders:
     forward = _grouped("forward", m, v, group, last_chunk_first=False)
     inputs = _grouped("input_gradient", m, v, group, last_chunk_first=True)
     weights = _grouped("weight_gradient", m, v, group, last_chunk_first=True)
-    return tuple(
-        _delayed(forward, inputs, weights, min((v - 1) * group + p - r - 1, m * v), r) for r in range(p)
-    )
+    return tuple(_delayed(forward, inputs, weights, min((v - 1) * group + p - r - 1, m * v), r) for r in range(p))
 
 
 def zb_h1(p: int, m: int, v: int) -> Orders:
@@ -217,15 +213,13 @@ def zb_h1(p: int, m: int, v: int) -> Orders:
 
 
 def zb_2p(p: int, m: int, v: int) -> Orders:
-    """Forwards fill the warm-up, 2 (p-r) - 1 of them; W is delayed by 2r passes, so that the end is a parallelogram too.
+    """2 (p-r) - 1 forwards fill the warm-up; W is delayed by 2r passes, so that ranks end as staggered as they start.
 
     Source: Qi et al., arXiv 2401.10241, section 2.2 and figure 3 (the handcrafted schedule ZB-H2, which holds 2p - 1).
     The repository's ZB-2P searches for an order by measured durations; this is the order it starts from.
     """
     forward, inputs, weights = (_passes(k, 0, m) for k in ("forward", "input_gradient", "weight_gradient"))
-    return tuple(
-        _delayed_after(forward, inputs, weights, min(2 * (p - r) - 1, m), 2 * r) for r in range(p)
-    )
+    return tuple(_delayed_after(forward, inputs, weights, min(2 * (p - r) - 1, m), 2 * r) for r in range(p))
 
 
 def _delayed_after(forward: list[Pass], inputs: list[Pass], weights: list[Pass], warmup: int, delay: int) -> Order:
@@ -277,16 +271,14 @@ def zb_v(p: int, m: int, v: int) -> Orders:
     """Two chunks a rank in a V: the backward starts on the rank where the forward began, W fills the rest.
 
     Source: Qi et al., arXiv 2401.10241, section 6; the handcrafted order for F = I = W that torch has
-    (torch/distributed/pipelining/schedules.py, ``ScheduleZBVZeroBubble``). It is drawn for at least 2p - 1 microbatches;
-    of a shorter step those in excess are left out.
+    (torch/distributed/pipelining/schedules.py, ``ScheduleZBVZeroBubble``). It is drawn for at least 2p - 1
+    microbatches; of a shorter step those in excess are left out.
     """
     drawn = max(2 * p - 1, m)
     tables: dict[Kind, list[list[Pass]]] = {
         k: [_passes(k, chunk, drawn) for chunk in (0, 1)] for k in ("forward", "input_gradient", "weight_gradient")
     }
-    return tuple(
-        tuple([pass_ for pass_ in _zb_v_rank(p, r, drawn, tables) if pass_.microbatch < m]) for r in range(p)
-    )
+    return tuple(tuple([pass_ for pass_ in _zb_v_rank(p, r, drawn, tables) if pass_.microbatch < m]) for r in range(p))
 
 
 def _zb_v_rank(p: int, r: int, m: int, tables: dict[Kind, list[list[Pass]]]) -> list[Pass]:
@@ -329,14 +321,14 @@ def dualpipe_v(p: int, m: int, v: int) -> Orders:
 def _of_two_chunks(first: range, second: range) -> dict[str, tuple[list[Pass], list[Pass]]]:
     """Return the passes of the microbatches of two chunks by kind, and forwards with ``with_next`` as "paired"."""
     kinds: tuple[Kind, ...] = ("forward", "backward", "input_gradient", "weight_gradient")
-    passes = {k: ([Pass(k, 0, i) for i in first], [Pass(k, 1, i) for i in second]) for k in kinds}
-    paired = [Pass("forward", 0, i, True) for i in first], [Pass("forward", 1, i, True) for i in second]
-    return {**passes, "paired": paired}
+    passes: dict[str, tuple[list[Pass], list[Pass]]] = {
+        k: ([Pass(k, 0, i) for i in first], [Pass(k, 1, i) for i in second]) for k in kinds
+    }
+    passes["paired"] = [Pass("forward", 0, i, True) for i in first], [Pass("forward", 1, i, True) for i in second]
+    return passes
 
 
-def _dualpipe_rank(
-    half: int, r: int, m: int, passes: dict[str, tuple[list[Pass], list[Pass]]], *, near: int
-) -> Order:
+def _dualpipe_rank(half: int, r: int, m: int, passes: dict[str, tuple[list[Pass], list[Pass]]], *, near: int) -> Order:
     """Return the eight steps of a rank, as DualPipe's source numbers them.
 
     The rank is r ranks from the end where the microbatches of chunk ``near`` enter; those of the other chunk turn back,
@@ -387,25 +379,26 @@ class Schedule:
     ``orders(p, m, v)``   one order a rank; only where :meth:`refusal` is None
     ``num_chunks``        chunks of a rank, where the schedule fixes them; None: as many as asked for
     ``copies``            copies of the model's parameters that the pipeline holds
-    ``splits_backward``   needs the gradients of inputs and weights in passes of their own
-    ``post_validates``    its bubble counts from a rank's first pass to its last: ranks end one after another, and to start
-                          the next step so too, the optimizer must not wait for all of them (it steps on the norm and
-                          overflow known so far, and takes the step back if they prove wrong; arXiv 2401.10241, section 4)
-    ``bubble_s(F, B, W, p, m, v)``        idle time of the rank that idles longest, uniform stages, free communication
-    ``exact_from(p, v)``                  the least m from which ``bubble_s`` is exact; of shorter steps the true one is longer
-    ``microbatches_held(p, m, v, rank)``  most microbatches of a chunk between forward and end of backward at once, summed
-                                          over the rank's chunks; a unit is the activations of one chunk
+    ``splits_backward``   needs the gradients of inputs and of weights in passes of their own
+    ``post_validates``    its bubble counts from a rank's first pass to its last: ranks end one after another, and can
+                          start the next step so only if the optimizer does not wait for all of them (it steps on the
+                          norm and overflow known so far, and takes the step back if they prove wrong; arXiv
+                          2401.10241, section 4)
+    ``bubble_s(F, B, W, p, m, v)``        idle time of the rank that idles longest: uniform stages, free communication
+    ``is_exact(F, B, W, p, m, v)``        whether ``bubble_s`` is that time, not an estimate
+    ``microbatches_held(p, m, v, rank)``  most microbatches of a chunk between forward and the end of backward at once,
+                                          over the rank's chunks together; each is the activations of one chunk
     """
 
     orders: Callable[[int, int, int], Orders]
     placement: Placement
     bubble_s: Callable[[float, float, float, int, int, int], float]
+    is_exact: Callable[[float, float, float, int, int, int], bool]
     microbatches_held: Callable[[int, int, int, int], int]
     num_chunks: int | None = 1
     copies: int = 1
     splits_backward: bool = False
     post_validates: bool = False
-    exact_from: Callable[[int, int], int] = lambda p, v: 1
     refuses: Callable[[int, int, int], Refusal | None] = lambda p, m, v: None
 
     def refusal(self, p: int, m: int, v: int) -> Refusal | None:
@@ -434,7 +427,7 @@ def _equal_groups(p: int, m: int, v: int) -> Refusal | None:
     rounds = max(1, m // p)
     if m % rounds == 0:
         return None
-    return f"{m} microbatches do not make {rounds} groups of one size", f"use {_around(m, rounds)}"
+    return f"{m} microbatches do not make {rounds} groups of one size", f"use {_around(m, p)}"
 
 
 def _two_way(p: int, m: int, v: int) -> Refusal | None:
@@ -458,23 +451,33 @@ def _idle_1f1b(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
 
 
 def _idle_interleaved(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
-    """(p-1) (F + B) / v: Narayanan et al., arXiv 2104.04473, section 2.2.2."""
-    return (p - 1) * (f + b) / v
+    """(p-1) (F + B) / v: Narayanan et al., arXiv 2104.04473, section 2.2.2.
+
+    With fewer microbatches than ranks, the first is back for its next chunk p - m turns after the last has left:
+    (v-1) (p-m) (F + B) / v more.
+    """
+    return (p - 1 + (v - 1) * max(0, p - m)) * (f + b) / v
 
 
 def _idle_zb_h1(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
-    """(p-1) (F + B - 2W) / v: arXiv 2401.10241, table 2 (its T_B is our B - W); deepseek-ai/DualPipe, README, "ZB1P"."""
-    return (p - 1) * (f + b - 2 * w) / v
+    """(p-1) (F + B - 2W) / v: arXiv 2401.10241, table 2 (its T_B is our B - W); deepseek-ai/DualPipe, README, "ZB1P".
+
+    A step of m < p has p - m weight gradients too few to fill the end.
+    """
+    return ((p - 1) * (f + b - 2 * w) + max(0, p - m) * w) / v
 
 
 def _idle_zb_2p(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
-    """(p-1) (F + B - 3W): arXiv 2401.10241, table 2 (its T_B is our B - W); none where F = I = W."""
-    return (p - 1) * (f + b - 3 * w)
+    """(p-1) (F + B - 3W): arXiv 2401.10241, table 2 (its T_B is our B - W); none where F = I = W.
+
+    A step of m < 2p - 1 has 2p - 1 - m weight gradients too few.
+    """
+    return (p - 1) * (f + b - 3 * w) + max(0, 2 * p - 1 - m) * w
 
 
-def _no_idle(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
-    """None: arXiv 2401.10241, section 6, where F = I = W."""
-    return 0.0
+def _idle_zb_v(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
+    """None where F = I = W: arXiv 2401.10241, section 6. A step of m < 2p - 1 has 2p - 1 - m W too few."""
+    return max(0, 2 * p - 1 - m) * w
 
 
 def _idle_dualpipe(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
@@ -487,13 +490,37 @@ def _idle_dualpipe_v(f: float, b: float, w: float, p: int, m: int, v: int) -> fl
     return (p - 1) * (f + b + b - 3 * w) / 2
 
 
+def _always(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
+    return True
+
+
+def _short_w(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
+    """A weight gradient must fit where it is put: beside a forward or an input gradient of a neighbour."""
+    return w <= min(f, b - w)
+
+
+def _short_w_full_turn(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
+    return _short_w(f, b, w, p, m, v) and (v == 1 or m >= p)
+
+
+def _all_alike(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
+    """F = I = W, for which the order is drawn."""
+    return f == b - w == w
+
+
+def _mirrored(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
+    """F = I >= W: the two halves of an F&B pair then last as long on both sides. Longer if F > I, shorter if F < I."""
+    return f == b - w >= w
+
+
 SCHEDULES: dict[str, Schedule] = {
-    "gpipe": Schedule(gpipe, LOOPED, _idle_1f1b, lambda p, m, v, r: m),
-    "1f1b": Schedule(one_f_one_b, LOOPED, _idle_1f1b, lambda p, m, v, r: min(m, p - r)),
+    "gpipe": Schedule(gpipe, LOOPED, _idle_1f1b, _always, lambda p, m, v, r: m),
+    "1f1b": Schedule(one_f_one_b, LOOPED, _idle_1f1b, _always, lambda p, m, v, r: min(m, p - r)),
     "interleaved": Schedule(
         interleaved,
         LOOPED,
         _idle_interleaved,
+        _always,
         lambda p, m, v, r: min(v * m, 2 * (p - r - 1) + (v - 1) * p + 1),
         num_chunks=None,
         refuses=_whole_groups,
@@ -502,16 +529,18 @@ SCHEDULES: dict[str, Schedule] = {
         interleaved_torch,
         LOOPED,
         _idle_interleaved,
+        _always,
         lambda p, m, v, r: min(v * m, 2 * (p - r - 1) + (v - 1) * _torch_group(p, m) + 1),
         num_chunks=None,
         refuses=_equal_groups,
     ),
-    "looped-bfs": Schedule(looped_bfs, LOOPED, _idle_interleaved, lambda p, m, v, r: v * m, num_chunks=None),
-    "zb-h1": Schedule(zb_h1, LOOPED, _idle_zb_h1, lambda p, m, v, r: min(m, p), splits_backward=True),
+    "looped-bfs": Schedule(looped_bfs, LOOPED, _idle_interleaved, _always, lambda p, m, v, r: v * m, num_chunks=None),
+    "zb-h1": Schedule(zb_h1, LOOPED, _idle_zb_h1, _short_w, lambda p, m, v, r: min(m, p), splits_backward=True),
     "interleaved-zb": Schedule(
         interleaved_zero_bubble,
         LOOPED,
         _idle_zb_h1,
+        _short_w_full_turn,
         lambda p, m, v, r: min(v * m, (v - 1) * _torch_group(p, m) + p),
         num_chunks=None,
         splits_backward=True,
@@ -521,6 +550,7 @@ SCHEDULES: dict[str, Schedule] = {
         zb_2p,
         LOOPED,
         _idle_zb_2p,
+        _short_w,
         lambda p, m, v, r: min(m, 2 * p - 1),
         splits_backward=True,
         post_validates=True,
@@ -528,8 +558,9 @@ SCHEDULES: dict[str, Schedule] = {
     "zb-v": Schedule(
         zb_v,
         V_SHAPED,
-        _no_idle,
-        lambda p, m, v, r: min(2 * m, 2 * p),
+        _idle_zb_v,
+        _all_alike,
+        lambda p, m, v, r: min(2 * m, m + r + 1, 2 * p),
         num_chunks=2,
         splits_backward=True,
         post_validates=True,
@@ -538,6 +569,7 @@ SCHEDULES: dict[str, Schedule] = {
         dualpipe,
         TWO_WAY,
         _idle_dualpipe,
+        _mirrored,
         lambda p, m, v, r: p + 1,
         num_chunks=2,
         copies=2,
@@ -548,12 +580,14 @@ SCHEDULES: dict[str, Schedule] = {
         dualpipe_v,
         V_SHAPED,
         _idle_dualpipe_v,
+        _mirrored,
         lambda p, m, v, r: 2 * p + 1,
         num_chunks=2,
         splits_backward=True,
         refuses=_two_a_rank,
     ),
 }
+"""By the name that a scenario says."""
 
 
 # --- playing a schedule ---------------------------------------------------------------------------
@@ -603,7 +637,7 @@ def _steps(order: Order) -> Iterator[Order]:
 
 
 def simulate_order(schedule: Schedule, p: int, m: int, v: int, durations: Durations) -> Played:
-    """Play the orders exactly: uniform stages, communication free, each rank one pass (or pair) at a time, in its order.
+    """Play the orders exactly: uniform stages, free communication, a rank does one pass (or pair) at a time, in order.
 
     A forward waits for that of the stage before, a backward for the input gradient of the stage after and for its own
     forward, a weight gradient for its input gradient. ``bubble`` is of the rank that idles longest: over the makespan,
