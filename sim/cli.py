@@ -6,23 +6,22 @@ Results go to standard output, progress, warnings and prose to standard error. E
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from sim.errors import ScenarioError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.status import Status
 
     from sim.advice import Remedy
+    from sim.report.layout import Screen
 
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3
@@ -92,9 +91,9 @@ def run(
     else:
         from sim.report.tables import print_report, print_warnings
 
-        print_report(_console(), simulation.scenario, report, remedies)
+        print_report(_screen(), simulation.scenario, report, remedies)
         if not quiet:
-            print_warnings(_console(stderr=True), report.warnings)
+            print_warnings(_screen(sys.stderr), report.warnings)
     if not report.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -125,7 +124,7 @@ def explain(file: File, set_: Set = None, json: Json = False, quiet: Quiet = Fal
     if json:
         _print_json(content)
     else:
-        print_explanation(_console(), content, quiet=quiet)
+        print_explanation(_screen(), content, quiet=quiet)
 
 
 @app.command()
@@ -141,7 +140,7 @@ def catalog(
     if json:
         _print_json(content)
     else:
-        print_catalogue(_console(), content)
+        print_catalogue(_screen(), content)
 
 
 @app.command()
@@ -240,7 +239,9 @@ class _Late:
                 self._status.stop()
 
     def _show(self) -> None:
-        console = _console(stderr=True)
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
         with self._lock:
             if self._words:
                 self._status = console.status(self._said)
@@ -250,23 +251,10 @@ class _Late:
 def _print_json(value: object) -> None:
     from sim.report.report import json_text
 
-    try:
-        sys.stdout.write(json_text(value))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _reader_left()
+    _screen().write(json_text(value))
 
 
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
+def _screen(file: TextIO | None = None) -> Screen:
+    from sim.report.layout import Screen
 
-    class Patient(Console):
-        def on_broken_pipe(self) -> None:
-            _reader_left()
-
-    return Patient(highlight=False, stderr=stderr)
-
-
-def _reader_left() -> None:
-    """The reader of standard output has had enough (sim ... | head): write the rest nowhere, the exit code stays."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return Screen(file or sys.stdout)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from rich.text import Text
+from typing import Any
 
 from sim.catalog import describe, load
 from sim.catalog.describe import KINDS
 from sim.catalog.load import Kind
 from sim.errors import Finding, ScenarioError
 from sim.interop.values import near
-from sim.report.layout import Cell, paragraphs, show, title
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from sim.report.layout import Cell, Line, Screen, paragraphs, title
 
 _PLURALS = {"gpu": "GPUs", "node": "Nodes", "network": "Networks", "link": "Links", "model": "Models"}
 
@@ -43,16 +38,16 @@ def catalogue(kind: str | None, name: str | None) -> dict[str, Any]:
     }
 
 
-def print_catalogue(console: Console, content: dict[str, Any]) -> None:
+def print_catalogue(screen: Screen, content: dict[str, Any]) -> None:
     """Print what ``catalogue`` returned."""
-    width = min(console.width, 140)
+    width = min(screen.width, 140)
     if "facts" in content:
-        show(console, [title(f"{content['kind']} {content['name']}"), *paragraphs(fact_rows(content["facts"]), width)])
+        screen.show([title(f"{content['kind']} {content['name']}"), *paragraphs(fact_rows(content["facts"]), width)])
         return
     for number, (kind, entries) in enumerate(content.items()):
         rows: list[tuple[Cell, ...]] = [(entry["name"], entry["title"]) for entry in entries]
-        more = [Text()] if number else []
-        show(console, [*more, title(_PLURALS[kind], f"sim catalog {kind} NAME"), *paragraphs(rows, width)])
+        more: list[Line] = [()] if number else []
+        screen.show([*more, title(_PLURALS[kind], f"sim catalog {kind} NAME"), *paragraphs(rows, width)])
 
 
 def fact_rows(facts: list[dict[str, Any]]) -> list[tuple[Cell, ...]]:

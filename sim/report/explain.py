@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.text import Text
+from typing import Any
 
 from sim.catalog import load
 from sim.catalog.schema import Fact
 from sim.cost import efficiency
 from sim.errors import Finding
 from sim.report.catalog import fact_rows
-from sim.report.layout import Cell, fold, paragraphs, show, title
+from sim.report.layout import Cell, Line, Screen, fold, paragraphs, title
 from sim.scenario.document import Document
 from sim.scenario.schema import Scenario
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _SECTIONS = (
     "name", "framework", "model", "cluster", "parallelism", "training", "deepspeed", "ddp", "fsdp1", "allocator",
@@ -50,9 +45,9 @@ def explanation(scenario: Scenario, document: Document) -> dict[str, Any]:
     }
 
 
-def print_explanation(console: Console, content: Mapping[str, Any], *, quiet: bool) -> None:
+def print_explanation(screen: Screen, content: Mapping[str, Any], *, quiet: bool) -> None:
     """Print what ``explanation`` returned; ``quiet`` leaves the facts' sources out."""
-    show(console, _lines(content, min(console.width, 140), quiet))
+    screen.show(_lines(content, min(screen.width, 140), quiet))
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -223,33 +218,33 @@ def _residuals(fit: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[
 # --- for a person ----------------------------------------------------------------------------------
 
 
-def _lines(content: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Text]:
+def _lines(content: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Line]:
     sections: dict[str, list[tuple[Cell, ...]]] = {}
     for value in content["values"]:
         section, _, name = value["key"].rpartition(".")
         source = (value["from"], "bold" if value["kind"] == "given" else "dim")
         sections.setdefault(section or "scenario", []).append((name, value_words(value["value"]), source))
     for number, (section, rows) in enumerate(sections.items()):
-        yield from [Text()] if number else []
+        yield from [()] if number else []
         yield title(section)
         yield from paragraphs(rows, width)
     if quiet:
         return
     for device, entry in content["facts"].items():
-        yield Text()
+        yield ()
         yield title(device if device.startswith("link ") else f"{device} {entry['name']}")
         yield from paragraphs(fact_rows(entry["facts"]), width)
     for family in content["cost"]:
-        yield Text()
+        yield ()
         yield title(f"{family['family']} kernels" if family["family"] != "host" else "host", family["words"])
         for words in filter(None, (family["file"], family["source"])):
-            yield from (Text(line, style="dim") for line in fold(words, width, 2))
+            yield from (((line, "dim"),) for line in fold(words, width, 2))
         yield from paragraphs([_fit_row(fit) for fit in family["fits"]], width)
     if content["warnings"]:
-        yield Text()
+        yield ()
         yield title("Assumed, extrapolated or not modelled")
         for words in content["warnings"]:
-            yield from map(Text, fold(f"- {words}", width, 2, hang=2))
+            yield from ((line,) for line in fold(f"- {words}", width, 2, hang=2))
 
 
 def _fit_row(fit: Mapping[str, Any]) -> tuple[Cell, ...]:

@@ -2,37 +2,67 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
-
-from rich.text import Text
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from typing import TextIO
 
 Cell = str | tuple[str, str]
 """Text, or (text, style)."""
+Line = tuple[Cell, ...]
+"""Pieces of one line."""
 _ASCII = str.maketrans({"·": "-", "█": "#", "▉": "#", "▊": "#", "▋": "#", "▌": "=", "▍": "-", "▎": "-", "▏": "-"})
 MIN_LAST = 24
 """A last column narrower than this is set below its row instead."""
 
 
-def show(console: Console, lines: Iterable[Text]) -> None:
-    """Print lines as they are: what does not fit runs on, it is never cut or wrapped in a column's middle.
+class Screen:
+    """Where lines go. Colours only where somebody sees them; rich, which takes a while to load, only for these."""
 
-    A terminal that cannot show more than ASCII gets it.
-    """
-    ascii_only = not (console.encoding or "").lower().startswith("utf")
-    for line in lines:
-        text = line
-        if ascii_only:
-            text = Text(line.plain.translate(_ASCII).encode("ascii", "replace").decode(), spans=line.spans)
-        text.rstrip()
-        console.print(text, soft_wrap=True)
+    def __init__(self, file: TextIO, width: int | None = None, colour: bool | None = None) -> None:
+        self._file = file
+        self.width = shutil.get_terminal_size((80, 24)).columns if width is None else width
+        self._colour = file.isatty() or bool(os.environ.get("FORCE_COLOR")) if colour is None else colour
+
+    def show(self, lines: Iterable[Line]) -> None:
+        """Print lines as they are: what does not fit runs on, it is never cut or wrapped in a column's middle.
+
+        A terminal that cannot show more than ASCII gets it.
+        """
+        ascii_only = not (self._file.encoding or "utf").lower().startswith("utf")
+        tidy = (_ascii(line) if ascii_only else line for line in lines)
+        if not self._colour:
+            self.write("".join(f"{plain(line).rstrip()}\n" for line in tidy))
+            return
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(file=self._file, highlight=False, width=self.width, force_terminal=True)
+        for line in tidy:
+            text = Text.assemble(*line)
+            text.rstrip()
+            console.print(text, soft_wrap=True)
+
+    def write(self, text: str) -> None:
+        """Print text as it is. If its reader has had enough (sim ... | head), the rest goes nowhere."""
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
 
-def grid(rows: Sequence[Sequence[Cell]], justify: str, width: int, indent: int = 2) -> Iterator[Text]:
+def plain(line: Line) -> str:
+    """Return the text of a line."""
+    return "".join(map(_text, line))
+
+
+def _ascii(line: Line) -> Line:
+    return tuple((_text(c).translate(_ASCII).encode("ascii", "replace").decode(), _style(c)) for c in line)
+
+
+def grid(rows: Sequence[Sequence[Cell]], justify: str, width: int, indent: int = 2) -> Iterator[Line]:
     """Yield rows with their columns aligned, two blanks apart, or one where two do not fit into ``width``.
 
     ``justify`` has a letter for each column: l, r.
@@ -40,19 +70,15 @@ def grid(rows: Sequence[Sequence[Cell]], justify: str, width: int, indent: int =
     widths = [max((len(_text(row[column])) for row in rows), default=0) for column in range(len(justify))]
     gap = 2 if indent + sum(widths) + 2 * (len(widths) - 1) <= width else 1
     for row in rows:
-        line = Text(" " * indent)
+        pieces: list[Cell] = [" " * indent]
         for column, cell in enumerate(row):
-            if column:
-                line.append(" " * gap)
             text = _text(cell)
-            padding = " " * (widths[column] - len(text))
-            line.append(padding if justify[column] == "r" else "")
-            line.append(text, style=_style(cell) or None)
-            line.append("" if justify[column] == "r" else padding)
-        yield line
+            placed = text.rjust(widths[column]) if justify[column] == "r" else text.ljust(widths[column])
+            pieces += [" " * gap if column else "", (placed, _style(cell))]
+        yield tuple(pieces)
 
 
-def paragraphs(rows: Sequence[Sequence[Cell]], width: int, indent: int = 2, most: int = 40) -> Iterator[Text]:
+def paragraphs(rows: Sequence[Sequence[Cell]], width: int, indent: int = 2, most: int = 40) -> Iterator[Line]:
     """Yield rows whose columns are aligned to the left and whose last one is prose, wrapped within its column.
 
     Other columns wider than ``most`` push the rest of their row to the right. Where too little is left for the prose,
@@ -66,26 +92,21 @@ def paragraphs(rows: Sequence[Sequence[Cell]], width: int, indent: int = 2, most
     start = indent + sum(widths) + 2 * len(widths)
     below = width - start < MIN_LAST
     for row in rows:
-        line = Text(" " * indent)
+        pieces: list[Cell] = [" " * indent]
         for column, cell in enumerate(row[:-1]):
-            line.append(_text(cell).ljust(widths[column]), style=_style(cell) or None)
-            line.append("  ")
+            pieces += [(_text(cell).ljust(widths[column]), _style(cell)), "  "]
         prose, style = _text(row[-1]), _style(row[-1])
         if below:
-            yield line
-            yield from (Text(part, style=style) for part in fold(prose, width, indent + 4))
+            yield tuple(pieces)
+            yield from (((part, style),) for part in fold(prose, width, indent + 4))
             continue
-        at = max(start, len(line.plain))
+        at = max(start, len(plain(tuple(pieces))))
         first, *rest = textwrap.wrap(
-            prose,
-            max(MIN_LAST, width - start),
-            initial_indent=" " * (at - start),
-            break_on_hyphens=False,
+            prose, max(MIN_LAST, width - start), initial_indent=" " * (at - start), break_on_hyphens=False,
             break_long_words=False,
-        ) or [""]
-        line.append(first.lstrip(), style=style or None)
-        yield line
-        yield from (Text(" " * start + part, style=style) for part in rest)
+        ) or [""]  # fmt: skip
+        yield (*pieces, (first.lstrip(), style))
+        yield from ((" " * start, (part, style)) for part in rest)
 
 
 def fold(words: str, width: int, indent: int, hang: int = 0) -> list[str]:
@@ -100,9 +121,9 @@ def fold(words: str, width: int, indent: int, hang: int = 0) -> list[str]:
     )
 
 
-def title(words: str, rest: str = "") -> Text:
+def title(words: str, rest: str = "") -> Line:
     """Return the line above a table."""
-    return Text.assemble((words, "bold cyan"), (f"  {rest}" if rest else "", "dim"))
+    return (words, "bold cyan"), (f"  {rest}" if rest else "", "dim")
 
 
 def _text(cell: Cell) -> str:

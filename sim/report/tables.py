@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
-
-from rich.text import Text
 
 from sim.ir.footprint import Footprint
-from sim.report.layout import Cell, fold, grid, show, title
+from sim.report.layout import Cell, Line, Screen, fold, grid, title
 from sim.report.report import RemedyResult, Report
 from sim.report.rows import (
     CLASS_HEADER,
@@ -25,109 +22,102 @@ from sim.report.rows import (
 from sim.scenario.schema import Scenario
 from sim.units import format_bytes
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 NAME_WIDTH, SIZE_WIDTH, SHARE_WIDTH = 26, 9, 6
 MIN_BAR, MAX_BAR = 10, 48
 MAX_CLASSES = 8
 MAX_HOLDERS = 6
 
 
-def print_report(console: Console, scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> None:
+def print_report(screen: Screen, scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> None:
     """Print headline, memory, step, communication; where it does not fit, who holds it and what would help."""
-    show(console, _report(scenario, report, remedies, min(console.width, 120)))
+    screen.show(_report(scenario, report, remedies, min(screen.width, 120)))
 
 
-def print_warnings(console: Console, warnings: Sequence[str]) -> None:
+def print_warnings(screen: Screen, warnings: Sequence[str]) -> None:
     """Print what was assumed, extrapolated or not modelled, a paragraph each."""
     if not warnings:
         return
-    width = min(console.width, 120)
+    width = min(screen.width, 120)
     lines = [line for words in warnings for line in fold(f"- {words}", width, 2, hang=2)]
-    show(console, [Text(), title("Assumed, extrapolated or not modelled"), *map(Text, lines)])
+    screen.show([(), title("Assumed, extrapolated or not modelled"), *((line,) for line in lines)])
 
 
-def _report(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult], width: int) -> Iterator[Text]:
+def _report(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult], width: int) -> Iterator[Line]:
     yield from _headline(scenario, report, width)
-    yield Text()
+    yield ()
     yield from _memory(report.fullest, report, width)
     if len(report.footprints) > 1:
-        yield Text()
+        yield ()
         yield title("Memory of all ranks at their peaks")
         rows = list(class_rows(report))[:MAX_CLASSES]
         yield from grid([_dim(CLASS_HEADER), *rows], "lrrrrl", width)
         if more := len(report.footprints) - len(rows):
-            yield Text(f"  and {more} more classes of ranks (--json has all)", style="dim")
+            yield ((f"  and {more} more classes of ranks (--json has all)", "dim"),)
     if not report.fits:
-        yield Text()
-        yield Text.assemble(("Out of memory", "bold red"))
-        yield from map(Text, fold(out_of_memory_words(report), width, 2))
-        yield Text()
+        yield ()
+        yield (("Out of memory", "bold red"),)
+        yield from ((line,) for line in fold(out_of_memory_words(report), width, 2))
+        yield ()
         yield from _holders(next(f for f in report.footprints if f.out_of_memory is not None), width)
         if remedies:
-            yield Text()
+            yield ()
             yield from _remedies(remedies, width)
-    yield Text()
+    yield ()
     yield title("Time of a step", "the slowest rank")
     rest = width - _BAR_AT
     for words, duration, share in step_rows(report):
         yield _bar_line(words, duration, share, share, rest, total=False)
     if report.communication:
-        yield Text()
+        yield ()
         yield title("Communication in a step", "of one rank")
         yield from grid([_dim(COMMUNICATION_HEADER), *communication_rows(report)], "llrrrrrl", width)
 
 
-def _headline(scenario: Scenario, report: Report, width: int) -> Iterator[Text]:
+def _headline(scenario: Scenario, report: Report, width: int) -> Iterator[Line]:
     words = headline(scenario, report)
-    yield Text.assemble((words.model, "bold"), f" on {words.machine}")
-    yield from (Text(line, style="dim") for line in fold(words.layout, width, 0))
-    yield from (Text(line, style="dim") for line in fold(words.job, width, 0))
-    yield Text()
+    yield (words.model, "bold"), f" on {words.machine}"
+    yield from (((line, "dim"),) for line in fold(words.layout, width, 0))
+    yield from (((line, "dim"),) for line in fold(words.job, width, 0))
+    yield ()
     style = "bold green" if report.fits else "bold red"
     yield from _answer((words.verdict, style), words.memory, width)
     together = f"{words.rate} · {words.efficiency}"
     fits = ANSWER_WIDTH + 2 + len(together) <= width
     yield from _answer((f"{words.time} a step", "bold"), together if fits else words.rate, width)
     if not fits:
-        yield from map(Text, fold(words.efficiency, width, ANSWER_WIDTH + 2))
+        yield from ((line,) for line in fold(words.efficiency, width, ANSWER_WIDTH + 2))
 
 
-def _answer(answer: tuple[str, str], words: str, width: int) -> Iterator[Text]:
+def _answer(answer: tuple[str, str], words: str, width: int) -> Iterator[Line]:
     indent = ANSWER_WIDTH + 2
     first, *rest = fold(words, width, indent)
-    yield Text.assemble((answer[0].ljust(ANSWER_WIDTH), answer[1]), "  ", first.strip())
-    yield from map(Text, rest)
+    yield (answer[0].ljust(ANSWER_WIDTH), answer[1]), "  ", first.strip()
+    yield from ((line,) for line in rest)
 
 
 ANSWER_WIDTH = 13
 _BAR_AT = 2 + NAME_WIDTH + SIZE_WIDTH + 2 + SHARE_WIDTH + 2
 
 
-def _memory(footprint: Footprint, report: Report, width: int) -> Iterator[Text]:
+def _memory(footprint: Footprint, report: Report, width: int) -> Iterator[Line]:
     yield title("Memory of the fullest GPU at its peak")
-    yield from (Text(line, style="dim") for line in fold(peak_words(footprint), width, 2))
+    yield from (((line, "dim"),) for line in fold(peak_words(footprint), width, 2))
     whole = max(report.capacity_bytes, footprint.peak_device_bytes)
     for row in account(footprint):
         share, part = row.num_bytes / report.capacity_bytes, row.num_bytes / whole
         yield _bar_line(row.name, format_bytes(row.num_bytes), share, part, width - _BAR_AT, total=row.total)
     if report.host_bytes_per_node:
         name = "host memory of a node"
-        yield Text(f"  {name:<{NAME_WIDTH}}{format_bytes(report.host_bytes_per_node):>{SIZE_WIDTH}}")
+        yield (f"  {name:<{NAME_WIDTH}}{format_bytes(report.host_bytes_per_node):>{SIZE_WIDTH}}",)
 
 
-def _bar_line(name: str, value: str, share: float, part: float, rest: int, total: bool) -> Text:
-    style = "bold" if total else ""
-    line = Text("  ")
-    line.append(f"{name if total else f'  {name}':<{NAME_WIDTH}}{value:>{SIZE_WIDTH}}", style=style)
-    line.append(f"  {share:>{SHARE_WIDTH}.1%}  ")
-    if not total and rest >= MIN_BAR:
-        line.append(bar(part, min(rest, MAX_BAR)), style="cyan")
-    return line
+def _bar_line(name: str, value: str, share: float, part: float, rest: int, total: bool) -> Line:
+    left = f"{name if total else f'  {name}':<{NAME_WIDTH}}{value:>{SIZE_WIDTH}}"
+    drawn = "" if total or rest < MIN_BAR else bar(part, min(rest, MAX_BAR))
+    return "  ", (left, "bold" if total else ""), f"  {share:>{SHARE_WIDTH}.1%}  ", (drawn, "cyan")
 
 
-def _holders(footprint: Footprint, width: int) -> Iterator[Text]:
+def _holders(footprint: Footprint, width: int) -> Iterator[Line]:
     yield title("Who holds most at the peak")
     rows: list[tuple[Cell, ...]] = [
         (h.name, f"{h.count} x" if h.count > 1 else "", format_bytes(h.num_bytes), (h.category, "dim"))
@@ -136,7 +126,7 @@ def _holders(footprint: Footprint, width: int) -> Iterator[Text]:
     yield from grid(rows, "lrrl", width)
 
 
-def _remedies(remedies: Sequence[RemedyResult], width: int) -> Iterator[Text]:
+def _remedies(remedies: Sequence[RemedyResult], width: int) -> Iterator[Line]:
     fitting = any(remedy.fits for remedy in remedies)
     yield title(
         "What makes it fit" if fitting else "Nothing that was tried makes it fit; nearest", "each was simulated"
@@ -145,7 +135,7 @@ def _remedies(remedies: Sequence[RemedyResult], width: int) -> Iterator[Text]:
     for line, row in zip(grid([row[:3] for row in rows], "lrr", width), rows, strict=True):
         yield line
         options = row[3].replace("--set ", "--set\0")  # an option stays with its value
-        yield from (Text(part.replace("\0", " "), style="dim") for part in fold(options, width, 4))
+        yield from (((part.replace("\0", " "), "dim"),) for part in fold(options, width, 4))
 
 
 def bar(part: float, width: int) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
 
 from sim.catalog.describe import KINDS
 from sim.errors import ScenarioError
 from sim.report.catalog import catalogue, print_catalogue
+from sim.report.layout import Screen
 
 
 def shown(content, width=80):
     file = io.StringIO()
-    print_catalogue(Console(file=file, width=width, highlight=False), content)
+    print_catalogue(Screen(file, width), content)
     return file.getvalue()
 
 

@@ -7,9 +7,9 @@ import json
 
 import pytest
 from report_scenarios import write
-from rich.console import Console
 
 from sim.report.explain import explanation, given_document, print_explanation, value_words
+from sim.report.layout import Screen
 from sim.report.report import json_text
 from sim.scenario.load import load_scenario
 
@@ -102,12 +102,12 @@ def test_a_gpu_that_was_not_measured_says_who_stands_for_it(tmp_path):
 def test_a_person_reads_it_within_the_width(content, width):
     content, _ = content
     file = io.StringIO()
-    print_explanation(Console(file=file, width=width, highlight=False), content, quiet=False)
+    print_explanation(Screen(file, width), content, quiet=False)
     for line in file.getvalue().splitlines():
         assert len(line) <= width or len(line.rpartition(" ")[0]) < width, line  # only a single word may run on
     assert "gemm kernels" in file.getvalue()
     file = io.StringIO()
-    print_explanation(Console(file=file, width=width, highlight=False), content, quiet=True)
+    print_explanation(Screen(file, width), content, quiet=True)
     assert "datasheet" not in file.getvalue()
 
 
