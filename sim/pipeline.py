@@ -16,6 +16,7 @@ from sim.memory.replay import footprints
 from sim.memory.runtime import Outside
 from sim.model.transformer import describe
 from sim.outside import outside_of
+from sim.parallel.frameworks import warnings_of
 from sim.parallel.lower import lower
 from sim.parallel.precision import dtypes_of
 from sim.report.report import Report, summarise
@@ -65,7 +66,13 @@ def simulate(scenario: Scenario, *, record: bool = False) -> Simulation:
         timeline,
         held,
         usable_bytes=min(settings.capacity_bytes or 0 for settings in allocators.values()),
-        warnings=(*scenario.warnings, *_cache_notes(held), *_assumptions(outside), *cost.assumptions()),
+        warnings=(
+            *scenario.warnings,
+            *warnings_of(scenario),
+            *_cache_notes(held),
+            *_assumptions(outside),
+            *cost.assumptions(),
+        ),
     )
     return Simulation(scenario, cluster, ledger, world, timeline, held, report)
 
@@ -88,9 +95,9 @@ def _cache_notes(held: tuple[Footprint, ...]) -> tuple[str, ...]:
     notes = []
     if fullest.peak_awaiting_bytes > fullest.peak_allocated_bytes // 10:
         notes.append(
-            f"up to {format_bytes(fullest.peak_awaiting_bytes)} of what the allocator caches was freed by the host, which "
-            "runs ahead, while another stream still used it (record_stream); how far it runs ahead rests on the host's "
-            "launch times and CUDA's queue of 1,024 launches, and Python time in a framework's own hooks is not modelled"
+            f"up to {format_bytes(fullest.peak_awaiting_bytes)} of what the allocator caches was freed by the host, "
+            "which runs ahead, while another stream still used it (record_stream); how far it runs ahead rests on the "
+            "host's launch times and CUDA's queue of 1,024 launches; Python time in a framework's hooks is not modelled"
         )
     if fullest.num_alloc_retries:
         notes.append(

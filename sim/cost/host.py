@@ -12,6 +12,19 @@ from sim.cost.efficiency import HostCoefficients
 
 CPU_ADAM_BYTES = 16 + 12
 """Bytes moved for an element (fp32 gradient, parameter, two moments in; the last three out)."""
+ELEMENT_BYTES = {
+    "cpu_adam": CPU_ADAM_BYTES,
+    "cpu_sgd": 8 + 4,
+    "cpu_scale": 4 + 4,
+    "cpu_copy": 4 + 4,
+    "cpu_cast": 4 + 2,
+    "cpu_overflow": 12,
+}
+"""Work that is bound by host memory -> bytes moved for an element.
+
+torch's own kernels on the CPU: an SGD update, ``mul_`` and a copy of fp32, a cast of fp32 to 16 bit; ``isinf().any()``
+and ``isnan().any()`` of 16 bit (the absolute value in and out, in and a mask out, the mask in; in, out and in again).
+"""
 
 
 def launch_s(coefficients: HostCoefficients, compiled: bool) -> float:
@@ -19,9 +32,18 @@ def launch_s(coefficients: HostCoefficients, compiled: bool) -> float:
     return coefficients.driver_s + (coefficients.compiled_s if compiled else coefficients.framework_s)
 
 
-def cpu_adam_s(num_elements: int, num_ranks: int, host_bytes_per_s: float, coefficients: HostCoefficients) -> float:
-    """Return the time, in seconds, of ``num_ranks`` ranks of one node that update ``num_elements`` each, together."""
-    return num_ranks * num_elements * CPU_ADAM_BYTES / (coefficients.cpu_adam_fraction * host_bytes_per_s)
+def cpu_adam_s(
+    num_elements: int,
+    num_ranks: int,
+    host_bytes_per_s: float,
+    coefficients: HostCoefficients,
+    element_bytes: int = CPU_ADAM_BYTES,
+) -> float:
+    """Return the time, in seconds, of ``num_ranks`` ranks of one node that update ``num_elements`` each, together.
+
+    Other work that is bound by host memory takes the same share of its bandwidth, and its own ``element_bytes``.
+    """
+    return num_ranks * num_elements * element_bytes / (coefficients.cpu_adam_fraction * host_bytes_per_s)
 
 
 def python_s(num_steps: int, coefficients: HostCoefficients) -> float:

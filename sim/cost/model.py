@@ -181,7 +181,8 @@ class CostModel:
 
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
         """Return the time of CPU work that all of ``ranks`` do at the same time, in seconds."""
-        if work.kind != "cpu_adam":
+        element_bytes = host.ELEMENT_BYTES.get(work.kind)
+        if element_bytes is None:
             return host.python_s(work.num_elements, self._host)
         self._assume("CPU Adam: half the bandwidth of host memory")
         nodes: dict[int, int] = {}
@@ -189,7 +190,7 @@ class CostModel:
             node = self._cluster.node_of(gpu)
             nodes[node] = nodes.get(node, 0) + 1
         bandwidth = self._cluster.spec.node.host_memory_bytes_per_s
-        return host.cpu_adam_s(work.num_elements, max(nodes.values()), bandwidth, self._host)
+        return host.cpu_adam_s(work.num_elements, max(nodes.values()), bandwidth, self._host, element_bytes)
 
     # --- transfers -----------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from sim.interop.values import (
 class DeepSpeedSettings:
     """What of a ds_config changes memory or time. Defaults are DeepSpeed's own; sizes in elements unless said.
 
-    Source of defaults: deepspeed/runtime/zero/config.py and offload_config.py of DeepSpeed 0.19.6 @edaa7221.
+    Source of defaults: deepspeed/runtime/zero/config.py and offload_config.py of DeepSpeed 0.19.8.
     """
 
     stage: int = 0
@@ -49,7 +49,8 @@ class DeepSpeedSettings:
     pin_memory: bool = True
     grad_accum_dtype: str | None = None
     communication_data_type: str | None = None
-    gradient_clipping: float = 0.0
+    gradient_clipping: float = 1.0
+    """Largest norm; 0 is no clipping. DeepSpeed clips unless told not to (deepspeed/runtime/constants.py)."""
 
 
 Keys = dict[str, Any]

@@ -102,7 +102,8 @@ class Copy:
 class HostCompute:
     """Work of the CPU that the host thread waits for: DeepSpeed's CPU Adam, for one.
 
-    ``kind`` is ``cpu_adam`` (``num_elements`` updated) or ``python`` (``num_elements`` interpreter steps).
+    ``kind`` is ``cpu_adam`` (``num_elements`` updated), other work on that many elements that is bound by host memory
+    (``cpu_sgd``, ``cpu_scale``, ``cpu_copy``, ``cpu_cast``, ``cpu_overflow``), or ``python`` (interpreter steps).
     """
 
     op: str

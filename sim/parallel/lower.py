@@ -122,9 +122,9 @@ def _framework(emitter: Emitter, ledger: Ledger, scenario: Scenario) -> Framewor
             master=ledger.parameter_dtype != "fp32",
             num_microbatches=scenario.num_microbatches,
             optimizer=training.optimizer,
-            gradient_clipping=training.gradient_clipping,
             num_gpus_per_node=scenario.cluster.gpus_per_node,
             root_modules=2 if training.code == "huggingface" else 1,
+            gpu_memory_bytes=scenario.cluster.gpu.total_memory_bytes - scenario.cluster.gpu.cuda_context_bytes,
         )
         framework = deepspeed(ledger.layers, scenario.deepspeed, plan)
         if isinstance(framework, Stage3):

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from sim.catalog import load as catalog
 from sim.catalog.schema import Fact, GpuFacts, NodeFacts
 from sim.errors import Finding, ScenarioError
-from sim.interop.deepspeed_config import DeepSpeedReading, read_deepspeed_config, settings_of
+from sim.interop.deepspeed_config import DeepSpeedReading, DeepSpeedSettings, read_deepspeed_config, settings_of
 from sim.interop.hf_config import MODEL_KEYS, HfModel, complete, read_hf_config
 from sim.interop.values import Problem, WrongValueError, dotted, either, near, read_mapping, show, suggest
 from sim.scenario import fields
@@ -612,7 +612,7 @@ class _Resolver:
             value = "adamw"
             self.sources[path] = "sim's default"
         else:
-            value = 0.0
+            value = DeepSpeedSettings().gradient_clipping if framework == "deepspeed" else 0.0
             words = "DeepSpeed's default (deepspeed/runtime/constants.py)"
             self.sources[path] = words if framework == "deepspeed" else "no clipping, as it is left out"
         setattr(d, key, value)

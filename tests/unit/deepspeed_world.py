@@ -76,11 +76,22 @@ class Job:
         fused: bool = True,
         clipping: float = 0.0,
         dp_rank: int | None = None,
+        gpu_memory_bytes: int = 0,
         **settings: Any,
     ) -> None:
         self.layers = layers or gpt()
-        self.settings = DeepSpeedSettings(stage=stage, **({"overlap_comm": stage == 3} | settings))
-        plan = Plan(dp, dtype, dtype != "fp32", num_microbatches, "adamw", clipping, fused=fused, dp_rank=dp_rank)
+        settings = {"overlap_comm": stage == 3, "gradient_clipping": clipping} | settings
+        self.settings = DeepSpeedSettings(stage=stage, **settings)
+        plan = Plan(
+            dp,
+            dtype,
+            dtype != "fp32",
+            num_microbatches,
+            "adamw",
+            fused=fused,
+            dp_rank=dp_rank,
+            gpu_memory_bytes=gpu_memory_bytes,
+        )
         self.hooks = deepspeed(self.layers, self.settings, plan)
         self.emitter = Emitter(self.layers, (), Recompute(recompute), dtype)
         self.setup = self.hooks.setup()
@@ -142,3 +153,8 @@ def peak_bytes(chunks: list[Chunk]) -> int:
 
 def collectives(chunk: Iterable[Instruction]) -> list[tuple[str, int]]:
     return [(each.kind, each.tensor_bytes) for each in chunk if isinstance(each, Collective)]
+
+
+def is_host(each: Instruction) -> bool:
+    """Whether it allocates or frees memory of the node."""
+    return isinstance(each, (Alloc, Free)) and each.storage.place == "host"

@@ -10,12 +10,13 @@ from deepspeed_world import (
     by_category,
     collectives,
     gpt,
+    is_host,
     live,
     live_bytes,
     peak_bytes,
 )
 
-from sim.ir.program import COMPUTE, Collective, HostWait, Wait
+from sim.ir.program import COMPUTE, Alloc, Collective, HostWait, Wait
 
 
 def test_the_model_is_the_one_that_was_measured() -> None:
@@ -48,6 +49,20 @@ def test_measured_bytes_between_steps() -> None:
     assert live_bytes(Job(0).chunks) == 52_032_724 - 212
     assert live_bytes(Job(2, dtype="fp32").chunks) == 37_166_088 - 8
     assert live_bytes(Job(1).chunks) == 29_732_872 - 8
+
+
+def test_a_model_that_does_not_fit_twice_is_flattened_on_the_cpu() -> None:
+    # nvmlDeviceGetMemoryInfo's free memory beside the model (2 P) has to hold the flat copy (2 P)
+    beside = Job(2, gpu_memory_bytes=4 * P).setup
+    aside = Job(2, gpu_memory_bytes=4 * P - 1).setup
+    gpu = [[each for each in chunk if not is_host(each)] for chunk in (beside, aside)]
+    flat_in = next(i for i, each in enumerate(gpu[1]) if isinstance(each, Alloc) and "flat" in each.storage.name)
+    assert peak_bytes([tuple(gpu[1][:flat_in])]) == 2 * P + 4  # the model, and one number in the first one's place
+    assert live_bytes([beside]) == live_bytes([aside])
+    host = [each for each in aside if is_host(each)]
+    assert peak_bytes([tuple(host)]) == 2 * 2 * P and live_bytes([tuple(host)]) == 0
+    assert not [each for each in beside if is_host(each)]
+    assert Job(1, gpu_memory_bytes=0).setup[-1].storage.name == "grad.partition"  # type: ignore[union-attr]
 
 
 def test_zero1_keeps_all_gradients_and_its_bucket_until_the_last_microbatch() -> None:

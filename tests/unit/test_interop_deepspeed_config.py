@@ -31,7 +31,7 @@ def mistakes(config: dict[str, Any]) -> list[str]:
 
 
 def test_an_empty_config_is_deepspeeds_defaults() -> None:
-    assert settings_of(read({}), 0, 0.0) == DeepSpeedSettings()
+    assert settings_of(read({}), 0, 1.0) == DeepSpeedSettings()  # it clips gradients to norm 1 unless told not to
 
 
 @pytest.mark.parametrize(("stage", "overlap"), [(0, False), (1, False), (2, False), (3, True)])
@@ -154,3 +154,5 @@ def test_defaults_are_deepspeeds_own(stage: int) -> None:
                  "gradient_clipping"}  # fmt: skip
     for name in ours.keys() - elsewhere:
         assert ours[name] == getattr(theirs, name), name
+    constants = pytest.importorskip("deepspeed.runtime.constants")
+    assert DeepSpeedSettings().gradient_clipping == constants.GRADIENT_CLIPPING_DEFAULT

@@ -1,0 +1,14 @@
+"""Frameworks: what each allocates, hooks into and steps."""
+
+from __future__ import annotations
+
+from sim.scenario.schema import Scenario
+
+
+def warnings_of(scenario: Scenario) -> tuple[str, ...]:
+    """Return what of the framework's settings changes memory or time in reality and not here, in words."""
+    if scenario.framework != "deepspeed":
+        return ()
+    from sim.parallel.frameworks.deepspeed import warnings
+
+    return warnings(scenario.deepspeed, scenario.training.precision in ("bf16", "fp16"))

@@ -26,20 +26,17 @@ def deepspeed(layers: Sequence[Layer], settings: DeepSpeedSettings, plan: Plan) 
     return Stage12(layers, settings, plan)
 
 
-def warnings(settings: DeepSpeedSettings, plan: Plan | None = None) -> tuple[str, ...]:
-    """Return what of these settings changes memory or time in reality and not here, in words."""
+def warnings(settings: DeepSpeedSettings, half: bool = True) -> tuple[str, ...]:
+    """Return what of these settings changes memory or time in reality and not here, in words.
+
+    ``half``: parameters are bf16 or fp16.
+    """
     found = []
-    if settings.offload_optimizer != "none":
-        found.append("deepspeed: offload_optimizer is not modelled; states are counted on the GPU")
-    if settings.offload_param != "none":
-        found.append("deepspeed: offload_param is not modelled; parameter partitions are counted on the GPU")
     if settings.round_robin_gradients and settings.stage in (1, 2):
         found.append("deepspeed: round_robin_gradients is not modelled; parameters keep the order of the model")
-    if not settings.contiguous_gradients and settings.stage in (1, 2):
+    if not settings.contiguous_gradients and settings.stage in (1, 2) and settings.offload_optimizer == "none":
         found.append("deepspeed: with contiguous_gradients false the gradients of a partition count as one copy")
     fp32 = (settings.grad_accum_dtype or "") in ("fp32", "float32", "float")
-    if settings.stage == 1 and fp32 and (plan is None or plan.parameter_dtype != "fp32"):
-        found.append(
-            "deepspeed: fp32 gradient accumulation in stage 1 (BF16_Optimizer) is not modelled; gradients are 16 bit"
-        )
+    if settings.stage == 1 and fp32 and half:
+        found.append("deepspeed: fp32 gradient accumulation in stage 1 is not modelled; gradients accumulate in 16 bit")
     return tuple(found)

@@ -46,7 +46,7 @@ class DeepSpeed:
         self.steps = Steps(plan)
         self.first = self.last = True
         self.gradients: dict[int, Storage] = {}
-        self.clipping = settings.gradient_clipping or plan.gradient_clipping
+        self.clipping = settings.gradient_clipping
 
     passes_differ = False
 

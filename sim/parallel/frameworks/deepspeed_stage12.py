@@ -25,6 +25,7 @@ from sim.parallel.frameworks.flat import (
     flat_group,
     flat_storage,
     fullest_rank,
+    host_storage,
     host_sync,
     in_place,
     owned,
@@ -73,9 +74,7 @@ class Stage12(DeepSpeed):
         out.extend(Alloc(s) for s in model.values())
         out.extend(self.model_buffers())
         out.append(Mark("setup", "optimizer"))
-        out.append(Alloc(flat_storage("parameters.flat", self.flat, self.dtype, "parameters")))
-        out.append(copy("flatten", self.flat, self.dtype, self.dtype))
-        out.extend(Free(s) for s in model.values())
+        out.extend(self._flatten(list(model.values())))
         master = flat_storage("master.partition", self.partition, "fp32", "optimizer")
         if self.dtype == "fp32":
             out.append(Alloc(master))  # a copy all the same: .clone() before .to(float32)
@@ -85,6 +84,31 @@ class Stage12(DeepSpeed):
         zeros = flat_storage("grad.partition", self.partition, "fp32", "temporary")
         out += [Alloc(zeros), Free(zeros)]
         return tuple(out)
+
+    def _flatten(self, model: Sequence[Storage]) -> list[Instruction]:
+        """``flatten_on_accelerator``: on the GPU where the flat copy fits beside the model, else on the CPU.
+
+        On the CPU each parameter leaves the GPU before the flat copy, made there, comes back whole. NCCL's buffers are
+        not counted: what is free is the GPU less its context, the model and its buffers.
+        """
+        flat = flat_storage("parameters.flat", self.flat, self.dtype, "parameters")
+        held = sum(s.num_bytes for s in model) + sum(t.num_bytes for layer in self.layers for t in layer.buffers)
+        if not self.plan.gpu_memory_bytes or self.plan.gpu_memory_bytes - held >= flat.num_bytes:
+            out: list[Instruction] = [Alloc(flat), copy("flatten", self.flat, self.dtype, self.dtype)]
+            out.extend(Free(s) for s in model)
+            return out
+        out = []
+        ones = []
+        aside = [host_storage(s.name, s.num_bytes) for s in model]
+        for storage, host in zip(model, aside, strict=True):
+            ones.append(flat_storage("one", 1, "fp32", "temporary"))  # param.data = torch.empty(1)
+            out += [Alloc(host), Alloc(ones[-1]), Free(storage)]
+        whole = host_storage("parameters.flat", flat.num_bytes)
+        out.append(Alloc(whole))
+        out.extend(Free(host) for host in aside)
+        out += [Alloc(flat), Free(whole)]
+        out.extend(Free(one) for one in ones)
+        return out
 
     # passes
 

@@ -324,3 +324,11 @@ class Steps:
 
 def flat_storage(name: str, num_elements: int, dtype: DType, category: Category, stream: str = COMPUTE) -> Storage:
     return Storage(name, num_elements * DTYPE_BYTES[dtype], category, stream=stream)
+
+
+# --- host memory -------------------------------------------------------------------------------
+
+
+def host_storage(name: str, num_bytes: int, pinned: bool = False, category: Category = "temporary") -> Storage:
+    """Return memory of the node: page-locked by torch's ``CachingHostAllocator``, or pageable."""
+    return Storage(name, num_bytes, category, stream="pinned" if pinned else "pageable", place="host")

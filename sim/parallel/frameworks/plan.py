@@ -16,13 +16,13 @@ class Plan:
     ``master``             fp32 master weights beside 16-bit parameters (without them the parameters are fp32)
     ``num_microbatches``   microbatches of a rank in one optimizer step
     ``optimizer``          adamw | adam | sgd
-    ``gradient_clipping``  largest norm; 0 is no clipping
     ``fused``              DeepSpeed's multi-tensor FusedAdam, what a config's "AdamW" means on a GPU; else torch's own
     ``dp_axis``            name of the data-parallel axis
     ``dp_rank``            which partition is this rank's; None: the one that holds most
     ``num_gpus_per_node``  ranks of one node
     ``root_modules``       torch modules around the layers that own no parameter (a Hugging Face model has two, the
                            causal model and its decoder): ZeRO-3 prefetches as it enters each
+    ``gpu_memory_bytes``   of the GPU, what the CUDA context leaves; 0: unknown, taken to be enough
     """
 
     dp: int
@@ -30,12 +30,12 @@ class Plan:
     master: bool
     num_microbatches: int
     optimizer: str = "adamw"
-    gradient_clipping: float = 0.0
     fused: bool = True
     dp_axis: str = "dp"
     dp_rank: int | None = None
     num_gpus_per_node: int = 8
     root_modules: int = 1
+    gpu_memory_bytes: int = 0
 
     @property
     def loss_scaling(self) -> bool:
