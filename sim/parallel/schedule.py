@@ -216,7 +216,8 @@ def zb_2p(p: int, m: int, v: int) -> Orders:
     """2 (p-r) - 1 forwards fill the warm-up; W is delayed by 2r passes, so that ranks end as staggered as they start.
 
     Source: Qi et al., arXiv 2401.10241, section 2.2 and figure 3 (the handcrafted schedule ZB-H2, which holds 2p - 1).
-    The repository's ZB-2P searches for an order by measured durations; this is the order it starts from.
+    Leaves out: the search by measured durations of sail-sg/zero-bubble-pipeline-parallelism, scheduler/zb.py. Its steps
+    are as long as these where a microbatch is held whole until W; where I frees a part, it delays more W and idles less.
     """
     forward, inputs, weights = (_passes(k, 0, m) for k in ("forward", "input_gradient", "weight_gradient"))
     return tuple(_delayed_after(forward, inputs, weights, min(2 * (p - r) - 1, m), 2 * r) for r in range(p))
@@ -257,9 +258,8 @@ class _Row:
             self._waiting.append(self._passes["weight_gradient"][chunk][index])
 
     def weight(self) -> None:
-        """Append the weight gradient that has waited longest, if any does."""
-        if self._waiting:
-            self.order.append(self._waiting.pop(0))
+        """Append the weight gradient that has waited longest."""
+        self.order.append(self._waiting.pop(0))
 
     def both(self, forward_chunk: int, backward_chunk: int) -> None:
         """Append a forward and a full backward that are issued together."""
@@ -385,7 +385,8 @@ class Schedule:
                           norm and overflow known so far, and takes the step back if they prove wrong; arXiv
                           2401.10241, section 4)
     ``bubble_s(F, B, W, p, m, v)``        idle time of the rank that idles longest: uniform stages, free communication
-    ``is_exact(F, B, W, p, m, v)``        whether ``bubble_s`` is that time, not an estimate
+    ``is_exact(F, B, W, p, m, v)``        whether ``bubble_s`` is that time. Elsewhere, if W <= F and W <= I, it is less
+                                          than that; more for DualPipe and DualPipeV with F < I
     ``microbatches_held(p, m, v, rank)``  most microbatches of a chunk between forward and the end of backward at once,
                                           over the rank's chunks together; each is the activations of one chunk
     """
@@ -481,7 +482,10 @@ def _idle_zb_v(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
 
 
 def _idle_dualpipe(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
-    """(p/2-1) (F&B + B - 3W): deepseek-ai/DualPipe, README; F&B as long as F and B one after the other."""
+    """(p/2-1) (F&B + B - 3W): deepseek-ai/DualPipe, README; F&B as long as F and B one after the other.
+
+    F, B and W of one of the rank's two stages: a microbatch passes a rank once.
+    """
     return (p / 2 - 1) * (f + b + b - 3 * w)
 
 

@@ -125,8 +125,8 @@ def test_a_pair_starts_when_both_can_and_ends_as_one() -> None:
 
 def test_orders_that_wait_for_each_other_are_found() -> None:
     """Rank 0 wants B0 before F1, rank 1 F1 before B0."""
-    rank_0 = tuple(Pass(kind, 0, i) for kind, i in (("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1)))
-    rank_1 = tuple(Pass(kind, 0, i) for kind, i in (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1)))
+    f0, f1, b0, b1 = Pass("forward", 0, 0), Pass("forward", 0, 1), Pass("backward", 0, 0), Pass("backward", 0, 1)
+    rank_0, rank_1 = (f0, b0, f1, b1), (f0, f1, b0, b1)
     stuck = replace(SCHEDULES["1f1b"], orders=lambda p, m, v: (rank_0, rank_1))
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] wait for ever"):
         simulate_order(stuck, 2, 2, 1, Durations(1, 1, 1))
