@@ -49,6 +49,8 @@ class Cluster:
     rail_optimised: bool
     gpudirect: bool
     nodes_per_leaf: int
+    degraded: Mapping[int, float] = field(default_factory=dict)
+    """link -> factor on its capacity, where it is not as good as its like"""
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What the cost layer has derived from this machine (patterns of rings), kept with it."""
     _routes: dict[tuple[int, ...], Route] = field(default_factory=dict, repr=False)
@@ -90,6 +92,32 @@ class Cluster:
     @property
     def num_links(self) -> int:
         return self.num_domains * self.links_per_domain + 2 * self.num_leaves
+
+    @property
+    def first_nic_link(self) -> int:
+        """Where the links of the NICs begin among those of a domain: for each NIC out, then in."""
+        return self._nic_base
+
+    @property
+    def fabric_limits(self) -> bool:
+        """Whether a leaf's links to the spine may carry less than the NICs below them send."""
+        network = self.spec.network
+        if not self.num_nics or self.num_nodes <= self.nodes_per_leaf or network is None:
+            return False
+        first = self.num_domains * self.links_per_domain
+        return network.oversubscription > 1 or any(link >= first for link in self.degraded)
+
+    @cached_property
+    def _faults(self) -> dict[int, tuple[tuple[int, float], ...]]:
+        found: dict[int, list[tuple[int, float]]] = {}
+        for link in sorted(self.degraded):
+            domain, local = divmod(link, self.links_per_domain)
+            found.setdefault(domain, []).append((local, self.degraded[link]))
+        return {domain: tuple(faults) for domain, faults in found.items()}
+
+    def domain_faults(self, domain: int) -> tuple[tuple[int, float], ...]:
+        """Return (local link, factor) of what is degraded in a domain."""
+        return self._faults.get(domain, ()) if self.degraded else ()
 
     def node_of(self, gpu: int) -> int:
         return gpu // self.gpus_per_node

@@ -1,0 +1,191 @@
+"""Folding: ranks that do the same, in the same place, with the same neighbours, are one class.
+
+Classes are derived, never assumed. A rank's colour is what tells it apart (the program it runs, its GPU's speed); the
+partition by colours is refined until it is stable, by
+
+- the colours in each of its groups on every axis, and how the group lies in the machine;
+- the colour of the rank it sends to and of the one it receives from;
+- what looks different around its GPU, the ranks on the GPUs beside it included.
+
+In a stable partition the ranks of a class meet the same, load links that are shared alike, and so do the same at the
+same ticks: one of them stands for all. Equal groups are one communicator, with the traffic of all of them.
+Source: the colour refinement of Weisfeiler and Leman (1968); Cardon and Crochemore, "Partitioning a graph in
+O(|A| log2 |V|)", Theoretical Computer Science 19, 1982.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sim.cluster.symmetry import Places
+from sim.ir.program import Communicator
+
+Group = tuple[int, ...]
+
+
+class Groups(Protocol):
+    """What folding asks of a mesh."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def groups(self, axis: str) -> Sequence[Group]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """Classes of identical ranks.
+
+    ``classes``        ascending ranks of each; by first rank, which represents it
+    ``communicators``  name -> equal groups folded into one
+    ``axes``           for each class: axis -> name of its communicator. On an axis of pairs a class may have two:
+                       ``<axis>.send`` to the next and ``<axis>.recv`` from the one before
+    """
+
+    classes: tuple[tuple[int, ...], ...]
+    communicators: Mapping[str, Communicator]
+    axes: tuple[Mapping[str, str], ...]
+
+    def class_of(self, rank: int) -> int:
+        """Return the index of the class of a rank."""
+        return next(i for i, ranks in enumerate(self.classes) if rank in ranks)
+
+
+def fold(
+    mesh: Groups,
+    colours: Sequence[Hashable],
+    *,
+    axes: Sequence[str],
+    pairs: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    places: Places | None = None,
+    folded: bool = True,
+) -> Folding:
+    """Return the classes of the ranks of ``mesh`` and the communicators among them.
+
+    ``colours``  by rank: equal only for ranks that run the same program on GPUs of the same speed
+    ``axes``     those whose groups meet in collectives
+    ``pairs``    axis -> (sender, receiver): whoever sends on it has one receiver and the other way round
+    ``places``   where the ranks are; without it all places are alike
+    ``folded``   False: every rank is a class of its own, every group a communicator of its own
+    """
+    assert len(colours) == mesh.world_size, f"{len(colours)} colours for {mesh.world_size} ranks"
+    groups = {axis: tuple(mesh.groups(axis)) for axis in axes}
+    pairs = pairs or {}
+    if folded:
+        lies = _Lies(groups, pairs, places)
+        of_rank = _numbered(colours)
+        num_colours = -1
+        while num_colours != max(of_rank) + 1:
+            num_colours = max(of_rank) + 1
+            of_rank = _refined(of_rank, groups, pairs, lies, places)
+    else:
+        of_rank = list(range(mesh.world_size))
+    return _folding(of_rank, groups, pairs)
+
+
+class _Lies:
+    """How each group lies in the machine: (axis, index of the group) -> number; the same for all without places."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[Group]],
+        pairs: Mapping[str, Sequence[tuple[int, int]]],
+        places: Places | None,
+    ) -> None:
+        if places is None:
+            self.groups = {axis: [0] * len(of_axis) for axis, of_axis in groups.items()}
+            self.pairs = {axis: [0] * len(of_axis) for axis, of_axis in pairs.items()}
+        else:
+            self.groups = {axis: [places.signature(g) for g in of_axis] for axis, of_axis in groups.items()}
+            self.pairs = {axis: [places.signature(p, ordered=True) for p in of_axis] for axis, of_axis in pairs.items()}
+
+
+def _numbered(keys: Sequence[Hashable]) -> list[int]:
+    """Return small numbers for keys, by first appearance."""
+    number: dict[Hashable, int] = {}
+    return [number.setdefault(key, len(number)) for key in keys]
+
+
+def _refined(
+    of_rank: Sequence[int],
+    groups: Mapping[str, Sequence[Group]],
+    pairs: Mapping[str, Sequence[tuple[int, int]]],
+    lies: _Lies,
+    places: Places | None,
+) -> list[int]:
+    """Return the colours of one round more."""
+    columns: list[Sequence[Hashable]] = [of_rank]
+    for axis, of_axis in groups.items():
+        if len(of_axis) == len(of_rank):  # groups of one
+            continue
+        column = [-1] * len(of_rank)
+        number: dict[Hashable, int] = {}
+        for group, lie in zip(of_axis, lies.groups[axis], strict=True):
+            colours = [of_rank[rank] for rank in group]
+            colours.sort()
+            key = (lie, *colours)
+            colour = number.setdefault(key, len(number))
+            for rank in group:
+                column[rank] = colour
+        columns.append(column)
+    for axis, between in pairs.items():
+        ahead: list[Hashable] = [None] * len(of_rank)
+        behind: list[Hashable] = [None] * len(of_rank)
+        for (sender, receiver), lie in zip(between, lies.pairs[axis], strict=True):
+            ahead[sender] = (lie, of_rank[receiver])
+            behind[receiver] = (lie, of_rank[sender])
+        columns += [ahead, behind]
+    if places is not None:
+        columns.append(_by_place(of_rank, places))
+    return _numbered(list(zip(*columns, strict=True)))
+
+
+def _by_place(of_rank: Sequence[int], places: Places) -> list[Hashable]:
+    size = places.cluster.gpus_per_domain
+    on_gpus: dict[int, list[int]] = {}
+    for rank, domain in enumerate(places.domains):
+        on_gpus.setdefault(domain, [-1] * size)[places.locals[rank]] = of_rank[rank]
+    around = {domain: places.colours(domain, tuple(on)) for domain, on in on_gpus.items()}
+    found = [around[domain][local] for domain, local in zip(places.domains, places.locals, strict=True)]
+    if not places.leaves:
+        return list(found)
+    below: dict[int, list[int]] = {}
+    for leaf, colour in zip(places.leaves, found, strict=True):
+        below.setdefault(leaf, []).append(colour)
+    leaves = {leaf: tuple(sorted(colours)) for leaf, colours in below.items()}
+    number: dict[Hashable, int] = {}
+    of_leaf = {leaf: number.setdefault(key, len(number)) for leaf, key in leaves.items()}
+    return [(colour, of_leaf[leaf]) for colour, leaf in zip(found, places.leaves, strict=True)]
+
+
+def _folding(
+    of_rank: Sequence[int],
+    groups: Mapping[str, Sequence[Group]],
+    pairs: Mapping[str, Sequence[tuple[int, int]]],
+) -> Folding:
+    """Return classes in the order of their first ranks and communicators in that of axes and first groups."""
+    classes: dict[int, list[int]] = {}
+    for rank, colour in enumerate(of_rank):
+        classes.setdefault(colour, []).append(rank)
+    index = {colour: i for i, colour in enumerate(classes)}
+    communicators: dict[str, Communicator] = {}
+    axes: list[dict[str, str]] = [{} for _ in classes]
+    for axis, of_axis in (*groups.items(), *pairs.items()):
+        alike: dict[Group, list[Group]] = {}
+        for group in of_axis:
+            colours = [of_rank[rank] for rank in group]
+            alike.setdefault(tuple(colours if axis in pairs else sorted(colours)), []).append(group)
+        for colours_, found in alike.items():
+            name = axis if len(alike) == 1 else f"{axis}@{found[0][0]}"
+            members = tuple(sorted({index[colour] for colour in colours_}))
+            communicators[name] = Communicator(name, axis, tuple(found), members)
+            if axis in pairs:
+                sender, receiver = (index[colour] for colour in colours_)
+                axes[sender][f"{axis}.send"] = name
+                axes[receiver][f"{axis}.recv"] = name
+            else:
+                for member in members:
+                    axes[member][axis] = name
+    return Folding(tuple(map(tuple, classes.values())), communicators, tuple(axes))
