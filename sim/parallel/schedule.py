@@ -217,7 +217,7 @@ def zb_2p(p: int, m: int, v: int) -> Orders:
 
     Source: Qi et al., arXiv 2401.10241, section 2.2 and figure 3 (the handcrafted schedule ZB-H2, which holds 2p - 1).
     Leaves out: the search by measured durations of sail-sg/zero-bubble-pipeline-parallelism, scheduler/zb.py. Its steps
-    are as long as these where a microbatch is held whole until W; where I frees a part, it delays more W and idles less.
+    are as long as these where a microbatch is held whole until W; where I frees a part, it delays more W, idles less.
     """
     forward, inputs, weights = (_passes(k, 0, m) for k in ("forward", "input_gradient", "weight_gradient"))
     return tuple(_delayed_after(forward, inputs, weights, min(2 * (p - r) - 1, m), 2 * r) for r in range(p))
