@@ -111,7 +111,7 @@ def busy(span: Span) -> Iterable[Interval]:
     """Return when kernels of a compute span run; between them the GPU waits for the host."""
     if not span.kernels:
         return ((span.start, span.end),)
-    if sum(end - start for _, start, end in span.kernels) == span.end - span.start:
+    if sum([end - start for _, start, end in span.kernels]) == span.end - span.start:
         return ((span.start, span.end),)
     return [(start, end) for _, start, end in span.kernels]
 

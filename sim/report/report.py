@@ -197,13 +197,21 @@ def executed_flops(world: World) -> int:
     shares of one measure, and differ by what is computed again.
     """
     total = 0
+    by_kernel: dict[int, int] = {}  # repeated layers have the same kernels
     for program in world.programs:
         by_chunk: dict[str, int] = {}
         for call in program.step:
             flops = by_chunk.get(call.chunk)
             if flops is None:
                 chunk = program.chunks[call.chunk]
-                flops = sum(_matmul_flops(i.kernel) for i in chunk if i.__class__ is Compute)
+                flops = 0
+                for instruction in chunk:
+                    if instruction.__class__ is Compute:
+                        kernel: Kernel = instruction.kernel
+                        known = by_kernel.get(id(kernel))
+                        if known is None:
+                            known = by_kernel[id(kernel)] = _matmul_flops(kernel)
+                        flops += known
                 by_chunk[call.chunk] = flops
             total += flops * len(program.ranks)
     return total
