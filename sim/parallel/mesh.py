@@ -1,13 +1,39 @@
-"""The mesh: rank <-> coordinates on the axes, and the process groups along each axis."""
+"""The mesh: rank <-> coordinates on the axes, and the process groups along one axis or several.
+
+Two orders are named. ``megatron`` is Megatron-Core's "tp-cp-ep-dp-pp", fastest varying first
+(``initialize_model_parallel`` in megatron/core/parallel_state.py). ``torch`` is torch's DeviceMesh as torchtitan lays it
+out: (pp, dp_replicate, dp_shard, cp, tp), last fastest (torchtitan/distributed/parallel_dims.py). On the axes that both
+have they agree: tensor groups are neighbours, pipeline neighbours are furthest apart. What differs is ``deepspeed``:
+DeepSpeed's own topology (pipe, data, model), last fastest (``PipeModelDataParallelTopology`` in
+deepspeed/runtime/pipe/topology.py), with cp inside dp. A scenario may write any order of its own, fastest first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 AXES = ("tp", "cp", "dp", "pp")
-"""Fastest varying first, Megatron's default order "tp-cp-ep-dp-pp" (megatron/core/parallel_state.py)."""
+"""Fastest varying first: Megatron's default order "tp-cp-ep-dp-pp" (megatron/core/parallel_state.py)."""
+
+ORDERS: dict[str, tuple[str, ...]] = {
+    "megatron": ("tp", "cp", "dp", "pp"),
+    "torch": ("tp", "cp", "dp_shard", "dp_replicate", "pp"),
+    "deepspeed": ("tp", "cp", "dp", "pp"),
+}
+"""Fastest varying first. ``dp_shard`` and ``dp_replicate`` together are ``dp``."""
+
+COMBINED: dict[str, tuple[str, ...]] = {
+    "dp": ("dp_shard", "dp_replicate"),
+    "dp_cp": ("cp", "dp_shard", "dp_replicate", "dp"),
+    "dp_shard_cp": ("cp", "dp_shard"),
+    "model": ("tp", "pp"),
+    "world": ("tp", "cp", "dp_shard", "dp_replicate", "dp", "pp"),
+}
+"""Groups along several axes at once: ``dp_cp`` are the ranks that hold the same parameters, whose gradients are added;
+``model`` those that hold one replica together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +45,11 @@ class Mesh:
     @property
     def world_size(self) -> int:
         return prod(size for _, size in self.sizes)
+
+    def size(self, axis: str) -> int:
+        """Return the ranks of one group of an axis, or of a combined one."""
+        own = dict(self.sizes)
+        return own[axis] if axis in own else prod(own.get(part, 1) for part in COMBINED.get(axis, ()))
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return the rank's place on each axis."""
@@ -36,17 +67,45 @@ class Mesh:
         return rank
 
     def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
-        """Return the process groups of an axis, each with its ranks in ascending order, by first rank."""
-        stride, length = 1, 1
-        for name, size in self.sizes:
-            if name == axis:
-                length = size
-                break
+        """Return the process groups of an axis, each with its ranks in ascending order, by first rank.
+
+        ``axis`` is one of the mesh, one of ``COMBINED``, or ``embedding``: the first and the last pipeline stage, which
+        share tied embeddings.
+        """
+        if axis == "embedding":
+            stages = self.size("pp")
+            return tuple(tuple(sorted({group[0], group[stages - 1]})) for group in self.groups("pp"))
+        own = {name for name, _ in self.sizes}
+        along = (axis,) if axis in own else COMBINED.get(axis, ())
+        offsets, starts = self._offsets(along), self._offsets([name for name, _ in self.sizes if name not in along])
+        return tuple(tuple(start + offset for offset in offsets) for start in starts)
+
+    def _offsets(self, axes: Sequence[str]) -> list[int]:
+        """Return the ranks that lie along some axes at the origin of the others, ascending."""
+        strides, stride = [], 1
+        for axis, size in self.sizes:
+            if axis in axes:
+                strides.append([stride * index for index in range(size)])
             stride *= size
-        starts = (r for r in range(self.world_size) if (r // stride) % length == 0)
-        return tuple(tuple(range(start, start + stride * length, stride)) for start in starts)
+        return sorted(sum(place) for place in product(*strides))
+
+    def neighbours(self, axis: str, step: int, *, around: bool) -> tuple[tuple[int, int], ...]:
+        """Return the (sender, receiver) pairs ``step`` (+1 or -1) along an axis, by sender.
+
+        ``around``: the last also sends to the first, as in the interleaved schedule. A rank alone sends nothing.
+        """
+        pairs = []
+        for group in self.groups(axis):
+            count = len(group)
+            for index, sender in enumerate(group):
+                other = index + step
+                if count > 1 and (around or 0 <= other < count):
+                    pairs.append((sender, group[other % count]))
+        return tuple(sorted(pairs))
 
 
-def mesh_of(sizes: Mapping[str, int]) -> Mesh:
-    """Return the mesh with the given axis sizes in the order of ``AXES``; axes that are absent have size 1."""
-    return Mesh(tuple((axis, sizes.get(axis, 1)) for axis in AXES))
+def mesh_of(sizes: Mapping[str, int], order: Sequence[str] = AXES) -> Mesh:
+    """Return the mesh with the given axis sizes in ``order``, fastest varying first; absent axes have size 1."""
+    unknown = [axis for axis in sizes if axis not in order]
+    assert not unknown, f"axes {unknown} are not in the order {list(order)}"
+    return Mesh(tuple((axis, sizes.get(axis, 1)) for axis in order))
