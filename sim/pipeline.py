@@ -101,8 +101,8 @@ def _cache_notes(held: tuple[Footprint, ...]) -> tuple[str, ...]:
         )
     if fullest.num_alloc_retries:
         notes.append(
-            f"the allocator emptied its cache {fullest.num_alloc_retries} times to make room; each time synchronises "
-            "the GPU, which is not in the step's time"
+            f"the allocator emptied its cache to make room ({fullest.num_alloc_retries} x); that synchronises the GPU, "
+            "which is not in the step's time"
         )
     return tuple(notes)
 
