@@ -306,7 +306,10 @@ def _issue(op: Op) -> Iterator[Instruction]:
         yield Wait(f"{op.name} ready", stream)
         tensor = exchange.tensor
         if exchange.kind == "send_recv":
-            yield Send(op.name, exchange.axis, tensor.num_bytes, stream)
+            # one grouped kernel in NCCL; here on two streams, since in a ring each receives what another sends
+            beside = f"{stream}:send"
+            yield Wait(f"{op.name} ready", beside)
+            yield Send(op.name, exchange.axis, tensor.num_bytes, beside)
             yield Recv(op.name, exchange.axis, tensor.num_bytes, stream)
         else:
             yield Collective(op.name, exchange.kind, exchange.axis, tensor.num_bytes, tensor.dtype, stream)

@@ -1,0 +1,378 @@
+"""Context parallelism: every rank has 1/cp of each sequence; only attention needs the rest.
+
+Under a causal mask the sequence is cut in 2 cp chunks and rank i has chunks i and 2cp-1-i, so that all have the same
+work (transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py). Ranks differ in *which* halves
+they multiply, not in how much; the ledger describes one of them: the last, whose steps take all its queries and half
+of the visiting keys, and so hold the most.
+
+Shapes: q, out [batch, seq, heads, head_dim] with the local ``seq``; a ring message [kv_pair, batch, seq, kv_heads,
+head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sim.ir.ledger import (
+    Attention,
+    Dim,
+    DType,
+    Exchange,
+    Gemm,
+    Kernel,
+    Layer,
+    Op,
+    Pointwise,
+    Shape,
+    Tensor,
+    size,
+)
+from sim.parallel.shard import CP_AXIS, CP_RING_AXIS, ShardPlan, ceil_div, divide_seq
+
+
+def shard_cp(layer: Layer, plan: ShardPlan) -> Layer:
+    """Return the layer on 1/cp of the tokens, with attention's exchanges."""
+    forward: list[Op] = []
+    backward: list[Op] = []
+    kept: dict[str, _Call] = {}
+    for op in layer.forward:
+        kernel = _attention(op)
+        if kernel is None:
+            forward.append(_divided(op, plan.cp))
+            continue
+        call = kept[op.name] = _Call.of(op, kernel, plan)
+        forward.extend(_FORWARD[plan.cp_comm](call, op))
+    for op in layer.backward:
+        if _attention(op) is None:
+            backward.append(_divided(op, plan.cp))
+            continue
+        (released,) = op.releases
+        backward.extend(_BACKWARD[plan.cp_comm](kept[released], op))
+    return replace(
+        layer,
+        forward=tuple(forward),
+        backward=tuple(backward),
+        input=None if layer.input is None else divide_seq(layer.input, plan.cp),
+        output=None if layer.output is None else divide_seq(layer.output, plan.cp),
+        buffers=tuple(divide_seq(t, plan.cp) for t in layer.buffers),
+    )
+
+
+def _attention(op: Op) -> Attention | None:
+    return next((kernel for kernel in op.kernels if isinstance(kernel, Attention)), None)
+
+
+def _divided(op: Op, cp: int) -> Op:
+    def tensors(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(divide_seq(t, cp) for t in found)
+
+    return replace(
+        op,
+        kernels=tuple(_divided_kernel(op, k, cp) for k in op.kernels),
+        writes=tensors(op.writes),
+        keeps=tensors(op.keeps),
+        scratch=tensors(op.scratch),
+    )
+
+
+def _divided_kernel(op: Op, kernel: Kernel, cp: int) -> Kernel:
+    assert not isinstance(kernel, Attention)
+    if isinstance(kernel, Pointwise):
+        return replace(
+            kernel,
+            reads=tuple(divide_seq(t, cp) for t in kernel.reads),
+            writes=tuple(divide_seq(t, cp) for t in kernel.writes),
+        )
+    scores = any(dim.name == "key_seq" for shape in (kernel.m, kernel.n, kernel.k) for dim in shape)
+    assert not scores, f"{op.name}: context parallelism needs a fused attention kernel"
+    m, n, k = (_seq(shape, cp) for shape in (kernel.m, kernel.n, kernel.k))
+    return Gemm(m, n, k, kernel.dtype, kernel.batch)
+
+
+def _seq(shape: Shape, cp: int) -> Shape:
+    return tuple(Dim(d.name, ceil_div(d.size, cp)) if d.name == "seq" else d for d in shape)
+
+
+def _scaled(tensor: Tensor, name: str, cp: int) -> Tensor:
+    """Divide the dimensions called ``name`` by cp."""
+    shape = tuple(Dim(d.name, ceil_div(d.size, cp)) if d.name == name else d for d in tensor.shape)
+    return replace(tensor, shape=shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One use of a fused attention kernel, in local shapes. ``query``, ``key``, ``value`` name storages."""
+
+    name: str
+    cp: int
+    kernel: Attention
+    query: str
+    key: str
+    value: str
+    out: Tensor
+    lse: Tensor
+    state: Tensor
+    dtype: DType
+
+    @staticmethod
+    def of(op: Op, kernel: Attention, plan: ShardPlan) -> _Call:
+        query, key, value = op.reads if len(op.reads) == 3 else op.reads * 3  # views of one fused projection
+        lse, state = op.keeps
+        local = replace(kernel, query=_seq(kernel.query, plan.cp), key=_key(kernel, plan.cp))
+        out = divide_seq(op.writes[0], plan.cp)
+        return _Call(op.name, plan.cp, local, query, key, value, out, divide_seq(lse, plan.cp), state, out.dtype)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
+
+    def tensor(self, what: str, *, heads: str = "kv_heads", whole: bool = False, pair: int = 0) -> Tensor:
+        """Return a tensor of q's shape or k's: ``whole``: of the whole sequence; ``pair``: that many together."""
+        k = self.kernel
+        (seq,) = k.query
+        shape = (*k.batch, Dim("seq", seq.size * (self.cp if whole else 1)))
+        shape += (k.heads if heads == "heads" else k.kv_heads) + k.head_dim
+        return Tensor(f"{self.name}.{what}", ((Dim("kv_pair", pair),) if pair else ()) + shape, self.dtype)
+
+    def part(self, direction: str, step: int) -> Attention:
+        """Step 0 is the rank's own chunks under the mask; the others are half of a full product."""
+        kernel = replace(self.kernel, direction="forward" if direction == "forward" else "backward")
+        if step == 0 or not kernel.causal:
+            return kernel
+        (keys,) = kernel.key
+        return replace(kernel, key=(Dim(keys.name, ceil_div(keys.size, 2)),), causal=False)
+
+
+def _key(kernel: Attention, cp: int) -> Shape:
+    return tuple(Dim(d.name, ceil_div(d.size, cp)) for d in kernel.key)
+
+
+# --- ring of keys and values (AttnFuncWithCPAndKVP2P) -------------------------------------------
+
+
+def _ring_forward(call: _Call, op: Op) -> Iterator[Op]:
+    """cp steps; while one is computed the next keys and values arrive. The last ones received are what is saved.
+
+    Each step's output is kept until all are there and are then weighted by their log-sum-exps.
+    """
+    name, module, region = op.name, op.module, op.region
+    kv = [call.tensor(f"kv{i}", pair=2) for i in range(call.cp)]
+    outs = [replace(call.out, name=f"{name}.out{i}") for i in range(call.cp)]
+    lses = [replace(call.lse, name=f"{name}.logsumexp{i}") for i in range(call.cp)]
+    yield Op(
+        f"{name}.concat", (Pointwise("copy", (kv[0],), (kv[0],)),), call.reads, (kv[0],), module=module, region=region
+    )  # fmt: skip
+    for i in range(call.cp):
+        if i + 1 < call.cp:
+            yield Op(
+                f"{name}.ring{i}", (), (kv[i].name,), (kv[i + 1],), module=module, region=region,
+                exchange=Exchange("send_recv", CP_RING_AXIS, kv[i], blocking=False),
+            )  # fmt: skip
+        yield Op(
+            f"{name}.step{i}", (call.part("forward", i),), (call.query, kv[i].name), (outs[i], lses[i]), module=module,
+            region=region, awaits=(f"{name}.ring{i - 1}",) if i else (),
+        )  # fmt: skip
+    saves = (call.query, kv[-1].name, call.out.name, call.lse.name, call.state.name)
+    weigh = Pointwise("elementwise", (*outs, *lses), (call.out, call.lse), 3)
+    yield Op(
+        name, (weigh,), (*(t.name for t in (*outs, *lses, kv[-1])), call.query), (call.out,), saves,
+        (call.lse, call.state), module=module, region=region,
+    )  # fmt: skip
+
+
+def _ring_backward(call: _Call, op: Op) -> Iterator[Op]:
+    """cp steps, from the keys and values that forward received last, so that the last step is at home.
+
+    Keys and values go round with the sum of their gradients: the first hop carries only the former, the last only the
+    latter: 2 (cp-1) messages of keys and values in all. Every op says what it is the last to need, so that recompute
+    gives all of them its own tensors; the last of them counts.
+    """
+    name, module, region, cp = op.name, op.module, op.region, call.cp
+    dq, dk, dv = (divide_seq(t, cp) for t in op.writes)
+    scratch = tuple(divide_seq(t, cp) for t in op.scratch)
+    extra = tuple(_divided_kernel(op, k, cp) for k in op.kernels[1:])
+    kv = [replace(call.tensor(f"kv{cp - 1}", pair=2))]
+    kv += [Tensor(f"{name}.kv{i}", kv[0].shape, call.dtype) for i in range(1, cp)]
+    own = [call.tensor(f"backward.grad_kv{i}", pair=2) for i in range(cp)]
+    passed = [own[0]] + [call.tensor(f"backward.grad_kv_sum{i}", pair=2) for i in range(1, cp)]
+    saved = (op.reads[0], call.query, call.out.name, call.lse.name, call.state.name)
+    for i in range(cp):
+        ring = f"{name}.ring{i}"
+        sent = ([kv[i]] if i + 1 < cp else []) + ([passed[i - 1]] if i else [])
+        received = ([kv[i + 1]] if i + 1 < cp else []) + ([passed[i]] if i else [])
+        message = call.tensor(f"backward.message{i}", pair=2 * len(sent))
+        yield Op(
+            ring, (), tuple(t.name for t in sent), tuple(received), module=module, region=region,
+            releases=op.releases, exchange=Exchange("send_recv", CP_RING_AXIS, message, blocking=False),
+        )  # fmt: skip
+        kernels: tuple[Kernel, ...] = (call.part("backward", i), *extra)
+        step_scratch = scratch
+        if i:
+            part = replace(dq, name=f"{name}.dq{i}")
+            step_scratch = (*scratch, part)
+            kernels += (Pointwise("elementwise", (dq, part), (dq,)),)
+        yield Op(
+            f"{name}.step{i}", kernels, (*saved, kv[i].name) + ((dq.name,) if i else ()),
+            (own[i],) if i else (dq, own[0]), scratch=step_scratch, releases=op.releases, module=module, region=region,
+            awaits=(f"{name}.ring{i - 1}",) if i else (),
+        )  # fmt: skip
+        if i:
+            yield Op(
+                f"{name}.add{i}", (Pointwise("elementwise", (own[i], passed[i]), (passed[i],)),),
+                (own[i].name, passed[i].name), module=module, region=region, awaits=(ring,),
+            )  # fmt: skip
+    yield Op(
+        name, (), (passed[-1].name, *saved, kv[0].name), (dk, dv), releases=op.releases, module=module, region=region
+    )  # fmt: skip
+
+
+# --- all-gather of keys and values (AttnFuncWithCPAndKVAllGather) -------------------------------
+
+
+def _gathers(call: _Call, name: str, module: str, region: str) -> tuple[tuple[Op, ...], tuple[Tensor, Tensor]]:
+    """Gather keys and values, then put the chunks in the order of the sequence (a copy)."""
+    ops, found = [], []
+    for what, source in (("key", call.key), ("value", call.value)):
+        suffix = name.removeprefix(call.name).lstrip(".")
+        tensor = call.tensor(".".join(filter(None, (suffix, what, "gathered"))), whole=True)
+        raw = replace(tensor, name=f"{tensor.name}.chunks")
+        ops.append(
+            Op(
+                f"{name}.all_gather_{what}", (Pointwise("copy", (raw,), (tensor,)),), (source,), (tensor,),
+                scratch=(raw,), module=module, region=region, exchange=Exchange("all_gather", CP_AXIS, raw),
+            )
+        )  # fmt: skip
+        found.append(tensor)
+    return tuple(ops), (found[0], found[1])
+
+
+def _gathered_kernels(call: _Call, direction: str) -> tuple[Attention, ...]:
+    """Two chunks of queries, each against the keys up to its own: on average half the sequence."""
+    kernel = replace(call.kernel, direction="forward" if direction == "forward" else "backward")
+    (seq,), (keys,) = kernel.query, kernel.key
+    if not kernel.causal:
+        return (replace(kernel, key=(Dim(keys.name, keys.size * call.cp),)),)
+    half = replace(
+        kernel, query=(Dim(seq.name, ceil_div(seq.size, 2)),), key=(Dim(keys.name, keys.size * call.cp // 2),),
+        causal=False,
+    )  # fmt: skip
+    return (half, half)
+
+
+def _gather_forward(call: _Call, op: Op) -> Iterator[Op]:
+    """Only the local keys and values are saved; backward gathers them again."""
+    gathers, (key, value) = _gathers(call, op.name, op.module, op.region)
+    yield from gathers
+    yield replace(
+        op, kernels=_gathered_kernels(call, "forward"), reads=(*call.reads, key.name, value.name), writes=(call.out,),
+        saves=(*call.reads, call.out.name, call.lse.name, call.state.name), keeps=(call.lse, call.state),
+    )  # fmt: skip
+
+
+def _gather_backward(call: _Call, op: Op) -> Iterator[Op]:
+    gathers, (key, value) = _gathers(call, op.name, op.module, op.region)
+    yield from gathers
+    dq, dk, dv = (divide_seq(t, call.cp) for t in op.writes)
+    whole = [call.tensor(f"backward.grad_{what}.whole", whole=True) for what in ("key", "value")]
+    saved = (call.out.name, call.lse.name, call.state.name)
+    yield replace(
+        op, kernels=(*_gathered_kernels(call, "backward"), *op.kernels[1:]),
+        reads=(op.reads[0], *call.reads, *saved, key.name, value.name), writes=(dq, *whole),
+        scratch=tuple(divide_seq(t, call.cp) for t in op.scratch),
+    )  # fmt: skip
+    for what, source, target in zip(("key", "value"), whole, (dk, dv), strict=True):
+        chunks = replace(source, name=f"{source.name}.chunks")
+        yield Op(
+            f"{op.name}.reorder_{what}", (Pointwise("copy", (source,), (chunks,)),), (source.name,), (chunks,),
+            module=op.module, region=op.region,
+        )  # fmt: skip
+        yield Op(
+            f"{op.name}.reduce_scatter_{what}", (), (chunks.name,), (target,), module=op.module, region=op.region,
+            exchange=Exchange("reduce_scatter", CP_AXIS, chunks),
+        )  # fmt: skip
+
+
+# --- heads for sequence (AttnFuncWithCPAndQKVOA2A, DeepSpeed-Ulysses) ---------------------------
+
+
+def _fewer_heads(call: _Call, shape: Shape) -> Shape:
+    found = []
+    for dim in shape:
+        by = call.cp if dim.name in ("heads", "kv_heads") else 1
+        assert dim.size % by == 0, f"{call.name}: {dim.size} {dim.name} among {by} ranks"
+        found.append(Dim(dim.name, dim.size // by))
+    return tuple(found)
+
+
+def _swapped(call: _Call, what: str, heads: str) -> Tensor:
+    tensor = call.tensor(what, heads=heads, whole=True)
+    return replace(tensor, shape=_fewer_heads(call, tensor.shape))
+
+
+def _a2a(call: _Call, name: str, source: Tensor, target: Tensor, op: Op, reads: str) -> Op:
+    """One all-to-all; the pieces are put in order by a copy, before it or after it."""
+    assert size(source.shape) == size(target.shape)
+    raw = replace(target, name=f"{name}.pieces")
+    return Op(
+        name, (Pointwise("copy", (raw,), (target,)),), (reads,), (target,), scratch=(raw,), module=op.module,
+        region=op.region, exchange=Exchange("all_to_all", CP_AXIS, source),
+    )  # fmt: skip
+
+
+def _ulysses_forward(call: _Call, op: Op) -> Iterator[Op]:
+    names = []
+    sources = (("query", "heads", call.query), ("key", "kv_heads", call.key), ("value", "kv_heads", call.value))
+    for what, heads, source in sources:
+        target = _swapped(call, f"{what}.by_head", heads)
+        yield _a2a(call, f"{op.name}.all_to_all_{what}", call.tensor(what, heads=heads), target, op, source)
+        names.append(target.name)
+    out = replace(_swapped(call, "out.by_head", "heads"), dtype=call.out.dtype)
+    lse = _scaled(replace(op.keeps[0], name=f"{op.name}.logsumexp.by_head"), "heads", call.cp)
+    yield replace(
+        op, kernels=(_by_head(call, op),), reads=tuple(names), writes=(out,),
+        saves=(*names, out.name, lse.name, call.state.name), keeps=(lse, call.state),
+    )  # fmt: skip
+    yield _a2a(call, f"{op.name}.all_to_all_out", out, call.out, op, out.name)
+
+
+def _by_head(call: _Call, op: Op) -> Attention:
+    kernel = _attention(op)
+    assert kernel is not None
+    return replace(
+        kernel, heads=_fewer_heads(call, kernel.heads), kv_heads=_fewer_heads(call, kernel.kv_heads)
+    )  # fmt: skip
+
+
+def _ulysses_backward(call: _Call, op: Op) -> Iterator[Op]:
+    name = call.name
+    grad = replace(call.tensor("grad_out", heads="heads"))
+    swapped = _swapped(call, "backward.grad_out.by_head", "heads")
+    yield _a2a(call, f"{op.name}.all_to_all_grad", grad, swapped, op, op.reads[0])
+    saved = [f"{name}.{what}.by_head" for what in ("query", "key", "value", "out", "logsumexp")]
+    made = [
+        _swapped(call, f"backward.grad_{what}.by_head", "heads" if what == "query" else "kv_heads")
+        for what in ("query", "key", "value")
+    ]
+    yield replace(
+        op, kernels=(_by_head(call, op), *(_kernel_by_head(k, call.cp) for k in op.kernels[1:])),
+        reads=(swapped.name, *saved, call.state.name), writes=tuple(made),
+        scratch=tuple(_scaled(_scaled(t, "heads", call.cp), "kv_heads", call.cp) for t in op.scratch),
+    )  # fmt: skip
+    for what, source, target in zip(("query", "key", "value"), made, op.writes, strict=True):
+        yield _a2a(
+            call, f"{op.name}.all_to_all_{what}", source, divide_seq(target, call.cp), op, source.name
+        )  # fmt: skip
+
+
+def _kernel_by_head(kernel: Kernel, cp: int) -> Kernel:
+    assert isinstance(kernel, Pointwise)
+    return replace(
+        kernel,
+        reads=tuple(_scaled(_scaled(t, "heads", cp), "kv_heads", cp) for t in kernel.reads),
+        writes=tuple(_scaled(_scaled(t, "heads", cp), "kv_heads", cp) for t in kernel.writes),
+    )
+
+
+_FORWARD = {"p2p": _ring_forward, "all_gather": _gather_forward, "a2a": _ulysses_forward}
+_BACKWARD = {"p2p": _ring_backward, "all_gather": _gather_backward, "a2a": _ulysses_backward}
