@@ -148,7 +148,7 @@ def outside_torch(
         most += max(used, nccl_bytes(_with(communicator, eager)))
     low, high = context_band if context_band and any(context_band) else (cuda_context_bytes, cuda_context_bytes)
     words = [f"CUDA context of {_mib(cuda_context_bytes)}, with lazily loaded kernels ({_mib(low)} to {_mib(high)})"]
-    if communicators:
+    if most:
         number = "1 communicator" if len(communicators) == 1 else f"{len(communicators)} communicators"
         words.append(
             f"NCCL buffers of {_mib(counted)} for {number}, counted from their connections "
