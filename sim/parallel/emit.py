@@ -18,7 +18,7 @@ Liveness is worked out once for each distinct layer (:func:`plan_layer`) and ins
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -88,10 +88,29 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """The two chunks of a microbatch. They share storages: what forward saves, backward frees."""
+    """The chunks of a microbatch. They share storages: what forward saves, backward frees.
+
+    A split backward is two: ``backward`` makes the gradients of activations, ``weight_gradient`` those of the weights
+    of matmuls (all other parameters' come with the first). Else ``weight_gradient`` is empty.
+    """
 
     forward: Chunk
     backward: Chunk
+    weight_gradient: Chunk = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """What crosses the ends of a stage that is not alone, for every microbatch. None at the ends of the model.
+
+    The stage frees ``input`` and ``grad_output`` when it has used them; whoever receives allocates them. It allocates
+    ``output`` and ``grad_input``; whoever sends frees them.
+    """
+
+    input: Storage | None = None
+    output: Storage | None = None
+    grad_output: Storage | None = None
+    grad_input: Storage | None = None
 
 
 # --- the plan of one layer ---------------------------------------------------------------------
@@ -125,6 +144,7 @@ class LayerPlan:
     forward: tuple[_Step, ...]
     backward: tuple[_Step, ...]
     slots: tuple[Slot, ...]
+    weight_gradient: tuple[_Step, ...] = ()
 
 
 @dataclass(slots=True)
@@ -146,8 +166,11 @@ class _Tape:
     autograd saved the node that releases it.
     """
 
-    def __init__(self, layer: Layer, gradient_dtype: DType, batch_inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, layer: Layer, gradient_dtype: DType, batch_inputs: Sequence[Tensor], fused: frozenset[str]
+    ) -> None:
         self.layer = layer
+        self.fused = fused
         self.gradient_dtype = gradient_dtype
         self.resident = {t.name for t in (*batch_inputs, *layer.buffers)}  # live whatever the layer does
         self.slots: list[Slot] = []
@@ -175,7 +198,8 @@ class _Tape:
             node.born.append(slot)
             self.hold(slot, index)
         for parameter in op.gradients:
-            gradient = Tensor(f"grad:{parameter}", self.parameters[parameter].shape, self.gradient_dtype)
+            shape = (Dim("numel", 0),) if parameter in self.fused else self.parameters[parameter].shape
+            gradient = Tensor(f"grad:{parameter}", shape, self.gradient_dtype)
             node.gradients.append(self.slot(gradient, "gradients", parameter))
         node.scratch.extend(self.slot(tensor, "temporary") for tensor in op.scratch)
         self.nodes.append(node)
@@ -183,14 +207,24 @@ class _Tape:
 
 
 def plan_layer(
-    layer: Layer, recompute: Recompute, gradient_dtype: DType, batch_inputs: Sequence[Tensor] = ()
+    layer: Layer,
+    recompute: Recompute,
+    gradient_dtype: DType,
+    batch_inputs: Sequence[Tensor] = (),
+    fused: frozenset[str] = frozenset(),
+    *,
+    split: bool = False,
 ) -> LayerPlan:
     """Work out what lives when in the passes of one layer.
+
+    ``fused`` are parameters whose gradient the kernel adds to where it accumulates: it is no tensor of its own.
+    ``split``: ops that only make gradients of parameters come after all others, in a pass of their own; what they read
+    lives until then.
 
     ``gradient_dtype`` is the dtype in which autograd hands over parameter gradients: that of the parameters.
     ``batch_inputs`` and the layer's buffers may be read and saved; they stay whatever the layer does.
     """
-    tape = _Tape(layer, gradient_dtype, batch_inputs)
+    tape = _Tape(layer, gradient_dtype, batch_inputs, fused)
     recomputed = recompute.ops(layer)
     again = [op for op in layer.forward if op.name in recomputed]
     made_again = {t.name for op in again for t in (*op.writes, *op.keeps)}
@@ -213,7 +247,9 @@ def plan_layer(
     grads: dict[str, int] = {f"grad:{layer.output.name}": _GRAD_OUTPUT} if layer.output is not None else {}
     node_of: dict[str, int] = {}  # forward op -> node that releases what it saved
     waiting, whole = bool(again), len(again) == len(layer.forward)
-    for op in layer.backward:
+    later = [op for op in layer.backward if split and op.gradients and not op.writes]
+    num_weight_gradients = len(later)
+    for op in (*(op for op in layer.backward if not any(op is other for other in later)), *later):
         ours = not recomputed.isdisjoint(op.releases)
         if waiting and (whole or ours or any(name in made_again and name not in grads for name in op.reads)):
             waiting = False
@@ -225,7 +261,8 @@ def plan_layer(
         grads.update({t.name: names[t.name] for t in (*op.writes, *op.keeps)})
         node_of.update(dict.fromkeys(op.releases, index))
     _hold_saved(tape, recompute, node_of, first, second)
-    return LayerPlan(*_steps(tape, num_forward), tuple(tape.slots))
+    forward, backward, weights = _steps(tape, num_forward, num_weight_gradients)
+    return LayerPlan(forward, backward, tuple(tape.slots), weights)
 
 
 def _hold_saved(
@@ -271,19 +308,27 @@ def _repeated(again: Sequence[Op], reentrant: bool) -> Sequence[Op]:
     return again[: saving[-1] + (0 if made.isdisjoint(last.saves) else 1)]
 
 
-def _steps(tape: _Tape, num_forward: int) -> tuple[tuple[_Step, ...], tuple[_Step, ...]]:
-    """Write the tape as steps of forward and of backward."""
+def _steps(
+    tape: _Tape, num_forward: int, num_weight_gradients: int
+) -> tuple[tuple[_Step, ...], tuple[_Step, ...], tuple[_Step, ...]]:
+    """Write the tape as steps of forward, of backward, and of the weight gradients that are a pass of their own.
+
+    Where backward is split, modules are left (reshard, reduce) once their weight gradients are there: at the end.
+    """
     never = {_OUTPUT, _GRAD_INPUT}  # these die in the neighbour
     for slot, last in tape.death.items():
         if slot not in never:
             tape.nodes[last].dying.append(slot)
     issued: dict[int, tuple[Instruction, ...]] = {}
     passes: list[list[_Step]] = []
-    for nodes in (tape.nodes[:num_forward], tape.nodes[num_forward:]):
+    end = len(tape.nodes) - num_weight_gradients
+    for nodes in (tape.nodes[:num_forward], tape.nodes[num_forward:end], tape.nodes[end:]):
         steps: list[_Step] = []
         stack: list[tuple[str, _Verb]] = []
+        in_weights = len(passes) == 2
         for node in nodes:
-            _enter(steps, stack, node)
+            if not in_weights:
+                _enter(steps, stack, node)
             steps.extend(("alloc", slot, "") for slot in (*node.born, *node.gradients, *node.scratch))
             instructions = issued.get(id(node.op))
             if instructions is None:
@@ -294,7 +339,11 @@ def _steps(tape: _Tape, num_forward: int) -> tuple[tuple[_Step, ...], tuple[_Ste
             steps.extend(("free", slot, "") for slot in sorted(node.dying))
         _leave(steps, stack, 0)
         passes.append(steps)
-    return tuple(passes[0]), tuple(passes[1])
+    forward, backward, weights = passes
+    if num_weight_gradients:
+        weights += [step for step in backward if isinstance(step, tuple) and step[0] == "post_back"]
+        backward = [step for step in backward if not (isinstance(step, tuple) and step[0] == "post_back")]
+    return tuple(forward), tuple(backward), tuple(weights)
 
 
 def _issue(op: Op) -> Iterator[Instruction]:
@@ -353,41 +402,75 @@ class Emitter:
         batch_inputs: Sequence[Tensor],
         recompute: Recompute,
         gradient_dtype: DType,
+        *,
+        fused: Callable[[Layer], frozenset[str]] = lambda layer: frozenset(),
+        inside: tuple[bool, bool] = (False, False),
     ) -> None:
+        """``fused`` as in :func:`plan_layer`; ``inside``: whether a stage comes before this one, and after it."""
         self.layers = tuple(layers)
         self.batch_inputs = tuple(batch_inputs)
         self.names = layer_names(self.layers)
-        plans: dict[int, LayerPlan] = {}
-        for layer in self.layers:
-            if id(layer) not in plans:
-                plans[id(layer)] = plan_layer(layer, recompute, gradient_dtype, batch_inputs)
-        self.plans = tuple(plans[id(layer)] for layer in self.layers)
+        self._recompute = recompute
+        self._fused = {id(layer): fused(layer) for layer in self.layers}
+        self._split_plans: tuple[LayerPlan, ...] = ()
+        self.gradient_dtype = gradient_dtype
+        self.plans = self._plans(split=False)
+        self.border = self._border(*inside)
         self.owners = {
             (index, own): _owner(self.layers, layer_name, parameter)
             for index, layer in enumerate(self.layers)
             for own, layer_name, parameter in layer.tied
         }
         self.gradient_bytes = DTYPE_BYTES[gradient_dtype]
-        self.gradient_dtype = gradient_dtype
 
-    def passes(self, hooks: Hooks) -> Passes:
+    def _plans(self, *, split: bool) -> tuple[LayerPlan, ...]:
+        plans: dict[int, LayerPlan] = {}
+        for layer in self.layers:
+            if id(layer) not in plans:
+                plans[id(layer)] = plan_layer(
+                    layer, self._recompute, self.gradient_dtype, self.batch_inputs, self._fused[id(layer)], split=split
+                )
+        return tuple(plans[id(layer)] for layer in self.layers)
+
+    def _border(self, before: bool, after: bool) -> Border:
+        first, last = self.layers[:1], self.layers[-1:]
+        input_ = first[0].input if first and before else None
+        output = last[0].output if last and after else None
+        return Border(
+            input=_activation(first[0], input_.name, input_) if input_ else None,
+            output=_activation(last[0], output.name, output) if output else None,
+            grad_output=_activation(last[0], f"grad:{output.name}", output) if output else None,
+            grad_input=_activation(first[0], f"grad:{input_.name}", input_) if input_ else None,
+        )
+
+    def passes(self, hooks: Hooks, *, split: bool = False) -> Passes:
         """Return forward and backward of one microbatch, as the framework behind ``hooks`` runs them."""
+        if split and not self._split_plans:
+            self._split_plans = self._plans(split=True)
+        plans = self._split_plans if split else self.plans
         inputs = [Storage(f"batch.{t.name}", t.num_bytes, "activations", True) for t in self.batch_inputs]
-        tables = self._tables()
+        tables = self._tables(plans)
         forward: list[Instruction] = [Mark("forward", "batch"), *(Alloc(s) for s in inputs)]
         for index in range(len(self.layers)):
             forward.append(Mark("forward", self.names[index]))
-            self._replay(forward, self.plans[index].forward, tables[index], index, hooks)
+            self._replay(forward, plans[index].forward, plans[index].slots, tables[index], index, hooks)
         backward: list[Instruction] = []
         self._waiting: dict[tuple[int, str], Storage] = {}
         for index in reversed(range(len(self.layers))):
             backward.append(Mark("backward", self.names[index]))
-            self._replay(backward, self.plans[index].backward, tables[index], index, hooks)
+            self._replay(backward, plans[index].backward, plans[index].slots, tables[index], index, hooks)
+        weights: list[Instruction] = []
+        if split:
+            for index in reversed(range(len(self.layers))):
+                weights.append(Mark("backward", self.names[index]))
+                steps, slots = plans[index].weight_gradient, plans[index].slots
+                self._replay(weights, steps, slots, tables[index], index, hooks)
         assert not self._waiting, f"gradients of tied parameters never met: {sorted(self._waiting)}"
-        backward.append(Mark("backward", "end"))
-        backward.extend(hooks.end_of_backward())
-        backward.extend(Free(s) for s in inputs)
-        return Passes(tuple(forward), tuple(backward))
+        last = weights if split else backward
+        last.append(Mark("backward", "end"))
+        last.extend(hooks.end_of_backward())
+        last.extend(Free(s) for s in inputs)
+        return Passes(tuple(forward), tuple(backward), tuple(weights))
 
     def gradient_order(self) -> tuple[tuple[int, str], ...]:
         """Return (layer, parameter) in the order in which backward finishes their gradients."""
@@ -400,11 +483,11 @@ class Emitter:
                         order.append((index, parameter))
         return tuple(order)
 
-    def _tables(self) -> list[list[Storage]]:
+    def _tables(self, plans: Sequence[LayerPlan]) -> list[list[Storage]]:
         """One storage for each slot of each layer; a layer's output is the next one's input."""
         nothing = Storage("nothing", 0, "temporary")
         tables: list[list[Storage]] = []
-        for layer, plan in zip(self.layers, self.plans, strict=True):
+        for layer, plan in zip(self.layers, plans, strict=True):
             table = [nothing] * _NUM_BORDER
             if layer.output is not None:
                 table[_OUTPUT] = _activation(layer, layer.output.name, layer.output)
@@ -416,12 +499,22 @@ class Emitter:
         for before, after in itertools.pairwise(tables):
             after[_INPUT] = before[_OUTPUT]
             before[_GRAD_OUTPUT] = after[_GRAD_INPUT]
+        border = self.border
+        if border.input is not None and border.grad_input is not None:
+            tables[0][_INPUT], tables[0][_GRAD_INPUT] = border.input, border.grad_input
+        if border.output is not None and border.grad_output is not None:
+            tables[-1][_OUTPUT], tables[-1][_GRAD_OUTPUT] = border.output, border.grad_output
         return tables
 
     def _replay(
-        self, out: list[Instruction], steps: Sequence[_Step], table: Sequence[Storage], index: int, hooks: Hooks
+        self,
+        out: list[Instruction],
+        steps: Sequence[_Step],
+        slots: Sequence[Slot],
+        table: Sequence[Storage],
+        index: int,
+        hooks: Hooks,
     ) -> None:
-        slots = self.plans[index].slots
         for step in steps:
             if not isinstance(step, tuple):
                 out.append(step)
@@ -449,6 +542,8 @@ class Emitter:
         (torch/csrc/autograd/input_buffer.cpp).
         """
         owner = self.owners.get((index, parameter), (index, parameter))
+        if owner != (index, parameter) and not gradient.num_bytes:
+            return  # the kernel has added it to the owner's already
         if owner != (index, parameter):
             self._waiting[owner] = gradient
             return
