@@ -76,7 +76,9 @@ def split(
     return tuple(_stage(index, own, stages, batch_inputs) for index, own in enumerate(stages))
 
 
-def _stage(index: int, own: Sequence[Layer], stages: Sequence[Sequence[Layer]], batch_inputs: Sequence[Tensor]) -> Stage:
+def _stage(
+    index: int, own: Sequence[Layer], stages: Sequence[Sequence[Layer]], batch_inputs: Sequence[Tensor]
+) -> Stage:
     names = {layer.name for layer in own}
     elsewhere = {
         (layer_name, parameter)

@@ -1,0 +1,301 @@
+"""From the order of a pipeline rank's passes to calls: who receives before a pass, and who sends after it.
+
+Each pass that needs a neighbour's tensor receives it into a buffer of its own, each that makes one sends it. How early
+a receive is posted, what waits for a message, and when what was sent is let go differ by framework (:class:`Messages`).
+A message waits for the kernels issued before it, as ProcessGroupNCCL's streams do; messages of one kind between two
+ranks are in order, and a send meets the receive of the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sim.ir.program import (
+    COMPUTE,
+    Alloc,
+    Call,
+    Chunk,
+    Free,
+    HostWait,
+    Instruction,
+    Mark,
+    Record,
+    Recv,
+    Send,
+    Storage,
+    Wait,
+)
+from sim.parallel.emit import Border
+from sim.parallel.schedule import LOOPED, Order, Pass, Placement
+
+Way = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """How a framework exchanges tensors between stages.
+
+    ``ahead``       when a receive is posted: ``never`` before its pass, ``turn`` one pass earlier if that goes the other
+                    way (so that it hides behind it), ``always`` one pass earlier
+    ``waits``       the compute stream waits for each send at once; else before the next one of its kind
+    ``host_waits``  the host waits for the GPU after each exchange
+    ``frees_sent``  a sent output's memory is freed; else it stays until its backward
+    ``buffers``     receive buffers are there from the start, one a microbatch and direction
+    """
+
+    ahead: Literal["never", "turn", "always"]
+    waits: bool
+    host_waits: bool
+    frees_sent: bool
+    buffers: bool = False
+
+
+MEGATRON = Messages("never", waits=True, host_waits=True, frees_sent=True)
+"""``forward_backward_pipelining_without_interleaving`` (megatron/core/pipeline_parallel/schedules.py): sends and receives of
+a turn are one batch (``batch_p2p_comm``), ended by ``torch.cuda.synchronize()`` (``batch_p2p_sync``)."""
+MEGATRON_OVERLAP = Messages("turn", waits=False, host_waits=False, frees_sent=True)
+"""``forward_backward_pipelining_with_interleaving`` with ``overlap_p2p_comm``, its default: exchanges of the steady state run
+beside the next pass, those of warm-up and cool-down are waited for."""
+DEEPSPEED = Messages("never", waits=True, host_waits=False, frees_sent=False)
+"""deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward."""
+TORCH = Messages("always", waits=False, host_waits=False, frees_sent=False, buffers=True)
+"""torch/distributed/pipelining/stage.py and schedules.py: receives into buffers made once, sends waited for later; a
+stage's ``fwd_cache`` keeps outputs until their backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A message between two chunks: the pair axis that it takes."""
+
+    axis: str
+    sender: tuple[int, int]
+    receiver: tuple[int, int]
+
+
+def way_of(pass_: Pass) -> Way | None:
+    """Return which way a pass goes; a weight gradient goes none."""
+    if pass_.kind == "weight_gradient":
+        return None
+    return "forward" if pass_.kind == "forward" else "backward"
+
+
+def outgoing(placement: Placement, rank: int, chunk: int, way: Way, p: int, v: int) -> Route | None:
+    """Return where the passes of a chunk send to; None at the end of the model."""
+    step = 1 if way == "forward" else -1
+    other = placement.neighbour(rank, chunk, step, p, v)
+    if other is None:
+        return None
+    # round and round the ranks, one axis a direction is enough: all messages go one way, in one order
+    back = placement is not LOOPED and chunk == 1
+    return Route(f"pp_{way}{'_back' if back else ''}", (rank, chunk), other)
+
+
+def incoming(placement: Placement, rank: int, chunk: int, way: Way, p: int, v: int) -> Route | None:
+    """Return where the passes of a chunk receive from; None at the start."""
+    source = placement.neighbour(rank, chunk, -1 if way == "forward" else 1, p, v)
+    return None if source is None else outgoing(placement, *source, way, p, v)
+
+
+def pair_axes(placement: Placement, p: int, v: int) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Return axis -> (sender, receiver) in pipeline ranks, of every message that crosses ranks."""
+    pairs: dict[str, dict[tuple[int, int], None]] = {}
+    ways: tuple[Way, ...] = ("forward", "backward")
+    for way in ways:
+        for rank in range(p):
+            for chunk in range(v):
+                route = outgoing(placement, rank, chunk, way, p, v)
+                if route is not None and route.receiver[0] != rank:
+                    pairs.setdefault(route.axis, {})[rank, route.receiver[0]] = None
+    return {axis: tuple(found) for axis, found in pairs.items()}
+
+
+class Exchange:
+    """Writes the calls of one pipeline rank, and the chunks of its messages as they are first needed.
+
+    ``borders`` are those of its chunks. ``pass_name`` gives the chunk of a pass.
+    """
+
+    def __init__(
+        self, rank: int, p: int, v: int, placement: Placement, borders: Sequence[Border], messages: Messages
+    ) -> None:
+        self.rank, self.p, self.v = rank, p, v
+        self.placement = placement
+        self.borders = borders
+        self.messages = messages
+        self.chunks: dict[str, Chunk] = {}
+
+    def calls(self, order: Order, pass_name: Callable[[Pass], str]) -> list[list[Call]]:
+        """Return the calls of each pass of the order, with what belongs to it before and after."""
+        groups: list[list[Call]] = []
+        posted = -1
+        self._pending: dict[str, tuple[Way, Pass]] = {}
+        for index, pass_ in enumerate(order):
+            calls: list[Call] = []
+            groups.append(calls)
+            following = order[index + 1] if index + 1 < len(order) else None
+            if posted < index:
+                self._post(calls, pass_)
+                self._arrive(calls, pass_, sync=True)
+            elif not (self.messages.waits and posted == index):
+                self._arrive(calls, pass_, sync=False)
+            if following is not None and self._ahead(pass_, following):
+                self._post(calls, following)
+                posted = index + 1
+            calls.append(Call(pass_name(pass_), pass_.microbatch))
+            if self._after(calls, pass_, following):
+                posted = index + 1
+        for axis in list(self._pending):
+            self._settle(groups[-1], axis)
+        return groups
+
+    def _ahead(self, pass_: Pass, following: Pass) -> bool:
+        if self.messages.ahead == "never" or way_of(following) is None:
+            return False
+        return self.messages.ahead == "always" or way_of(pass_) != way_of(following)
+
+    def _after(self, calls: list[Call], pass_: Pass, following: Pass | None) -> bool:
+        """Send what the pass made; return whether the next pass's receive went with it and has been waited for."""
+        way = way_of(pass_)
+        if way is None:
+            return False
+        if way == "backward" and not self.messages.frees_sent and self.borders[pass_.chunk].output is not None:
+            self._call(calls, f"release.{pass_.chunk}", pass_, lambda: [Free(_some(self.borders[pass_.chunk].output))])
+        route = outgoing(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
+        if route is None or route.receiver[0] == self.rank:
+            return False
+        self._settle(calls, route.axis)
+        self._call(calls, f"send.{way}.{pass_.chunk}", pass_, lambda: self._send(way, pass_.chunk, route))
+        self._pending[route.axis] = (way, pass_)
+        turn = following is not None and way_of(following) not in (None, way)
+        if self.messages.waits and turn and following is not None and self._source(following) is not None:
+            self._post(calls, following)
+            self._settle(calls, route.axis)
+            self._arrive(calls, following, sync=True)
+            return True
+        if self.messages.waits or (self.messages.ahead == "turn" and not turn):
+            self._settle(calls, route.axis)
+            if self.messages.host_waits:
+                self._call(calls, "synchronize", pass_, _synchronize)
+        return False
+
+    def _source(self, pass_: Pass) -> Route | None:
+        """Return the route of what the pass needs from another rank."""
+        way = way_of(pass_)
+        if way is None:
+            return None
+        route = incoming(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
+        return None if route is None or route.sender[0] == self.rank else route
+
+    def _post(self, calls: list[Call], pass_: Pass) -> None:
+        route, way = self._source(pass_), way_of(pass_)
+        if route is not None and way is not None:
+            self._call(calls, f"recv.{way}.{pass_.chunk}", pass_, lambda: self._recv(way, pass_.chunk, route))
+
+    def _arrive(self, calls: list[Call], pass_: Pass, *, sync: bool) -> None:
+        way = way_of(pass_)
+        if way is None:
+            return
+        if self._source(pass_) is not None:
+            name = f"{way}.{pass_.chunk}"
+            self._call(calls, f"received.{name}", pass_, lambda: [Wait(f"received {name}", COMPUTE)])
+            if sync and self.messages.host_waits:
+                self._call(calls, "synchronize", pass_, _synchronize)
+            return
+        route = incoming(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
+        if route is not None:  # from another chunk of this rank: the same memory under another name
+            sender = self.borders[route.sender[1]]
+            given = sender.output if way == "forward" else sender.grad_input
+            taken = _received(self.borders[pass_.chunk], way)
+            keep = way == "forward" and not self.messages.frees_sent
+            handed: list[Instruction] = [Alloc(taken)] if keep else [Free(_some(given)), Alloc(taken)]
+            self._call(calls, f"hand.{way}.{pass_.chunk}", pass_, lambda: handed)
+
+    def _settle(self, calls: list[Call], axis: str) -> None:
+        """Wait for the last send on an axis; let go what it sent."""
+        pending = self._pending.pop(axis, None)
+        if pending is None:
+            return
+        way, pass_ = pending
+        border = self.borders[pass_.chunk]
+        name = f"{way}.{pass_.chunk}"
+
+        def sent() -> list[Instruction]:
+            out: list[Instruction] = [Wait(f"sent {name}", COMPUTE)]
+            if way == "backward":
+                out.append(Free(_some(border.grad_input)))
+            elif self.messages.frees_sent:
+                out.append(Free(_some(border.output)))
+            return out
+
+        self._call(calls, f"sent.{name}", pass_, sent)
+
+    def _send(self, way: Way, chunk: int, route: Route) -> list[Instruction]:
+        border = self.borders[chunk]
+        tensor = _some(border.output if way == "forward" else border.grad_input)
+        stream = f"p2p:{route.axis}.send"
+        return [
+            Mark(way, "pipeline"),
+            Record(f"{stream} ready", COMPUTE),
+            Wait(f"{stream} ready", stream),
+            Send(f"{way}.send", f"{route.axis}.send", tensor.num_bytes, stream),
+            Record(f"sent {way}.{chunk}", stream),
+        ]
+
+    def _recv(self, way: Way, chunk: int, route: Route) -> list[Instruction]:
+        buffer = _received(self.borders[chunk], way)
+        stream = f"p2p:{route.axis}.recv"
+        return [
+            Mark(way, "pipeline"),
+            Alloc(buffer),
+            Record(f"{stream} ready", COMPUTE),
+            Wait(f"{stream} ready", stream),
+            Recv(f"{way}.recv", f"{route.axis}.recv", self._message_bytes(way, chunk), stream),
+            Record(f"received {way}.{chunk}", stream),
+        ]
+
+    def _message_bytes(self, way: Way, chunk: int) -> int:
+        """Return the bytes of a received tensor: those of the gradient or activation of the same border."""
+        border = self.borders[chunk]
+        other = border.grad_input if way == "forward" else border.output
+        return _some(other).num_bytes
+
+    def _call(self, calls: list[Call], name: str, pass_: Pass, chunk: Callable[[], Sequence[Instruction]]) -> None:
+        if name not in self.chunks:
+            self.chunks[name] = tuple(chunk())
+        calls.append(Call(name, pass_.microbatch))
+
+
+def _received(border: Border, way: Way) -> Storage:
+    return _some(border.input if way == "forward" else border.grad_output)
+
+
+def _some(storage: Storage | None) -> Storage:
+    assert storage is not None, "a message at the end of the model"
+    return storage
+
+
+def _synchronize() -> list[Instruction]:
+    return [Record("exchanged", COMPUTE), HostWait("exchanged")]
+
+
+def roles(order: Order) -> dict[tuple[int, int], str]:
+    """Return the role of each (chunk, microbatch) of an order: only, first, middle or last of its chunk to accumulate its
+    gradients, with ``.split`` where its backward is in two passes."""
+    done: dict[int, list[int]] = {}
+    split: set[tuple[int, int]] = set()
+    for pass_ in order:
+        if pass_.kind in ("backward", "weight_gradient"):
+            done.setdefault(pass_.chunk, []).append(pass_.microbatch)
+        if pass_.kind == "weight_gradient":
+            split.add((pass_.chunk, pass_.microbatch))
+    found = {}
+    for chunk, microbatches in done.items():
+        for place, microbatch in enumerate(microbatches):
+            if len(microbatches) == 1:
+                role = "only"
+            else:
+                role = "first" if place == 0 else "last" if place == len(microbatches) - 1 else "middle"
+            found[chunk, microbatch] = role + (".split" if (chunk, microbatch) in split else "")
+    return found
