@@ -47,6 +47,10 @@ class DeepSpeedSettings:
     """none | cpu | nvme"""
     offload_param: str = "none"
     pin_memory: bool = True
+    """Of offload_optimizer: its host memory is page-locked."""
+    offload_ratio: float = 1.0
+    """Share of the sub groups whose states are on the CPU; the others are stepped on the GPU (Twin-Flow)."""
+    offload_param_pin_memory: bool = True
     grad_accum_dtype: str | None = None
     communication_data_type: str | None = None
     gradient_clipping: float = 1.0
@@ -151,6 +155,7 @@ _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
 
 _BATCH = integer(1, 10**7, 1)
 _CLIPPING = number(0, 1e9, "1.0")
+_RATIO = number(0, 1, "0.5")
 _ENABLED = boolean()
 
 
@@ -376,7 +381,19 @@ def _read_offload(key: str, value: Any, at: Path, problems: list[Problem], readi
         return
     reading.fields[ours] = device
     if isinstance(value.get("pin_memory"), bool):
-        reading.fields["pin_memory"] = value["pin_memory"]
+        reading.fields["pin_memory" if ours == "offload_optimizer" else "offload_param_pin_memory"] = value[
+            "pin_memory"
+        ]
+    if ours == "offload_optimizer" and value.get("ratio") is not None:
+        try:
+            reading.fields["offload_ratio"] = float(_RATIO.read(value["ratio"]))
+        except WrongValueError as error:
+            there = (*at, "ratio")
+            problems.append(Problem(there, f"{dotted(there)}: {error.problem}", error.remedy))
+    if value.get("super_offload") is True:
+        reading.warnings.append(
+            f"{dotted((*at, 'super_offload'))} is not modelled: the CPU would step while the GPU still computes"
+        )
 
 
 def settings_of(reading: DeepSpeedReading | None, stage: int, gradient_clipping: float) -> DeepSpeedSettings:
@@ -393,8 +410,10 @@ def write_deepspeed_config(settings: DeepSpeedSettings) -> dict[str, Any]:
     names = {ours: key for key, (ours, _) in reversed(list(_ZERO.items()))}
     names.update({ours: key for key, (ours, _) in _ZERO.items() if key.startswith("stage3_")})
     zero: dict[str, Any] = {key: getattr(settings, ours) for ours, key in sorted(names.items(), key=lambda x: x[1])}
-    for key in ("offload_optimizer", "offload_param"):
-        zero[key] = {"device": getattr(settings, key), "pin_memory": settings.pin_memory}
+    zero["offload_optimizer"] = {
+        "device": settings.offload_optimizer, "pin_memory": settings.pin_memory, "ratio": settings.offload_ratio,
+    }  # fmt: skip
+    zero["offload_param"] = {"device": settings.offload_param, "pin_memory": settings.offload_param_pin_memory}
     config: dict[str, Any] = {"gradient_clipping": settings.gradient_clipping, "zero_optimization": zero}
     if settings.grad_accum_dtype:
         config["data_types"] = {"grad_accum_dtype": settings.grad_accum_dtype}

@@ -409,7 +409,10 @@ def framework_has_axes(d: Draft) -> Iterator[Problem]:
 
 
 def offload_needs_stage(d: Draft) -> Iterator[Problem]:
-    """deepspeed/runtime/zero/config.py: offload_param is valid with stage 3, offload_optimizer with stages 1 to 3."""
+    """deepspeed/runtime/zero/config.py: offload_param is valid with stage 3, offload_optimizer with stages 1 to 3.
+
+    A part of the states is offloaded by stage 3 alone (``offload_ratio_check``).
+    """
     if d.framework != "deepspeed":
         return
     if d.offload_param != "none" and d.zero != 3:
@@ -423,6 +426,13 @@ def offload_needs_stage(d: Draft) -> Iterator[Problem]:
             ("deepspeed",),
             "DeepSpeed's offload_optimizer needs ZeRO stage 1, 2 or 3, and the stage is 0",
             "write parallelism.zero: 1 (and the stage of the ds_config with it), or remove offload_optimizer",
+        )
+    ratio = d.deepspeed.fields.get("offload_ratio", 1.0) if d.deepspeed else 1.0
+    if ratio < 1 and d.offload_optimizer != "none" and d.zero != 3:
+        yield Problem(
+            ("deepspeed",),
+            f"DeepSpeed's offload_optimizer.ratio = {ratio:g} needs ZeRO stage 3, and the stage is {d.zero}",
+            "remove ratio, or write parallelism.zero: 3 (and the stage of the ds_config with it)",
         )
 
 

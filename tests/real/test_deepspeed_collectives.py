@@ -76,6 +76,7 @@ class Replay:
     def __init__(self, case: dict[str, Any], parameters: list[tuple[str, int]], rank: int) -> None:
         zero = {key.removeprefix("stage3_"): value for key, value in case["zero"].items()}
         zero.setdefault("overlap_comm", zero["stage"] == 3)
+        zero |= {key: value["device"] for key, value in zero.items() if key.startswith("offload")}
         zero["grad_accum_dtype"] = case.get("accumulation")
         self.microbatches = case.get("microbatches", 1)
         self.dtype = case["dtype"]
@@ -86,7 +87,6 @@ class Replay:
             self.microbatches,
             fused=False,
             dp_rank=rank,
-            gradient_clipping=1.0,
         )
         self.hooks = deepspeed(layers(parameters), DeepSpeedSettings(**zero), plan)
         self.sizes = dict(parameters)

@@ -103,6 +103,12 @@ def test_offload() -> None:
     }
     fields = read({"zero_optimization": zero}).fields
     assert (fields["offload_optimizer"], fields["offload_param"], fields["pin_memory"]) == ("nvme", "none", False)
+    part = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}, "offload_param": {"pin_memory": False}}
+    settings = settings_of(read({"zero_optimization": part}), 3, 1.0)
+    assert (settings.offload_ratio, settings.pin_memory, settings.offload_param_pin_memory) == (0.3, True, False)
+    assert mistakes({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 2}}}) == [
+        "zero_optimization.offload_optimizer.ratio: 2 is out of range"
+    ]
 
 
 def test_what_is_not_modelled_says_what_it_would_do() -> None:
@@ -137,7 +143,7 @@ def test_one_mistake_one_problem() -> None:
 def test_what_is_written_reads_back() -> None:
     settings = DeepSpeedSettings(
         stage=3, overlap_comm=False, reduce_bucket_size=7, prefetch_bucket_size=8, param_persistence_threshold=9,
-        offload_optimizer="cpu", pin_memory=False, grad_accum_dtype="fp32", communication_data_type="bf16",
+        offload_optimizer="cpu", pin_memory=False, offload_ratio=0.25, grad_accum_dtype="fp32", communication_data_type="bf16",
         gradient_clipping=0.5,
     )  # fmt: skip
     reading = read(write_deepspeed_config(settings))
@@ -150,8 +156,8 @@ def test_defaults_are_deepspeeds_own(stage: int) -> None:
     zero = pytest.importorskip("deepspeed.runtime.zero.config")
     theirs = zero.DeepSpeedZeroConfig(stage=stage)
     ours = asdict(settings_of(read({"zero_optimization": {"stage": stage}}), stage, 0.0))
-    elsewhere = {"offload_optimizer", "offload_param", "pin_memory", "grad_accum_dtype", "communication_data_type",
-                 "gradient_clipping"}  # fmt: skip
+    elsewhere = {"offload_optimizer", "offload_param", "pin_memory", "offload_ratio", "offload_param_pin_memory", 
+                 "grad_accum_dtype", "communication_data_type", "gradient_clipping"}  # fmt: skip
     for name in ours.keys() - elsewhere:
         assert ours[name] == getattr(theirs, name), name
     constants = pytest.importorskip("deepspeed.runtime.constants")

@@ -91,6 +91,48 @@ CASES: dict[str, dict[str, Any]] = {
         "zero": {"stage": 3, "reduce_bucket_size": 500_000, "reduce_scatter": False},
     },
     "zero3-fp32": {"dtype": "fp32", "zero": {"stage": 3, "reduce_bucket_size": 400_000}},
+    # on a CPU the GPU's memory and the host's are one: their sum is what is seen
+    "zero1-bf16-offload": {
+        "dtype": "bf16",
+        "microbatches": 2,
+        "zero": {"stage": 1, "reduce_bucket_size": 500_000, "offload_optimizer": {"device": "cpu"}},
+    },
+    "zero2-bf16-offload": {
+        "dtype": "bf16",
+        "microbatches": 2,
+        "zero": {"stage": 2, "reduce_bucket_size": 500_000, "offload_optimizer": {"device": "cpu"}},
+    },
+    "zero2-fp32-offload": {
+        "dtype": "fp32",
+        "zero": {"stage": 2, "reduce_bucket_size": 500_000, "offload_optimizer": {"device": "cpu"}},
+    },
+    "zero2-bf16-fp32-accumulation-offload": {
+        "dtype": "bf16",
+        "microbatches": 2,
+        "accumulation": "fp32",
+        "zero": {"stage": 2, "reduce_bucket_size": 500_000, "offload_optimizer": {"device": "cpu"}},
+    },
+    "zero3-bf16-offload": {
+        "dtype": "bf16",
+        "microbatches": 2,
+        "zero": {
+            "stage": 3,
+            "reduce_bucket_size": 500_000,
+            "sub_group_size": 700_000,
+            "offload_optimizer": {"device": "cpu"},
+        },
+    },
+    "zero3-bf16-offload-param": {
+        "dtype": "bf16",
+        "zero": {
+            "stage": 3,
+            "reduce_bucket_size": 300_000,
+            "stage3_prefetch_bucket_size": 200_000,
+            "stage3_param_persistence_threshold": 1_000,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+        },
+    },
 }
 
 
@@ -209,6 +251,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "gradient_accumulation_steps": microbatches,
         "zero_optimization": case["zero"],
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": case["dtype"] == "bf16"},
         "data_types": {"grad_accum_dtype": case.get("accumulation", case["dtype"])},
     }

@@ -8,6 +8,8 @@ Source: deepspeed/runtime/zero/stage_1_and_2.py and runtime/utils.py of DeepSpee
 * A bucket is all-reduced whole (``use_multi_rank_bucket_allreduce``), or each partition's part is reduced to its owner.
 * Of what was reduced the rank copies out the gradients of its partition, those at the borders in full.
 * The step flattens them, casts to fp32, steps, and gathers the flat group with one all-gather.
+* ``offload_optimizer``: gradients of the partition go straight from the bucket to the host, master, moments and fp32
+  gradients live there, DeepSpeedCPUAdam steps, and the 16-bit partition comes back before the all-gather.
 """
 
 from __future__ import annotations
@@ -16,20 +18,39 @@ from collections.abc import Iterable, Sequence
 
 from sim.interop.deepspeed_config import DeepSpeedSettings
 from sim.ir.ledger import DTYPE_BYTES, DType, Layer
-from sim.ir.program import COMPUTE, Alloc, Chunk, CollectiveKind, Free, Instruction, Mark, Storage
+from sim.ir.program import (
+    COMPUTE,
+    Alloc,
+    Chunk,
+    CollectiveKind,
+    Free,
+    HostCompute,
+    HostWait,
+    Instruction,
+    Mark,
+    Storage,
+)
 from sim.parallel.frameworks.deepspeed_base import DeepSpeed, communication_dtype, named_dtype
 from sim.parallel.frameworks.flat import (
+    NORM_BYTES,
     Trained,
     accumulate,
     copy,
     flat_group,
     flat_storage,
     fullest_rank,
+    host_alloc,
+    host_cast,
     host_storage,
     host_sync,
+    host_update,
     in_place,
     owned,
+    pointwise,
+    record,
     slices,
+    to_gpu,
+    to_host,
     wait_stream,
 )
 from sim.parallel.frameworks.plan import Plan
@@ -52,6 +73,10 @@ class Stage12(DeepSpeed):
         for count in sizes:
             self.offsets.append(offset)
             offset += count
+        self.pieces = dict(zip(self.mine, self._my_slices(), strict=True))
+        self.offload = settings.offload_optimizer == "cpu"
+        self.contiguous = settings.contiguous_gradients or self.offload
+        self.copies_pending = False
         self.partitions_gradients = settings.stage == 2
         self.stream = REDUCTION_STREAM if settings.overlap_comm else COMPUTE
         self.communication_dtype = communication_dtype(settings, plan.parameter_dtype)
@@ -75,6 +100,9 @@ class Stage12(DeepSpeed):
         out.extend(self.model_buffers())
         out.append(Mark("setup", "optimizer"))
         out.extend(self._flatten(list(model.values())))
+        if self.offload:
+            out.extend(self._setup_offload())
+            return tuple(out)
         master = flat_storage("master.partition", self.partition, "fp32", "optimizer")
         if self.dtype == "fp32":
             out.append(Alloc(master))  # a copy all the same: .clone() before .to(float32)
@@ -84,6 +112,37 @@ class Stage12(DeepSpeed):
         zeros = flat_storage("grad.partition", self.partition, "fp32", "temporary")
         out += [Alloc(zeros), Free(zeros)]
         return tuple(out)
+
+    def _setup_offload(self) -> list[Instruction]:
+        """What ``cpu_offload`` makes: master, 16-bit partition, gradients; on both sides a buffer for the largest one.
+
+        With several microbatches stage 2 also keeps each gradient of the partition, in full, in 16 bit. DeepSpeed makes
+        these in the first backward.
+        """
+        pinned, count = self.settings.pin_memory, self.partition
+        clone = flat_storage("clone", count, self.dtype, "temporary")
+        out: list[Instruction] = [Alloc(clone)]
+        staged = host_storage("clone", count * self.element)  # a blocking copy is cast on the CPU
+        if self.dtype != "fp32":
+            out.append(Alloc(staged))
+        out += host_alloc("master.partition", 4 * count, pinned)[1]
+        if self.dtype != "fp32":
+            out.append(Free(staged))
+        out += host_alloc("parameters.partition", self.element * count, pinned, "parameters")[1]
+        out.append(Free(clone))
+        largest = self.element * max((p.num_elements for p in self.parameters), default=0)
+        out += host_alloc("grad.largest", largest, pinned, "buffers")[1]
+        out.append(Alloc(Storage("grad.largest", largest, "buffers")))
+        out += host_alloc("grad.partition", 4 * count, pinned, "gradients")[1]
+        if self._accumulates_on_host:
+            for index in self.mine:
+                size = self.parameters[index].num_elements * self.element
+                out += host_alloc("grad.accumulated", size, pinned, "gradients")[1]
+        return out
+
+    @property
+    def _accumulates_on_host(self) -> bool:
+        return self.offload and self.partitions_gradients and not self.compact and self.plan.num_microbatches > 1
 
     def _flatten(self, model: Sequence[Storage]) -> list[Instruction]:
         """``flatten_on_accelerator``: on the GPU where the flat copy fits beside the model, else on the CPU.
@@ -115,6 +174,7 @@ class Stage12(DeepSpeed):
     def begin_microbatch(self, first: bool, last: bool) -> None:
         super().begin_microbatch(first, last)
         if first:
+            self.copies_pending = False
             self.gradients = {}
             self.averaged = None
             self.buckets = []
@@ -163,7 +223,7 @@ class Stage12(DeepSpeed):
 
     def _open_buckets(self) -> list[Instruction]:
         """``setup_buckets``, with the first gradient: they stay until an epilogue drops them."""
-        if self.buckets or not self.settings.contiguous_gradients:
+        if self.buckets or not self.contiguous:
             return []
         size = self.settings.reduce_bucket_size
         number = 2 if self.settings.overlap_comm else 1
@@ -176,7 +236,7 @@ class Stage12(DeepSpeed):
         count, size = trained.num_elements, self.settings.reduce_bucket_size
         if self.elements + count > size:
             out.extend(self._reduce())
-        if self.settings.contiguous_gradients and count <= size:
+        if self.contiguous and count <= size:
             out.append(copy("gradient to bucket", count, self.dtype, self.dtype))
             out.append(Free(gradient))
             self.filled.append((trained, None))
@@ -194,7 +254,7 @@ class Stage12(DeepSpeed):
         stream = self.stream
         # the reduction waits for the copies, and the next copies for the reductions before this one
         out: list[Instruction] = [*wait_stream(stream, COMPUTE), *wait_stream(COMPUTE, stream)]
-        if not self.settings.contiguous_gradients:
+        if not self.contiguous:
             out.extend(self._all_reduce([t.num_elements for t, _ in filled], total, stream, average=True))
         elif self.settings.reduce_scatter:
             out.append(in_place("bucket.average", total, self.dtype, stream))
@@ -203,7 +263,7 @@ class Stage12(DeepSpeed):
             out.extend(self._cast_and_reduce("all_reduce", "gradients", total, stream))
             if self.plan.dp > 1:
                 out.append(in_place("bucket.average", total, self.dtype, stream))
-        if not (self.settings.contiguous_gradients and self.settings.reduce_scatter):
+        if not (self.contiguous and self.settings.reduce_scatter):
             runs = slices(((self.offsets[t.index], t.num_elements) for t, _ in filled), self.partition)
             out.extend(self._add_compact(sum(count for rank, count in runs if rank == self.rank), stream))
         for trained, gradient in filled:
@@ -293,7 +353,11 @@ class Stage12(DeepSpeed):
 
     def _copy_out(self, trained: Trained, stream: str) -> list[Instruction]:
         """``copy_grads_in_partition``: one buffer for all gradients that touch the partition, in full."""
-        if self.compact or trained.index not in self.mine:
+        if trained.index not in self.mine:
+            return []
+        if self.offload:
+            return self._copy_to_host(trained, stream)
+        if self.compact:
             return []
         out: list[Instruction] = []
         if self.reduced is None:
@@ -302,10 +366,52 @@ class Stage12(DeepSpeed):
         out.append(copy("gradient to partition", trained.num_elements, self.dtype, self.dtype, stream))
         return out
 
+    def _copy_to_host(self, trained: Trained, stream: str) -> list[Instruction]:
+        """``copy_grads_in_partition`` with ``cpu_offload``: from the bucket, on the stream of the reduction.
+
+        In between, the gradient goes to the host and back to be added to (``async_accumulate_grad_in_cpu_via_gpu``). At
+        the boundary its norm is taken, the host reads whether it is finite, and it leaves in fp32.
+        """
+        count, piece = trained.num_elements, self.pieces[trained.index]
+        dtype = self.accumulation_dtype
+        out: list[Instruction] = []
+        if self._accumulates_on_host:
+            if self.copies_pending:
+                out.append(HostWait("offloaded"))
+            if not self.first:
+                out.append(to_gpu("gradient from host", count * self.element, stream))
+                out.append(accumulate("accumulate gradient", count, dtype, dtype, stream))
+            out.append(to_host("gradient to host", count * self.element, stream))
+            out.append(record("offloaded", stream))
+            self.copies_pending = True
+        if not self.last:
+            return out
+        double = Storage("norm.double", NORM_BYTES * piece, "temporary", stream=stream)
+        out += [
+            Alloc(double),
+            pointwise("norm.cast", "elementwise", ((piece, dtype),), ((piece, "int64"),), stream),
+            pointwise("norm", "reduce", ((piece, "int64"),), (), stream),
+            Free(double),
+            pointwise("overflow", "reduce", ((piece if self.compact else count, dtype),), (), stream),
+            *host_sync("overflow", stream),
+        ]
+        size = DTYPE_BYTES["fp32"] * piece
+        if dtype == "fp32":
+            out.append(to_host("gradient to host", size, stream))
+        else:
+            cast = flat_storage("grad.cast", piece, "fp32", "temporary", stream)
+            out += [Alloc(cast), copy("grad.cast", piece, dtype, "fp32", stream)]
+            out += [to_host("gradient to host", size, stream), Free(cast)]
+        out.append(record("offloaded", stream))
+        self.copies_pending = True
+        return out
+
     # optimizer
 
     def optimizer_step(self, first_step: bool) -> Chunk:
         self.nccl.reset()
+        if self.offload:
+            return self._step_on_host(first_step)
         out: list[Instruction] = [Mark("optimizer", "norm")]
         mine = self._my_slices()
         if self.dtype != "fp32":  # bf16 too: bf16.check_grad_overflow is on by default
@@ -326,6 +432,35 @@ class Stage12(DeepSpeed):
         out.extend(self.steps.update(stepped))
         out.append(Free(gradient))
         out.append(copy("update parameters", self.partition, "fp32", self.dtype))
+        out.append(Mark("optimizer", "gather"))
+        out.extend(self.nccl.blocking("parameters", "all_gather", self.flat * self.element, self.dtype, COMPUTE))
+        return tuple(out)
+
+    def _step_on_host(self, first_step: bool) -> Chunk:
+        """The step with ``cpu_offload``: the host waits for the gradients, reads each one's norm, and updates."""
+        count = self.partition
+        out: list[Instruction] = [Mark("optimizer", "norm")]
+        if self.copies_pending:
+            out.append(HostWait("offloaded"))
+        if self.dtype != "fp32":
+            out.extend(self.nccl.blocking("overflow", "all_reduce", 1, "uint8", COMPUTE))
+            out.extend(host_sync("overflow"))
+        for _ in self.mine:  # param_norm.item()
+            out.append(to_host("norm", NORM_BYTES))
+            out.extend(host_sync("norm"))
+        out.extend(self.nccl.blocking("norm", "all_reduce", DTYPE_BYTES["fp32"], "fp32", COMPUTE))
+        out.extend(host_sync("norm"))
+        out.append(Mark("optimizer", "gradients"))
+        if self.clipping or self.plan.loss_scaling:
+            out.append(HostCompute("unscale", "cpu_scale", count))
+        out.append(Mark("optimizer", "step"))
+        if first_step:
+            out.extend(Alloc(s) for s in self.steps.states([("partition", count)], on_host=True))
+        out.append(host_update(self.plan.optimizer, count))
+        out.append(host_cast(count, self.dtype))
+        out.append(to_gpu("parameters from host", count * self.element))
+        if self.averaged is not None:
+            out.append(Free(self.averaged))
         out.append(Mark("optimizer", "gather"))
         out.extend(self.nccl.blocking("parameters", "all_gather", self.flat * self.element, self.dtype, COMPUTE))
         return tuple(out)

@@ -10,6 +10,9 @@ parameter_offload.py of DeepSpeed 0.19.8.
   and the buffer goes when the last of them has been asked for. A parameter fetched alone is used where it arrived.
 * A module that is left lets go of its parameters, unless the record uses them again within ``max_reuse_distance``.
 * Gradients are copied into a permanent bucket, reduce-scattered when the next does not fit, added to one flat buffer.
+* ``offload_optimizer``: that flat buffer, master, moments and fp32 gradients live on the host, and DeepSpeedCPUAdam
+  steps; with a ``ratio`` the first sub groups stay on the GPU. ``offload_param``: the partitions live on the host too,
+  and each gather first copies its own.
 """
 
 from __future__ import annotations
@@ -19,24 +22,43 @@ from collections.abc import Iterable, Sequence
 
 from sim.interop.deepspeed_config import DeepSpeedSettings
 from sim.ir.ledger import DTYPE_BYTES, DType, Layer
-from sim.ir.program import COMPUTE, Alloc, Chunk, Compute, Free, HostWait, Instruction, Mark, Storage, UseOn
+from sim.ir.program import (
+    COMPUTE,
+    Alloc,
+    Chunk,
+    Free,
+    HostCompute,
+    HostWait,
+    Instruction,
+    Mark,
+    Storage,
+    UseOn,
+)
 from sim.parallel.emit import Emitter
 from sim.parallel.frameworks.deepspeed_base import DeepSpeed, communication_dtype, named_dtype
 from sim.parallel.frameworks.flat import (
+    NORM_BYTES,
     Trained,
     accumulate,
     copy,
     flat_storage,
+    host_alloc,
+    host_cast,
+    host_storage,
     host_sync,
+    host_update,
     in_place,
     partition_elements,
     pointwise,
     record,
     sub_groups,
+    to_gpu,
+    to_host,
     wait,
     wait_stream,
 )
 from sim.parallel.frameworks.plan import Plan
+from sim.parallel.optimizer import foreach_step
 
 ALL_GATHER_STREAM = "all_gather"
 REDUCE_STREAM = "reduce_and_partition"
@@ -52,12 +74,18 @@ _Place = tuple[int, str]
 
 
 class _Handle:
-    """An all-gather under way. ``flat`` is its buffer, dropped when none of the ``waiting`` is to be asked for."""
+    """An all-gather under way. ``flat`` is its buffer, dropped when none of the ``waiting`` is to be asked for.
 
-    __slots__ = ("alone", "complete", "event", "flat", "group", "waiting")
+    ``source`` is what it reads, where that is not the partition itself.
+    """
 
-    def __init__(self, group: list[int], flat: Storage | None, event: str, alone: bool) -> None:
+    __slots__ = ("alone", "complete", "event", "flat", "group", "source", "waiting")
+
+    def __init__(
+        self, group: list[int], flat: Storage | None, event: str, alone: bool, source: Storage | None = None
+    ) -> None:
         self.group = group
+        self.source = source
         self.flat = flat
         self.event = event
         self.alone = alone
@@ -78,6 +106,15 @@ class Stage3(DeepSpeed):
         self.partitions = [partition_elements(count, plan.dp) for count in self.sizes]
         self.partition = sum(self.partitions)
         self.groups = sub_groups(self.partitions, settings.sub_group_size)
+        self.offload = settings.offload_optimizer == "cpu"
+        self.offload_param = settings.offload_param == "cpu"
+        # subgroup_to_device: the first sub groups stay on the GPU
+        stay = int((1 - settings.offload_ratio) * len(self.groups))
+        self.on_host = [self.offload and number >= stay for number in range(len(self.groups))]
+        self.group_of = [number for number, group in enumerate(self.groups) for _ in group]
+        self.copies = plan.dp > 1 or self.offload_param
+        """Whether a gathered parameter is other memory than its partition."""
+        self.leaving: dict[tuple[int, bool], list[Instruction]] = {}
         self.gather_stream = ALL_GATHER_STREAM if settings.overlap_comm else COMPUTE
         self.reduce_stream = REDUCE_STREAM if settings.overlap_comm else COMPUTE
         self.communication_dtype = communication_dtype(settings, plan.parameter_dtype)
@@ -131,7 +168,7 @@ class Stage3(DeepSpeed):
 
     def _gathered(self, index: int) -> Storage:
         dp = self.plan.dp
-        count = self.partitions[index] * dp if dp > 1 else 0
+        count = self.partitions[index] * dp if self.copies else 0
         return flat_storage(self.parameters[index].name, count, self.dtype, "parameters", self.gather_stream)
 
     # setup
@@ -142,44 +179,90 @@ class Stage3(DeepSpeed):
         pieces = []
         for parameter, count in zip(self.parameters, self.partitions, strict=True):
             full = flat_storage(parameter.name, parameter.num_elements, self.dtype, "temporary")
-            piece = flat_storage(parameter.name, count, self.dtype, "parameters")
+            out.append(Alloc(full))
+            if self.offload_param:
+                own = self.settings.offload_param_pin_memory
+                piece, made = host_alloc(parameter.name, count * self.element, own, "parameters")
+                out.extend(made)
+            else:
+                piece = flat_storage(parameter.name, count, self.dtype, "parameters")
+                out.append(Alloc(piece))
             pieces.append(piece)
-            out += [Alloc(full), Alloc(piece), Free(full)]
+            out.append(Free(full))
         out.extend(self.model_buffers())
         out.append(Mark("setup", "optimizer"))
-        out.extend(Free(piece) for piece in pieces)  # defragment(): by way of the host
-        out.append(Alloc(flat_storage("parameters.partition", self.partition, self.dtype, "parameters")))
-        converted: Storage | None = None
-        for number, group in enumerate(self.groups):
-            count = sum(self.partitions[i] for i in group)
-            master = flat_storage(f"master.{number}", count, "fp32", "optimizer")
-            if self.dtype == "fp32":
-                out.append(Alloc(master))
-                continue
-            previous, converted = converted, flat_storage("converted", count, "fp32", "temporary")
-            out += [Alloc(converted), copy("master", count, self.dtype, "fp32")]
-            if previous is not None:
-                out.append(Free(previous))
-            out.append(Alloc(master))
-        if converted is not None:
-            out.append(Free(converted))
-        largest = max((sum(self.partitions[i] for i in group) for group in self.groups), default=0)
-        zeros = flat_storage("grad.buffer", largest, "fp32", "temporary")
-        out += [Alloc(zeros), Free(zeros)]
-        if self.settings.contiguous_gradients:
-            size = self.settings.reduce_bucket_size
-            out.append(Alloc(flat_storage("ipg", size, self.communication_dtype, "buffers")))
-        out.append(Alloc(flat_storage("grad.partition", self.partition, self.accumulation_dtype, "gradients")))
+        if self.offload_param:  # _create_param_groups_fp16_flat_cpu_memory: pinned, whatever the settings
+            out.extend(host_alloc("parameters.partition", self.partition * self.element, True, "parameters")[1])
+            out.extend(Free(piece) for piece in pieces)
+        else:
+            out.extend(Free(piece) for piece in pieces)  # defragment(): by way of the host
+            out.append(Alloc(flat_storage("parameters.partition", self.partition, self.dtype, "parameters")))
+        out.extend(self._setup_masters())
+        out.extend(self._setup_gradients())
         # every parameter is gathered once for its hook; one of each size has the same effect on the allocator
         for index in {self.sizes[i]: i for i in reversed(range(len(self.sizes)))}.values():
             full = flat_storage(
                 self.parameters[index].name, self.partitions[index] * self.plan.dp, self.dtype, "temporary"
             )
             out += [Alloc(full), Free(full)]
-        if self.plan.dp > 1:
+        if self.copies:
             # the first pass gathers the persistent ones; every step ends with them gathered
             out.extend(self.allocs[i] for i, keeps in enumerate(self.persistent) if keeps)
         return tuple(out)
+
+    def _setup_masters(self) -> list[Instruction]:
+        """``_create_fp32_partitions``: each sub group is converted, then cloned; the conversion stays until the next."""
+        out: list[Instruction] = []
+        converted: Storage | None = None
+        for number, group in enumerate(self.groups):
+            count = sum(self.partitions[i] for i in group)
+            host = self.on_host[number]
+            master = flat_storage(f"master.{number}", count, "fp32", "optimizer")
+            if host:
+                master = host_storage(master.name, master.num_bytes, category="optimizer")
+            if self.dtype == "fp32" and host == self.offload_param:  # .to() gives the same tensor
+                out.append(Alloc(master))
+                continue
+            previous, converted = converted, flat_storage("converted", count, "fp32", "temporary")
+            if host:
+                converted = host_storage("converted", converted.num_bytes)
+            out.append(Alloc(converted))
+            if not host:
+                out.append(copy("master", count, self.dtype, "fp32"))
+            if previous is not None:
+                out.append(Free(previous))
+            out.append(Alloc(master))
+        if converted is not None:
+            out.append(Free(converted))
+        return out
+
+    def _setup_gradients(self) -> list[Instruction]:
+        """``initialize_optimizer_states``, the bucket, and the flat buffer that gradients accumulate in."""
+        out: list[Instruction] = []
+        pinned = self.settings.pin_memory
+        counts = [sum(self.partitions[i] for i in group) for group in self.groups]
+        largest = max(counts, default=0)
+        if self.offload:
+            zeros = host_storage("grad.buffer", 4 * largest)
+            out.append(Alloc(zeros))
+            for number, count in enumerate(counts):
+                kept, made = host_alloc(f"grad.{number}", 4 * count, pinned, "gradients")
+                out.extend(made)
+                if not self.on_host[number]:
+                    out += [Alloc(flat_storage(f"grad.{number}", count, "fp32", "gradients")), Free(kept)]
+        else:
+            zeros = flat_storage("grad.buffer", largest, "fp32", "temporary")
+            out.append(Alloc(zeros))
+        out.append(Free(zeros))
+        if self.settings.contiguous_gradients:
+            size = self.settings.reduce_bucket_size
+            out.append(Alloc(flat_storage("ipg", size, self.communication_dtype, "buffers")))
+        accumulated = flat_storage("grad.partition", self.partition, self.accumulation_dtype, "gradients")
+        if self.offload:
+            out.extend(host_alloc("grad.partition", accumulated.num_bytes, pinned, "gradients")[1])
+        else:
+            out.append(Alloc(accumulated))
+        return out
 
     # the record
 
@@ -220,6 +303,7 @@ class Stage3(DeepSpeed):
     def begin_microbatch(self, first: bool, last: bool) -> None:
         """``reset_step``. Every fetch event is over: the host waited for the reductions that follow them."""
         super().begin_microbatch(first, last)
+        self.leaving = {}
         if self.trace is None and self.recorded:
             self._complete(self.recorded)
         self.recorded = []
@@ -330,23 +414,41 @@ class Stage3(DeepSpeed):
         self.num_gathers += 1
         count = sum(self.partitions[index] for index in group)
         alone = len(group) == 1
-        flat = None
+        flat = source = None
         if dp > 1:
             if alone:
                 out.append(self.allocs[group[0]])
+                if self.offload_param:
+                    source = self._from_host(group[0], out)
+                    self.moved = True
             else:
                 flat = flat_storage("gathered", count * dp, self.dtype, "buffers", stream)
-                out += [Alloc(flat), copy("gather.flatten", count, self.dtype, self.dtype, stream)]
+                out.append(Alloc(flat))
+                sources = [self._from_host(index, out) for index in group] if self.offload_param else []
+                out.append(copy("gather.flatten", count, self.dtype, self.dtype, stream))
+                out.extend(Free(s) for s in sources)
                 self.moved = True
             name = self.parameters[group[0]].name if alone else "parameters"
             size = count * dp * self.element
             current = stream if self.moved else self.nccl.stream  # nothing ran there but waits for gathers
             self.moved = stream == COMPUTE
             out.extend(self.nccl.asynchronous(name, "all_gather", size, self.dtype, current, event))
-        handle = _Handle(group, flat, event, alone)
+        elif self.offload_param:
+            for index in group:
+                out.append(self.allocs[index])
+                out.append(to_gpu("parameter from host", self.partitions[index] * self.element, stream))
+        handle = _Handle(group, flat, event, alone, source)
         for index in group:
             self.status[index] = _IN_FLIGHT
             self.handles[index] = handle
+
+    def _from_host(self, index: int, out: list[Instruction], stream: str = "") -> Storage:
+        """``ds_tensor.to(device)``: a blocking copy of a partition, on the gather stream; the host waits for it."""
+        stream = stream or self.gather_stream
+        partition = flat_storage("partition", self.partitions[index], self.dtype, "buffers", stream)
+        out += [Alloc(partition), to_gpu("parameter from host", partition.num_bytes, stream)]
+        out.extend(host_sync("from host", stream))
+        return partition
 
     def _await(self, index: int, out: list[Instruction]) -> None:
         """Take a parameter out of the registry of those in flight, and wait for it on the gather stream."""
@@ -368,6 +470,8 @@ class Stage3(DeepSpeed):
                 out.extend(host_sync("gathered", stream))  # NoGatherHandle.wait synchronises the stream
             for each in handle.group:
                 self.status[each] = _AVAILABLE
+            if handle.source is not None:
+                out.append(Free(handle.source))
         if handle.waiting == 0 and handle.flat is not None:
             out.append(Free(handle.flat))
         event = f"fetch.{self.num_fetches % (MAX_FETCH_EVENTS + 2)}"
@@ -402,7 +506,7 @@ class Stage3(DeepSpeed):
     def _drop(self, index: int, out: list[Instruction]) -> None:
         self.status[index] = _PARTITIONED
         self.num_available -= self.sizes[index]
-        if self.plan.dp > 1:
+        if self.copies:
             out.extend(self.releases[index])
 
     # gradients
@@ -472,7 +576,8 @@ class Stage3(DeepSpeed):
             temporary.append(cast)
             out.append(Alloc(cast))
             out.extend(copy("partition.cast", count, dtype, self.accumulation_dtype, stream) for count in counts)
-        out.extend(self._partition(count) for count in counts)
+        for trained, _ in bucket:
+            out.extend(self._partition(trained.index))
         for _, gradient in bucket:
             if gradient is not None:
                 self._forget(gradient, out)
@@ -483,12 +588,54 @@ class Stage3(DeepSpeed):
         self.reduce_events.append(event)
         return out
 
-    def _partition(self, count: int) -> Compute:
+    def _partition(self, index: int) -> Sequence[Instruction]:
         """``partition_grads``: the first microbatch overwrites, later ones add."""
-        dtype, stream = self.accumulation_dtype, self.reduce_stream
+        if self.offload:
+            return self._to_host(index)
+        dtype, stream, count = self.accumulation_dtype, self.reduce_stream, self.partitions[index]
         if self.first:
-            return copy("gradient to partition", count, dtype, dtype, stream)
-        return accumulate("accumulate partition", count, dtype, dtype, stream)
+            return (copy("gradient to partition", count, dtype, dtype, stream),)
+        return (accumulate("accumulate partition", count, dtype, dtype, stream),)
+
+    def _to_host(self, index: int) -> list[Instruction]:
+        """``partition_grads`` with ``offload_optimizer``, on the reduce stream.
+
+        The first microbatch's goes to the host and is read back, later ones are added to what comes from there. At the
+        boundary the norm is taken on the GPU and the fp32 gradient goes to where its sub group is stepped.
+        """
+        count, host = self.partitions[index], self.on_host[self.group_of[index]]
+        known = self.leaving.get((count, host))
+        if known is not None:
+            return known
+        dtype, stream = self.accumulation_dtype, self.reduce_stream
+        size = count * DTYPE_BYTES[dtype]
+        own = flat_storage("grad.gpu", count, dtype, "buffers", stream)
+        there, back = to_host("gradient to host", size, stream), to_gpu("gradient from host", size, stream)
+        out: list[Instruction]
+        if self.first:
+            out = [there, Alloc(own), back]
+        else:
+            out = [Alloc(own), back, accumulate("accumulate partition", count, dtype, dtype, stream), there]
+        if self.last:
+            double = Storage("norm.double", NORM_BYTES * count, "temporary", stream=stream)
+            out += [
+                Alloc(double),
+                pointwise("norm.cast", "elementwise", ((count, dtype),), ((count, "int64"),), stream),
+                pointwise("norm", "reduce", ((count, "int64"),), (), stream),
+                Free(double),
+            ]
+            cast = flat_storage("grad.cast", count, "fp32", "temporary", stream)
+            if dtype != "fp32":
+                out += [Alloc(cast), copy("grad.cast", count, dtype, "fp32", stream)]
+            if host:
+                out.append(to_host("gradient to host", 4 * count, stream))
+            else:
+                out.append(copy("gradient to partition", count, "fp32", "fp32", stream))
+            if dtype != "fp32":
+                out.append(Free(cast))
+        out.append(Free(own))
+        self.leaving[count, host] = out
+        return out
 
     def end_of_backward(self) -> Iterable[Instruction]:
         """``independent_gradient_partition_epilogue``, then modules whose hooks never ran let go."""
@@ -514,13 +661,16 @@ class Stage3(DeepSpeed):
         self.nccl.reset()
         out: list[Instruction] = [Mark("optimizer", "norm")]
         kept = [index for index, keeps in enumerate(self.persistent) if keeps]
-        if self.plan.dp > 1:  # _partition_all_parameters: the persistent ones too
+        if self.copies:  # _partition_all_parameters: the persistent ones too
             for index in kept:
                 out.extend(self.releases[index])
         dtype = self.accumulation_dtype
         if self.plan.loss_scaling:
             out.extend(self._overflow())
         for group in self.groups:
+            if self.offload:
+                out.extend(self._norm_of_offloaded(group))
+                continue
             out.extend(self.steps.norm((self.partitions[i] for i in group), dtype))
             out.extend(self.nccl.blocking("norm", "all_reduce", 8, "fp32", COMPUTE))
         out.extend(host_sync("norm"))
@@ -528,7 +678,8 @@ class Stage3(DeepSpeed):
         for number, group in enumerate(self.groups):
             out.extend(self._step_group(number, group, first_step))
         out.append(Mark("optimizer", "gather"))
-        if self.plan.dp > 1 and kept:
+        if self.copies and kept:
+            sources = [self._from_host(index, out, COMPUTE) for index in kept] if self.offload_param else []
             out.extend(self.allocs[index] for index in kept)
             for number, index in enumerate(kept):
                 size = self.partitions[index] * self.plan.dp * self.element
@@ -537,11 +688,19 @@ class Stage3(DeepSpeed):
                 out.extend(self.nccl.asynchronous(name, "all_gather", size, self.dtype, COMPUTE, event))
             out.extend(wait(f"persistent.{number}", COMPUTE) for number in range(len(kept)))
             out.extend(host_sync("persistent"))
+            out.extend(Free(source) for source in sources)
         return tuple(out)
 
     def _overflow(self) -> list[Instruction]:
         """``has_overflow``: isinf makes the absolute values and a mask, isnan a mask, of the whole partition."""
         stream, count, dtype = self.reduce_stream, self.partition, self.accumulation_dtype
+        answer = [
+            *wait_stream(COMPUTE, stream),
+            *self.nccl.blocking("overflow", "all_reduce", 1, "uint8", COMPUTE),
+            *host_sync("overflow"),
+        ]
+        if self.offload:
+            return [HostCompute("overflow", "cpu_overflow", count), to_gpu("overflow", 1, stream), *answer]
         absolute = flat_storage("overflow.abs", count, dtype, "temporary", stream)
         mask = flat_storage("overflow.mask", count, "bool", "temporary", stream)
         return [
@@ -556,34 +715,70 @@ class Stage3(DeepSpeed):
             pointwise("overflow.isnan", "elementwise", ((count, dtype),), ((count, "bool"),), stream),
             pointwise("overflow.any", "reduce", ((count, "bool"),), (), stream),
             Free(mask),
-            *wait_stream(COMPUTE, stream),
-            *self.nccl.blocking("overflow", "all_reduce", 1, "uint8", COMPUTE),
-            *host_sync("overflow"),
+            *answer,
         ]
+
+    def _norm_of_offloaded(self, group: range) -> list[Instruction]:
+        """``complete_grad_norm_calculation_for_cpu_offload``: two kernels over single numbers for each parameter."""
+        one = ((1, "int64"),)
+        square = pointwise("norm.sum", "elementwise", one, one)
+        out: list[Instruction] = [square] * (2 * len(group))
+        out.extend(host_sync("norm"))
+        out.extend(self.nccl.blocking("norm", "all_reduce", DTYPE_BYTES["fp32"], "fp32", COMPUTE))
+        out.extend(host_sync("norm"))
+        return out
 
     def _step_group(self, number: int, group: range, first_step: bool) -> list[Instruction]:
         """Flatten the group's gradients, cast, unscale, step, write the 16-bit partition."""
         count = sum(self.partitions[i] for i in group)
-        dtype = self.accumulation_dtype
-        gradient = flat_storage("grad.fp32", count, "fp32", "gradients")
-        out: list[Instruction] = []
-        owns = len(group) > 1 or dtype != "fp32"
-        if dtype == "fp32":
-            if owns:
-                out += [Alloc(gradient), copy("grad.flatten", count, dtype, dtype)]
-        else:
-            flat = flat_storage("grad.flat", count, dtype, "gradients")
-            if len(group) > 1:
-                out += [Alloc(flat), copy("grad.flatten", count, dtype, dtype)]
-            out += [Alloc(gradient), copy("grad.cast", count, dtype, "fp32")]
-            if len(group) > 1:
-                out.append(Free(flat))
-        out.append(in_place("unscale", count, "fp32"))
         stepped = [(f"partition.{number}", count)]
+        if self.on_host[number]:
+            return self._step_on_host(count, stepped, first_step)
+        out: list[Instruction] = []
+        gradient = None if self.offload else self._fp32_gradient(count, len(group), out)
+        out.append(in_place("unscale", count, "fp32"))
         if first_step:
             out.extend(Alloc(s) for s in self.steps.states(stepped))
-        out.extend(self.steps.update(stepped))
-        out.append(copy("update parameters", count, "fp32", self.dtype))
-        if owns:
+        if self.offload:  # backup_optimizer is torch's AdamW
+            out.extend(foreach_step(self.plan.optimizer, stepped, "fp32", "fp32"))
+        else:
+            out.extend(self.steps.update(stepped))
+        if self.offload_param:  # a blocking copy to the host is cast there
+            out.append(to_host("parameters to host", 4 * count))
+            out.extend(host_sync("parameters to host"))
+            out.append(host_cast(count, self.dtype))
+        else:
+            out.append(copy("update parameters", count, "fp32", self.dtype))
+        if gradient is not None:
             out.append(Free(gradient))
         return out
+
+    def _step_on_host(self, count: int, stepped: list[tuple[str, int]], first_step: bool) -> list[Instruction]:
+        """A sub group whose states are on the host; the GPU gets its 16 bits from pageable memory, and all wait."""
+        out: list[Instruction] = [HostCompute("unscale", "cpu_scale", count)]
+        if first_step:
+            out.extend(Alloc(s) for s in self.steps.states(stepped, on_host=True))
+        out.append(host_update(self.plan.optimizer, count))
+        if self.offload_param or self.dtype != "fp32":
+            out.append(host_cast(count, self.dtype))
+        if not self.offload_param:
+            out.append(to_gpu("parameters from host", count * self.element))
+            out.extend(host_sync("parameters from host"))
+        return out
+
+    def _fp32_gradient(self, count: int, num_parameters: int, out: list[Instruction]) -> Storage | None:
+        """Flatten a sub group's gradients and cast them to fp32; one tensor in fp32 is stepped where it is."""
+        dtype = self.accumulation_dtype
+        gradient = flat_storage("grad.fp32", count, "fp32", "gradients")
+        if dtype == "fp32":
+            if num_parameters == 1:
+                return None
+            out += [Alloc(gradient), copy("grad.flatten", count, dtype, dtype)]
+            return gradient
+        flat = flat_storage("grad.flat", count, dtype, "gradients")
+        if num_parameters > 1:
+            out += [Alloc(flat), copy("grad.flatten", count, dtype, dtype)]
+        out += [Alloc(gradient), copy("grad.cast", count, dtype, "fp32")]
+        if num_parameters > 1:
+            out.append(Free(flat))
+        return gradient

@@ -18,7 +18,9 @@ from sim.ir.program import (
     Collective,
     CollectiveKind,
     Compute,
+    Copy,
     Free,
+    HostCompute,
     HostWait,
     Instruction,
     Record,
@@ -306,9 +308,12 @@ class Steps:
                 out.extend(sync)
         return out
 
-    def states(self, parameters: Sequence[tuple[str, int]]) -> tuple[Storage, ...]:
-        """Return the optimizer states of fp32 tensors."""
-        return state_storages(self.plan.optimizer, parameters, "fp32")
+    def states(self, parameters: Sequence[tuple[str, int]], on_host: bool = False) -> tuple[Storage, ...]:
+        """Return the optimizer states of fp32 tensors; on the host they are pageable (``torch.zeros_like``)."""
+        found = state_storages(self.plan.optimizer, parameters, "fp32")
+        if on_host:
+            return tuple(host_storage(s.name, s.num_bytes, category="optimizer") for s in found)
+        return found
 
     def update(self, parameters: Sequence[tuple[str, int]]) -> list[Instruction]:
         """Return the optimizer's own step over fp32 tensors with fp32 gradients.
@@ -332,3 +337,35 @@ def flat_storage(name: str, num_elements: int, dtype: DType, category: Category,
 def host_storage(name: str, num_bytes: int, pinned: bool = False, category: Category = "temporary") -> Storage:
     """Return memory of the node: page-locked by torch's ``CachingHostAllocator``, or pageable."""
     return Storage(name, num_bytes, category, stream="pinned" if pinned else "pageable", place="host")
+
+
+def host_alloc(
+    name: str, num_bytes: int, pinned: bool, category: Category = "optimizer"
+) -> tuple[Storage, list[Instruction]]:
+    """Return memory of the node that stays, and how it comes about: ``tensor.pin_memory()`` copies a pageable one."""
+    kept = host_storage(name, num_bytes, pinned, category)
+    if not pinned:
+        return kept, [Alloc(kept)]
+    pageable = host_storage(name, num_bytes)
+    return kept, [Alloc(pageable), Alloc(kept), Free(pageable)]
+
+
+@lru_cache(maxsize=4096)
+def to_host(name: str, num_bytes: int, stream: str = COMPUTE) -> Copy:
+    return Copy(name, "device_to_host", num_bytes, stream)
+
+
+@lru_cache(maxsize=4096)
+def to_gpu(name: str, num_bytes: int, stream: str = COMPUTE) -> Copy:
+    return Copy(name, "host_to_device", num_bytes, stream)
+
+
+def host_update(optimizer: str, num_elements: int) -> HostCompute:
+    """Return the optimizer's step on the CPU: DeepSpeedCPUAdam (deepspeed/ops/adam/cpu_adam.py), torch's own SGD."""
+    kind = "cpu_adam" if optimizer in ("adam", "adamw") else "cpu_sgd"
+    return HostCompute(f"{kind} step", kind, num_elements)
+
+
+def host_cast(num_elements: int, dtype: DType) -> HostCompute:
+    """Return the copy of fp32 numbers into the model's dtype, on the CPU."""
+    return HostCompute("update parameters", "cpu_copy" if dtype == "fp32" else "cpu_cast", num_elements)
