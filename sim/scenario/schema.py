@@ -141,13 +141,57 @@ class DdpSettings(_Frozen):
     """autocast: fp32 parameters, 16-bit matmuls; pure: parameters, gradients and optimizer in 16 bit."""
 
 
+TorchDtype = Literal["fp32", "bf16", "fp16"]
+OptimizerImplementation = Literal["foreach", "fused", "for-loop"]
+
+
+class Fsdp2Settings(_Frozen):
+    """torch.distributed.fsdp.fully_shard and its MixedPrecisionPolicy, in torch's own names."""
+
+    reshard_after_forward: bool | PositiveInt = True
+    """True: gather again in backward; False: keep the whole parameters; a number: keep slices over so many ranks."""
+    reshard_root: bool = False
+    """True where ``reshard_after_forward=True`` is passed for the root too: by default it stays gathered."""
+    param_dtype: TorchDtype | None = None
+    """Dtype of the gathered parameters; None: ``training.precision``."""
+    reduce_dtype: TorchDtype | None = "fp32"
+    """Dtype of the gradient reduction; None: that of the gathered parameters."""
+    orig_dtype: TorchDtype = "fp32"
+    """Dtype in which parameters are sharded and optimized."""
+    shard_size: PositiveInt | None = None
+    """Ranks of a shard group; fewer than dp is HSDP: replicas of the shard groups average their gradients."""
+    wrap: Literal["blocks", "torchtitan"] = "blocks"
+    """blocks: each block and the root; torchtitan: embedding and head are groups of their own."""
+    gradient_sync: Literal["every", "last"] = "every"
+    """last: ``set_requires_gradient_sync(False)`` on all microbatches but the last, so gradients stay whole."""
+    reshard_after_backward: bool = True
+    """False: ``set_reshard_after_backward(False)`` on all microbatches but the last."""
+    cpu_offload: bool = False
+    optimizer_implementation: OptimizerImplementation = "foreach"
+
+
 class Fsdp1Settings(_Frozen):
     """torch.distributed.fsdp.FullyShardedDataParallel, as MosaicML's trainer names its mixed precision.
 
-    DEFAULT reduces gradients in fp32, PURE in 16 bit, FULL keeps everything in fp32.
+    DEFAULT reduces gradients in fp32, PURE in 16 bit, FULL keeps everything in fp32 (composer/distributed/
+    mosaic_parallelism.py, ``get_mixed_precision``).
     """
 
+    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"] = (
+        "FULL_SHARD"
+    )
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NONE"] = "BACKWARD_PRE"
+    forward_prefetch: bool = False
+    limit_all_gathers: bool = True
+    use_orig_params: bool = False
+    cpu_offload: bool = False
+    keep_low_precision_grads: bool = False
+    shard_size: PositiveInt | None = None
+    """Ranks of a shard group of the hybrid strategies; None: the GPUs of one node."""
+    gradient_sync: Literal["every", "last"] = "every"
+    """last: ``no_sync()`` on all microbatches but the last, so gradients stay whole."""
+    optimizer_implementation: OptimizerImplementation = "foreach"
 
 
 class AllocatorConfig(_Frozen):
@@ -170,6 +214,7 @@ class Scenario(_Frozen):
     training: Training
     ddp: DdpSettings = DdpSettings()
     deepspeed: Annotated[DeepSpeedSettings, _AsIs()]
+    fsdp2: Fsdp2Settings = Fsdp2Settings()
     fsdp1: Fsdp1Settings = Fsdp1Settings()
     allocator: AllocatorConfig = AllocatorConfig()
     sources: dict[str, str] = Field(default_factory=dict)

@@ -193,11 +193,8 @@ class Fsdp2:
         for number, indices in enumerate(members):
             kind = self.layers[indices[0]].kind
             is_root = bool(root) and number == 0
-            if is_root:
-                reshard = self.settings.reshard_root
-            else:
-                # torchtitan keeps the head: it would be gathered again at once
-                reshard = blocks and kind != "head"
+            # torchtitan keeps the head: it would be gathered again at once
+            reshard = self.settings.reshard_root if is_root else blocks and kind != "head"
             name = "root" if is_root else f"{kind}.{number}"
             params: list[Param] = []
             for index in indices:
@@ -429,8 +426,8 @@ class Fsdp2:
             return
         mine = group.whole // ranks
         if group.is_kept:
-            for stream in (COPY_IN_STREAM, GATHER_STREAM):
-                out.append(wait(f"fsdp.resharded.{group.name}", stream))
+            event = f"fsdp.resharded.{group.name}"
+            out += [wait(event, COPY_IN_STREAM), wait(event, GATHER_STREAM)]
         casts = dtype != self.orig_dtype
         temporaries: list[Storage] = []
         if self.offload and not group.is_kept:
@@ -464,7 +461,7 @@ class Fsdp2:
         out.extend(Free(storage) for storage in temporaries)
 
     def _await(self, group: Group, out: list[Instruction], *, forward: bool) -> None:
-        """``wait_for_unshard``: copy out, and let go of the gather's output, in forward only that of the group before."""
+        """``wait_for_unshard``: copy out and drop the gather's output; in forward, that of the group before."""
         if not group.pending:
             return
         group.pending = False
@@ -503,7 +500,7 @@ class Fsdp2:
             out += [alloc, copy("fsdp.unshard", p.padded, dtype, dtype), Free(cast)]
 
     def _drop_output(self, group: Group, out: list[Instruction]) -> None:
-        """The gather streams must not write before the copy-out has read: they wait, then the memory is theirs again."""
+        """The gather streams wait until the copy-out has read; then the memory is theirs again."""
         event = f"fsdp.copied.{group.name}"
         out += [wait(event, COPY_IN_STREAM), wait(event, GATHER_STREAM), Free(group.output)]
 

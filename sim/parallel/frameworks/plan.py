@@ -23,6 +23,11 @@ class Plan:
     ``root_modules``       torch modules around the layers that own no parameter (a Hugging Face model has two, the
                            causal model and its decoder): ZeRO-3 prefetches as it enters each
     ``gpu_memory_bytes``   of the GPU, what the CUDA context leaves; 0: unknown, taken to be enough
+    ``gradient_clipping``  largest norm under FSDP; 0 is no clipping (DeepSpeed has it among its own settings)
+    ``replicas``           groups of ``dp`` ranks that hold the same shards and average their gradients (HSDP)
+    ``replicate_axis``     name of the axis over them
+    ``reshard_axis``       name of the axis over which FSDP2 gathers again after resharding to fewer ranks
+    ``pipeline``           other microbatches' passes run between the forward and the backward of one
     """
 
     dp: int
@@ -36,6 +41,11 @@ class Plan:
     num_gpus_per_node: int = 8
     root_modules: int = 1
     gpu_memory_bytes: int = 0
+    gradient_clipping: float = 0.0
+    replicas: int = 1
+    replicate_axis: str = "dp_replicate"
+    reshard_axis: str = "dp_reshard"
+    pipeline: bool = False
 
     @property
     def loss_scaling(self) -> bool:
