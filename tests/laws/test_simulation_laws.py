@@ -13,10 +13,12 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from sim.cost.model import CostModel
 from sim.ir.ledger import Attention, Gemm
 from sim.ir.program import Alloc, Compute, Free, Program
 from sim.pipeline import Simulation, simulate
 from sim.scenario.load import load_scenario_text
+from sim.units import ticks
 
 ROOT = Path(__file__).parents[2]
 STATES = ("parameters", "gradients", "optimizer")
@@ -120,6 +122,24 @@ def test_a_step_is_no_shorter_than_its_kernels_and_no_faster_than_the_peak(scena
     )
     assert report.time_ticks >= kernels > 0
     assert report.executed_flops / (report.world_size * report.time_s) <= report.peak_flops_per_s
+
+
+@given(scenarios())
+def test_one_gpu_runs_the_sum_of_its_kernels(scenario):
+    scenario["training"]["global_batch_size"] = scenario["training"]["micro_batch_size"]
+    simulation = answer({**scenario, "cluster": {**scenario["cluster"], "num_gpus": 1}})
+    assume(not any(span.stream not in ("compute", "host") for span in simulation.timeline.spans))
+    (program,) = simulation.world.programs
+    cost = CostModel(simulation.cluster, simulation.scenario.cluster.gpu)
+    kernels = sum(
+        ticks(cost.kernel_s(i.kernel, 0))
+        for call in program.step
+        for i in program.chunks[call.chunk]
+        if isinstance(i, Compute)
+    )
+    parts = simulation.report.step_ticks
+    assert parts["compute"] + parts["optimizer"] == kernels
+    assert parts["exposed_communication"] == parts["bubble"] == 0
 
 
 @given(scenarios())
