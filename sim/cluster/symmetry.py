@@ -70,7 +70,9 @@ class Places:
         colours = [name.setdefault((0, kind), len(name)) for kind in kinds]
         for _ in range(_ROUNDS):
             colours = [
-                name.setdefault((own, tuple(sorted(_named(name, (wire, colours[end])) for wire, end in ends))), len(name))
+                name.setdefault(
+                    (own, tuple(sorted(_named(name, (wire, colours[end])) for wire, end in ends))), len(name)
+                )
                 for own, ends in zip(colours, edges, strict=True)
             ]
         return tuple(colours[gpu] for gpu in node.gpus[: cluster.gpus_per_domain])

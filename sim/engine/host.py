@@ -8,16 +8,19 @@ puts items into the queues with the tick at which it issues them, so that issuin
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Generator
 
 from sim.engine.segments import (
     LAUNCH_QUEUE_DEPTH,
-    CompiledChunk,
+    BundledChunk,
     Prices,
     Segment,
+    Stretch,
+    bundle,
     compile_chunk,
     shared_storages,
 )
-from sim.engine.stream import Await, Happening, Machine, Move, Place, Process, Reach, Run, Stream
+from sim.engine.stream import Await, Happening, Joint, Machine, Move, Place, Process, Reach, Run, Stream
 from sim.ir.program import (
     HOST,
     Alloc,
@@ -52,10 +55,12 @@ class Host:
         self.streams: dict[str, Stream] = {}
         self.waits_for = ""
         self.program = program
+        self.finished = False
         self._machine = machine
+        self._process = self._issue_all()
         self._prices = Prices(machine.cost, program.rank)
         self._shared = shared_storages(program)
-        self._compiled: dict[int, CompiledChunk] = {}
+        self._compiled: dict[int, BundledChunk] = {}
         self._recorded: dict[str, Happening] = {}
         self._issued_at: list[int] = []
         """Ticks at which the host got through with each step that takes time; ascending."""
@@ -64,12 +69,19 @@ class Host:
         self._used_on: dict[tuple[Storage, int], dict[str, None]] = {}
         self._freed: list[tuple[Position, int, list[Happening]]] = []
 
-    def _chunk(self, name: str) -> CompiledChunk:
+    def _chunk(self, name: str) -> BundledChunk:
         chunk = self.program.chunks[name]
         found = self._compiled.get(id(chunk))
         if found is None:
-            found = self._compiled[id(chunk)] = compile_chunk(chunk, self._prices, self._shared)
+            steps: BundledChunk = compile_chunk(chunk, self._prices, self._shared)
+            if not self._shared:  # else every tick at which the host issues counts (releases)
+                steps = bundle(steps, self._solo, self._prices.issue)  # type: ignore[arg-type]
+            found = self._compiled[id(chunk)] = steps
         return found
+
+    def _solo(self, message: Collective) -> int:
+        found = self._machine.solo.get((self.program.rank, id(message)))
+        return -1 if found is None else found[0]
 
     def _stream(self, name: str) -> Stream:
         found = self.streams.get(name)
@@ -77,7 +89,11 @@ class Host:
             found = self.streams[name] = Stream(name, self.program, self._machine)
         return found
 
-    def process(self) -> Process:
+    def go(self) -> None:
+        """Issue until something holds the host up; whatever that is calls this again."""
+        next(self._process, None)
+
+    def _issue_all(self) -> Process:
         phase = module = ""
         stream_of, recorded = self._stream, self._recorded
         for number, call in enumerate(self.program.step):
@@ -85,6 +101,12 @@ class Host:
             for index, step in self._chunk(call.chunk):
                 if isinstance(step, Segment):
                     yield from self._launch(step, Place(phase, module, microbatch, (number, index)))
+                elif isinstance(step, Stretch):
+                    place = Place(phase, module, microbatch, (number, index))
+                    if not (yield from self._joint(step, place)):
+                        yield from self._one_by_one(step, place)
+                    if step.last_mark is not None:
+                        phase, module = step.last_mark.phase, step.last_mark.module
                 elif isinstance(step, Record):
                     happening = recorded[step.event] = Happening()
                     stream_of(step.stream).put(Reach(happening, self.clock))
@@ -101,17 +123,107 @@ class Host:
                     self._life(step, microbatch, (number, index))
                 else:
                     yield from self._transfer(step, Place(phase, module, microbatch, (number, index)))
-        for stream in self.streams.values():
-            stream.put(None)
+        self.finished = True
+
+    def _one_by_one(self, stretch: Stretch, place: Place) -> Process:
+        """Issue the steps of a stretch as if they were no stretch."""
+        phase, module = place.phase, place.module
+        for index, step in stretch.steps:
+            where = Place(phase, module, place.microbatch, (place.position[0], index))
+            if isinstance(step, Segment):
+                yield from self._launch(step, where)
+            elif isinstance(step, Record):
+                happening = self._recorded[step.event] = Happening()
+                self._stream(step.stream).put(Reach(happening, self.clock))
+            elif isinstance(step, Wait):
+                if (awaited := self._recorded.get(step.event)) is not None:
+                    self._stream(step.stream).put(Await(awaited, self.clock))
+            elif isinstance(step, Mark):
+                phase, module = step.phase, step.module
+            elif isinstance(step, Collective):
+                yield from self._transfer(step, where)
+            else:
+                raise AssertionError(f"{step} is no step of a stretch")
+
+    def _joint(self, stretch: Stretch, place: Place) -> Generator[None, None, bool]:
+        """Put a stretch into all its streams at once; False: it has to be issued step by step.
+
+        The queue of the base may hold the host up: what the stretch's launches wait for there ends before the stretch
+        begins. If another stream's may, nothing can be said beforehand.
+        """
+        streams = {name: self._stream(name) for name in stretch.now}
+        clock = self.clock
+        held = False
+        for name, launches in stretch.launches.items():
+            stream = streams[name]
+            last = stream.num_launched + len(launches) - 1 - LAUNCH_QUEUE_DEPTH
+            if last < 0:
+                continue
+            if last >= stream.num_ended:
+                if name != stretch.base or last >= stream.num_launched:
+                    return False
+                yield from self._slot(stream, last)
+            held = held or stream.end_of(last) > clock
+        issued: dict[str, list[int]] = {}
+        clocks: list[int] = []
+        in_time = clock
+        if held:
+            for name, launches in stretch.launches.items():
+                last = streams[name].num_launched + len(launches) - 1 - LAUNCH_QUEUE_DEPTH
+                if last >= 0:
+                    in_time = max(in_time, streams[name].end_of(last))
+            self._issue(stretch, streams, issued, clocks)
+        else:
+            self.clock = clock + stretch.host
+        instances = self._machine.meetings.numbers(stretch.messages, self.program) if stretch.messages else {}
+        recorded = self._recorded
+        outputs = {event: Happening() for event in stretch.outputs}
+        inputs = {event: recorded[event] for event in stretch.inputs if event in recorded}
+        joint = Joint(stretch, clock, in_time, issued, clocks, place, inputs, outputs, streams, instances)
+        recorded.update(outputs)
+        for name, launches in stretch.launches.items():
+            streams[name].num_launched += len(launches)
+        for name in reversed(tuple(stretch.now)):  # the base, which has the last word, comes last
+            streams[name].put(joint)
+        return True
+
+    def _issue(
+        self, stretch: Stretch, streams: dict[str, Stream], issued: dict[str, list[int]], clocks: list[int]
+    ) -> None:
+        """Note when the host issues each launch and gets through with each step, full queues and all."""
+        clock = self.clock
+        next_launch = {name: streams[name].num_launched - LAUNCH_QUEUE_DEPTH for name in stretch.launches}
+        for name in stretch.launches:
+            issued[name] = []
+        for _, step in stretch.steps:
+            if isinstance(step, Segment):
+                stream, at, paid = streams[step.stream], issued[step.stream], 0
+                before = next_launch[step.stream]
+                ends, first = stream.ends, stream.first_end
+                for before, (_, offset, _) in enumerate(step.kernels, before):
+                    clock += offset - paid
+                    paid = offset
+                    if before >= 0 and ends[before - first] > clock:
+                        clock = ends[before - first]
+                    at.append(clock)
+                next_launch[step.stream] += len(step.kernels)
+            elif isinstance(step, Collective):
+                before = next_launch[step.stream]
+                next_launch[step.stream] = before + 1
+                clock += self._prices.issue
+                if before >= 0:
+                    clock = max(clock, streams[step.stream].end_of(before))
+                issued[step.stream].append(clock)
+            clocks.append(clock)
+        self.clock = clock
 
     def _launch(self, segment: Segment, place: Place) -> Process:
         stream = self._stream(segment.stream)
         first = stream.num_launched
         stream.num_launched = first + len(segment.kernels)
         last = stream.num_launched - 1 - LAUNCH_QUEUE_DEPTH  # the launch that must end before the segment's last one
-        ends = stream.ends
         issued: int | list[int] = self.clock
-        if last < 0 or (last < len(ends) and ends[last] <= self.clock):
+        if last < 0 or (last < stream.num_ended and stream.end_of(last) <= self.clock):
             self.clock += segment.host
         else:
             issued, paid, clock = [], 0, self.clock
@@ -119,10 +231,9 @@ class Host:
                 clock += offset - paid
                 paid = offset
                 if before >= 0:
-                    if before >= len(ends):
+                    if before >= stream.num_ended:
                         yield from self._slot(stream, before)
-                    if ends[before] > clock:  # noqa: PLR1730  (as in segments.execute)
-                        clock = ends[before]
+                    clock = max(clock, stream.end_of(before))
                 issued.append(clock)
             self.clock = clock
         stream.put(Run(segment, issued, place))
@@ -134,22 +245,24 @@ class Host:
         stream.num_launched += 1
         self.clock += self._prices.issue
         if before >= 0:
-            if before >= len(stream.ends):
+            if before >= stream.num_ended:
                 yield from self._slot(stream, before)
-            self.clock = max(self.clock, stream.ends[before])
+            self.clock = max(self.clock, stream.end_of(before))
         if isinstance(message, Copy):
             stream.put(Move(message, self.clock, place))
         else:
             machine = self._machine
             communicator = machine.world.communicators[self.program.axes[message.axis]]
             instance = machine.meetings.number(communicator, self.program, message)
-            stream.put(Move(message, self.clock, place, communicator, instance))
+            duration = self._solo(message) if isinstance(message, Collective) else -1
+            stream.put(Move(message, self.clock, place, communicator, instance, duration))
         self._note(place.position)
 
     def _slot(self, stream: Stream, launch: int) -> Process:
         self.waits_for = f"room in the launch queue of stream {stream.name}"
-        while launch >= len(stream.ends):
-            yield stream.end_known(launch)
+        if launch >= stream.num_ended:
+            stream.when_known(launch, self.go)
+            yield
         self.waits_for = ""
 
     def _wait(self, step: HostWait, position: Position) -> Process:
@@ -158,7 +271,8 @@ class Host:
             return
         if happening.at < 0:
             self.waits_for = f"event '{step.event}'"
-            yield happening.wait(self._machine.env)
+            happening.then(self.go)
+            yield
             self.waits_for = ""
         self.clock = max(self.clock, happening.at)
         self._note(position)
@@ -183,6 +297,8 @@ class Host:
         self._note(place.position)
 
     def _note(self, position: Position, segment: Segment | None = None, issued: int | list[int] = 0) -> None:
+        if not self._shared:
+            return
         self._issued_at.append(self.clock)
         self._issued.append((*position, segment, issued))
 

@@ -125,6 +125,8 @@ class _Busy:
     num_active: int = 0
     since: int = 0
     spans: list[tuple[int, int]] = field(default_factory=list)
+    alone: int = 0
+    """Ticks of transfers that had these links to themselves, beside ``spans``."""
 
 
 class Network:
@@ -141,12 +143,26 @@ class Network:
         self._moved: dict[Flow, int] = {}
         self._busy: dict[int, _Busy] = {}
         self._changed: list[int] = []
+        self._counted: dict[int, tuple[Traffic, int]] = {}
 
     def start(self, traffic: Traffic) -> simpy.Event:
         """Begin a transfer now; return the event of its end."""
         job = _Job(self._flows_of(traffic), self._env.event())
         self._next_phase(job)
         return job.done
+
+    def links_of(self, traffic: Traffic) -> tuple[int, ...]:
+        """Return the links that a transfer loads."""
+        return tuple(dict.fromkeys(link for flow in self._flows_of(traffic) for link, _ in flow.loads))
+
+    def alone(self, traffic: Traffic) -> int:
+        """Return the ticks of a transfer that shares its links with nothing."""
+        return sum(flow.latency + ticks(flow.alone_s) for flow in self._flows_of(traffic))
+
+    def count(self, traffic: Traffic) -> None:
+        """Note a transfer that shared its links with nothing and took ``alone`` ticks: it need not be run."""
+        _, times = self._counted.get(id(traffic), (traffic, 0))
+        self._counted[id(traffic)] = (traffic, times + 1)
 
     def _flows_of(self, traffic: Traffic) -> tuple[Flow, ...]:
         found = self._flows.get(id(traffic))
@@ -285,6 +301,12 @@ class Network:
 
         Links that the same sets of flows load have been busy together: the union is worked out once for each such set.
         """
+        for traffic, times in self._counted.values():
+            for flow in self._flows_of(traffic):
+                if flow.loads:
+                    self._moved[flow] = self._moved.get(flow, 0) + times
+                    self._busy.setdefault(flow.mask, _Busy()).alone += times * ticks(flow.alone_s)
+        self._counted = {}
         num_bytes: dict[int, list[float]] = {}
         masks: dict[int, list[int]] = {}
         of_mask: dict[int, int] = {mask: i for i, mask in enumerate(self._busy)}
@@ -302,7 +324,7 @@ class Network:
             key = tuple(sorted(of_mask[mask] for mask in masks[link]))
             if key not in busy:
                 spans = sorted(span for mask in masks[link] for span in self._busy[mask].spans)
-                busy[key] = _covered(spans)
+                busy[key] = _covered(spans) + sum(self._busy[mask].alone for mask in masks[link])
             use.append(LinkUse(link, fsum(num_bytes[link]), Ticks(busy[key])))
         return tuple(use)
 

@@ -14,10 +14,11 @@ from typing import Any
 from sim.engine.cost import Cost
 from sim.engine.network import Network
 from sim.errors import CollectiveMismatchError
-from sim.ir.program import Collective, Communicator, Program, Recv, Send, World
+from sim.ir.program import Collective, Communicator, Copy, Program, Recv, Send, World
 from sim.ir.traffic import Traffic
 
 Message = Collective | Send | Recv
+_MOVES = (Collective, Send, Recv, Copy)
 Role = tuple[str, int]
 """(send, recv or all; rank of the representative): who takes part in a meeting."""
 
@@ -66,6 +67,15 @@ class Meetings:
         self._count[key] = found + 1
         return found
 
+    def numbers(self, messages: Sequence[Message], program: Program) -> dict[str, int]:
+        """Return which meeting on each communicator a class means with the first of some messages; count them all."""
+        found: dict[str, int] = {}
+        for message in messages:
+            name = program.axes[message.axis]
+            number = self.number(self._world.communicators[name], program, message)
+            found.setdefault(name, number)
+        return found
+
     def arrive(self, communicator: Communicator, program: Program, message: Message, instance: int) -> Meeting:
         """Note that a class has reached a message; start the transfer if it was the last. Wait for ``done``."""
         roles = self._roles_of(communicator, isinstance(message, Collective))
@@ -85,10 +95,10 @@ class Meetings:
     def _start(self, meeting: Meeting) -> None:
         message = meeting.arrived[min(meeting.arrived)]  # the same whoever comes last
         meeting.start = self._env.now
-        meeting.traffic = self._traffic_of(message, meeting.communicator)
+        meeting.traffic = self.traffic_of(message, meeting.communicator)
         self._network.start(meeting.traffic).callbacks.append(lambda _: meeting.done.succeed())
 
-    def _traffic_of(self, message: Message, communicator: Communicator) -> Traffic:
+    def traffic_of(self, message: Message, communicator: Communicator) -> Traffic:
         key = (id(message), communicator.name)  # the programs keep their messages, so ids stay their own
         found = self._traffic.get(key)
         if found is None:
@@ -148,3 +158,44 @@ def _who(ranks: Sequence[int]) -> str:
     if len(ranks) > 8:
         return f"ranks [{', '.join(map(str, ranks[:3]))}, ..., {ranks[-1]}] ({len(ranks)})"
     return f"ranks [{', '.join(map(str, ranks))}]"
+
+
+def solo_transfers(
+    world: World, cost: Cost, meetings: Meetings, network: Network
+) -> dict[tuple[int, int], tuple[int, Traffic]]:
+    """Return the collectives that nothing can slow down: (rank, message's id) -> (ticks, traffic).
+
+    A class does them by itself, and their links carry nothing but what the same stream of the class issues, which
+    comes one after the other.
+    """
+    users: dict[int, tuple[int, str] | None] = {}
+    alone: list[tuple[tuple[int, str], Collective, Traffic]] = []
+    for program in world.programs:
+        seen: dict[int, None] = {}
+        for chunk in {id(found): found for found in (program.chunks[call.chunk] for call in program.step)}.values():
+            for step in chunk:
+                if step.__class__ not in _MOVES or id(step) in seen:
+                    continue
+                seen[id(step)] = None
+                assert isinstance(step, (Collective, Send, Recv, Copy))
+                user = (program.rank, step.stream)
+                own = False
+                if isinstance(step, Copy):
+                    traffic = cost.copy(step, program.ranks)
+                else:
+                    communicator = world.communicators[program.axes[step.axis]]
+                    if communicator.num_ranks == 1:
+                        continue
+                    traffic = meetings.traffic_of(step, communicator)
+                    own = isinstance(step, Collective) and len(communicator.classes) == 1
+                if own:
+                    assert isinstance(step, Collective)
+                    alone.append((user, step, traffic))
+                for link in network.links_of(traffic):
+                    if users.setdefault(link, user if own else None) != user:
+                        users[link] = None
+    return {
+        (user[0], id(step)): (network.alone(traffic), traffic)
+        for user, step, traffic in alone
+        if all(users[link] == user for link in network.links_of(traffic))
+    }

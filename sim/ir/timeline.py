@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, overload
 
 from sim.units import Ticks
 
@@ -56,6 +56,86 @@ class Span:
     transfer: Transfer | None = None
 
 
+PatternSpan = tuple[Span, str, int]
+"""A span from tick 0 on; of a transfer the communicator, and which meeting on it in the pattern it is."""
+Pattern = tuple[PatternSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A pattern of spans that happened from ``start`` on, in call ``call`` of the step, for that microbatch.
+
+    ``instances``: number of the first meeting on each communicator.
+    """
+
+    pattern: Pattern
+    start: int
+    microbatch: int
+    call: int
+    instances: Mapping[str, int]
+
+    def spans(self) -> Iterator[Span]:
+        """Yield the spans as they happened."""
+        shift = self.start
+        for span, communicator, nth in self.pattern:
+            transfer = span.transfer
+            if transfer is not None:
+                start = Ticks(transfer.start + shift)
+                transfer = replace(transfer, instance=self.instances[communicator] + nth, start=start)
+            kernels = tuple([(index, Ticks(start + shift), Ticks(end + shift)) for index, start, end in span.kernels])
+            yield Span(
+                span.rank, span.stream, span.kind, span.name, Ticks(span.start + shift), Ticks(span.end + shift),
+                span.phase, span.module, self.microbatch, (self.call, span.position[1]), kernels, transfer,
+            )  # fmt: skip
+
+
+class Spans(Sequence[Span]):
+    """Spans of which many repeat: kept as patterns, told one by one. Equal to the tuple of them."""
+
+    def __init__(self, parts: Mapping[int, Sequence[Span | Repeat]]) -> None:
+        self._parts = parts
+        """By rank, in the order in which the spans stand."""
+
+    def of(self, rank: int) -> Iterator[Span]:
+        """Yield the spans of one representative."""
+        for part in self._parts.get(rank, ()):
+            if isinstance(part, Span):
+                yield part
+            else:
+                yield from part.spans()
+
+    def distinct(self) -> Iterator[Span]:
+        """Yield every span, of a pattern's repetitions only the first."""
+        seen: dict[int, None] = {}
+        for parts in self._parts.values():
+            for part in parts:
+                if isinstance(part, Span):
+                    yield part
+                elif id(part.pattern) not in seen:
+                    seen[id(part.pattern)] = None
+                    yield from part.spans()
+
+    def __iter__(self) -> Iterator[Span]:
+        for rank in self._parts:
+            yield from self.of(rank)
+
+    def __len__(self) -> int:
+        return sum(1 if isinstance(p, Span) else len(p.pattern) for parts in self._parts.values() for p in parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Span: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Span, ...]: ...
+    def __getitem__(self, index: int | slice) -> Span | tuple[Span, ...]:
+        return tuple(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (Spans, tuple)) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(len(self))
+
+
 @dataclass(frozen=True, slots=True)
 class Release:
     """A block freed at ``freed_at`` that another stream still used: reusable from ``reusable_at`` on."""
@@ -78,8 +158,17 @@ class LinkUse:
 class Timeline:
     """One step, from tick 0. ``end`` is when the last rank finished, ``rank_end`` when each representative did."""
 
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     end: Ticks
     rank_end: Mapping[int, Ticks]
     releases: tuple[Release, ...] = ()
     link_use: tuple[LinkUse, ...] = ()
+
+    def of(self, rank: int) -> Iterator[Span]:
+        """Yield the spans of one representative."""
+        spans = self.spans
+        return spans.of(rank) if isinstance(spans, Spans) else (span for span in spans if span.rank == rank)
+
+    def distinct(self) -> Iterator[Span]:
+        """Yield every span, of those that only repeat earlier ones at other times the first."""
+        return self.spans.distinct() if isinstance(self.spans, Spans) else iter(self.spans)

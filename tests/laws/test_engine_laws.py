@@ -130,8 +130,18 @@ local = st.one_of(
 )
 
 
+own_collectives = st.builds(
+    Collective, st.just("own"), st.just("all_gather"), st.just("own"), st.integers(0, 9), st.just("bf16"), stream
+)
+marks = st.builds(Mark, st.sampled_from(("forward", "backward")), st.sampled_from(("a", "b")))
+events = st.one_of(st.builds(Record, event, stream), st.builds(Wait, event, stream))
+plain = st.one_of(
+    kernels, kernels, kernels, own_collectives, own_collectives, events, events, marks, st.builds(HostWait, event)
+)
+
+
 @st.composite
-def worlds(draw: st.DrawFn) -> World:
+def worlds(draw: st.DrawFn, local: st.SearchStrategy[Any] = local, most: int = 5) -> World:
     """All classes issue the same messages in the same order, so that none can wait for ever."""
     num_classes = draw(st.integers(1, 3))
     chunks: list[dict[str, Chunk]] = [{} for _ in range(num_classes)]
@@ -140,7 +150,7 @@ def worlds(draw: st.DrawFn) -> World:
         written: list[list[Instruction]] = [[] for _ in range(num_classes)]
         for number in range(draw(st.integers(0, 4))):
             for own in written:
-                own.extend(draw(st.lists(local, max_size=5)))
+                own.extend(draw(st.lists(local, max_size=most)))
             size = draw(st.integers(0, 9))
             pair = draw(st.sampled_from([None, *pairs]))
             for i, own in enumerate(written):
@@ -151,7 +161,7 @@ def worlds(draw: st.DrawFn) -> World:
                 elif i == pair[1]:
                     own.append(Recv(f"m{number}", f"from{pair[0]}", size, draw(stream)))
         for i, own in enumerate(written):
-            own.extend(draw(st.lists(local, max_size=5)))
+            own.extend(draw(st.lists(local, max_size=most)))
             chunks[i][name] = tuple(own)
     calls = tuple(Call(name, i) for i, name in enumerate(draw(st.lists(st.sampled_from(("c0", "c1")), max_size=4))))
     programs = tuple(
@@ -162,13 +172,15 @@ def worlds(draw: st.DrawFn) -> World:
             (),
             calls,
             calls,
-            {"dp": "dp"}
+            {"dp": "dp", "own": f"own{i}"}
             | {f"to{b}": f"{a}>{b}" for a, b in pairs if a == i}
             | {f"from{a}": f"{a}>{b}" for a, b in pairs if b == i},
         )
         for i in range(num_classes)
     )
     communicators = {"dp": Communicator("dp", "dp", (tuple(range(2 * num_classes)),), tuple(range(num_classes)))}
+    for i in range(num_classes):
+        communicators[f"own{i}"] = Communicator(f"own{i}", "own", ((2 * i, 2 * i + 1),), (i,))
     for a, b in pairs:
         groups = ((2 * a, 2 * b), (2 * a + 1, 2 * b + 1))
         communicators[f"{a}>{b}"] = Communicator(f"{a}>{b}", "pp", groups, (a, b))
@@ -306,6 +318,21 @@ def test_segments_change_nothing(world: World, cost: RandomCost, depth: int) -> 
     assert taken_apart(timeline) == found
     assert timeline.rank_end == rank_end
     assert {(r.rank, r.freed_at, r.reusable_at) for r in timeline.releases} == releases
+
+
+@settings(deadline=None, max_examples=400)
+@given(worlds(plain, 12), costs, depths)
+def test_stretches_change_nothing(world: World, cost: RandomCost, depth: int) -> None:
+    with patch.object(segments, "MIN_LAUNCHES", 1):
+        timeline = run_with(world, cost, depth)
+    with patch.object(segments, "MIN_LAUNCHES", 10**9):
+        step_by_step = run_with(world, cost, depth)
+    assert tuple(timeline.spans) == tuple(step_by_step.spans)
+    assert timeline.rank_end == step_by_step.rank_end
+    for ours, theirs in zip(timeline.link_use, step_by_step.link_use, strict=True):
+        assert (ours.link, ours.busy) == (theirs.link, theirs.busy)
+        assert abs(ours.num_bytes - theirs.num_bytes) <= 1e-9 * theirs.num_bytes
+    assert taken_apart(timeline) == slow_run(world, cost, depth)[0]
 
 
 @settings(deadline=None, max_examples=60)
