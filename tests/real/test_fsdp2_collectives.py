@@ -1,0 +1,85 @@
+"""Real FSDP2 processes on the CPU do what our programs say: the same collectives in order, the same bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+
+from fsdp_world import Job, collectives, layers_of, live_bytes
+
+from sim.parallel.frameworks.fsdp2 import fsdp2
+from sim.parallel.frameworks.plan import Plan
+from sim.scenario.schema import Fsdp2Settings
+
+
+def script() -> ModuleType:
+    path = Path(__file__).parents[2] / "validation" / "real" / "fsdp2.py"
+    spec = importlib.util.spec_from_file_location("fsdp2_real", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fsdp2_real"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+REAL = script()
+
+
+@cache
+def measured(num_ranks: int) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = REAL.measure(num_ranks)
+    return found
+
+
+def job(case: dict[str, Any], shapes: Any, num_ranks: int, rank: int) -> Job:
+    replicas, microbatches = case.get("replicas", 1), case.get("microbatches", 1)
+    dtype = case.get("param_dtype") or "fp32"
+    settings = Fsdp2Settings(
+        reshard_after_forward=case.get("reshard", True),
+        reshard_root=case.get("reshard_root", False),
+        reduce_dtype=case.get("reduce_dtype"),
+        wrap="torchtitan" if case.get("separate") else "blocks",
+        gradient_sync=case.get("sync", "every"),
+    )
+    plan = Plan(
+        dp=num_ranks // replicas,
+        parameter_dtype=dtype,
+        master=dtype != "fp32",
+        num_microbatches=microbatches,
+        dp_rank=rank % (num_ranks // replicas),
+        replicas=replicas,
+        gradient_clipping=case.get("clipping", 0.0),
+    )
+    layers = layers_of(shapes)
+    recompute = "full" if case.get("checkpoint") else "none"
+    return Job(fsdp2(layers, settings, plan), layers, dtype, microbatches, recompute)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("num_ranks", "name"), [(num_ranks, name) for num_ranks in (2, 4) for name in REAL.cases(num_ranks)]
+)
+def test_collectives_and_state_bytes_are_those_of_fully_shard(num_ranks: int, name: str) -> None:
+    case, real = REAL.CASES[name], measured(num_ranks)[name]
+    ranks = {"dp": num_ranks // case.get("replicas", 1), "dp_replicate": case.get("replicas", 1), "dp_reshard": 2}
+    for rank in range(num_ranks):
+        ours = job(case, real["parameters"], num_ranks, rank)
+        chunks = [*ours.micro, ours.step]
+        found = [(kind, size, ranks[axis]) for chunk in chunks for kind, size, axis in collectives(chunk)]
+        assert found == [tuple(each) for each in real["collectives"]]
+        ends = [sum(len(collectives(c)) for c in chunks[: i + 1]) for i in range(len(chunks) - 1)]
+        assert ends == real["marks"]
+        before = [ours.setup, *ours.micro, ours.first_step]
+        held = [live_bytes([*before, *ours.micro[: 2 * index + 2]]) for index in range(len(ours.passes))]
+        stepped = [*before, *ours.micro]
+        gradients = sum(group.gradient.num_bytes for group in ours.hooks.groups)
+        held += [live_bytes([*stepped, ours.step]) + gradients, live_bytes([*stepped, ours.step])]
+        assert held == real["live_bytes"][rank]
