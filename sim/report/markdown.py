@@ -31,7 +31,7 @@ def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult])
     yield f"{words.layout}  \n{words.job}\n"
     yield f"**{_sentence(words.verdict)}**: {words.memory}.  "
     yield f"**{words.time}** a step: {words.rate} · {words.efficiency}."
-    if not report.fits:
+    if not report.fits_gpu:
         yield f"\n**Out of memory** in {out_of_memory_words(report)}."
     footprint = report.fullest
     yield f"\n## Memory of the fullest GPU at its peak\n\n{_sentence(peak_words(footprint))}\n"
@@ -44,7 +44,7 @@ def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult])
     if len(report.footprints) > 1:
         yield "\n## Memory of all ranks at their peaks\n"
         yield from _table(CLASS_HEADER, "lrrrrl", class_rows(report))
-    if not report.fits:
+    if not report.fits_gpu:
         yield "\n## Who holds most at the peak\n"
         holders = next(f for f in report.footprints if f.out_of_memory is not None).holders
         held = ((h.name, f"{h.count:,}", format_bytes(h.num_bytes), h.category) for h in holders)

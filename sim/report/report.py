@@ -71,6 +71,17 @@ class Report:
     communication: tuple[CommunicationTotal, ...]
     pipeline: Pipeline
     warnings: tuple[str, ...]
+    host_capacity_bytes: int = 0
+    """Memory of a node; ``host_bytes_per_node`` is what its ranks hold of it together. 0: unknown."""
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether a node's memory holds what the framework puts there."""
+        return not self.host_capacity_bytes or self.host_bytes_per_node <= self.host_capacity_bytes
+
+    @property
+    def fits_gpu(self) -> bool:
+        return all(footprint.out_of_memory is None for footprint in self.footprints)
 
     @property
     def time_s(self) -> float:
@@ -110,6 +121,7 @@ class Report:
                 "peak_allocated_bytes": fullest.peak_allocated_bytes,
                 "peak_reserved_bytes": fullest.peak_reserved_bytes,
                 "peak_device_bytes": fullest.peak_device_bytes,
+                "host_capacity_bytes": self.host_capacity_bytes,
                 "host_bytes_per_node": self.host_bytes_per_node,
                 "ranks": [_rank(footprint) for footprint in self.footprints],
             },
@@ -157,10 +169,11 @@ def summarise(
     peak = peak_flops_per_s(scenario)
     training, parallelism = scenario.training, scenario.parallelism
     replicas = parallelism.dp * scenario.num_microbatches
-    ranks_on_node = scenario.cluster.gpus_per_node
+    host_bytes = max(footprint.host_bytes for footprint in footprints) * scenario.cluster.gpus_per_node
+    host_capacity = scenario.cluster.node.host_memory_bytes
     return Report(
         scenario=scenario.name,
-        fits=all(footprint.out_of_memory is None for footprint in footprints),
+        fits=all(footprint.out_of_memory is None for footprint in footprints) and host_bytes <= host_capacity,
         world_size=world.world_size,
         time_ticks=timeline.end,
         step_ticks=parts,
@@ -171,7 +184,7 @@ def summarise(
         peak_flops_per_s=peak,
         capacity_bytes=scenario.cluster.gpu.total_memory_bytes,
         usable_bytes=usable_bytes,
-        host_bytes_per_node=max(footprint.host_bytes for footprint in footprints) * ranks_on_node,
+        host_bytes_per_node=host_bytes,
         footprints=tuple(footprints),
         communication=communication(timeline, rank),
         pipeline=Pipeline(
@@ -181,6 +194,7 @@ def summarise(
             parts["bubble"] / timeline.end if timeline.end else 0.0,
         ),
         warnings=tuple(warnings),
+        host_capacity_bytes=host_capacity,
     )
 
 

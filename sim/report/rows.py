@@ -86,6 +86,12 @@ def _memory_words(report: Report) -> str:
             f"{format_bytes(device)} of {format_bytes(capacity)} on the fullest GPU, "
             f"{format_bytes(capacity - device)} to spare"
         )
+    if report.fits_gpu:
+        host, node = report.host_bytes_per_node, report.host_capacity_bytes
+        return (
+            f"needs {format_bytes(host)} of {format_bytes(node)} of a node's host memory, "
+            f"{format_bytes(host - node)} too much; {format_bytes(device)} on the fullest GPU"
+        )
     if device > capacity:
         return (
             f"needs {format_bytes(device)} of {format_bytes(capacity)} on the fullest GPU, "

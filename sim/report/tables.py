@@ -53,15 +53,15 @@ def _report(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]
         yield from grid([_dim(CLASS_HEADER), *rows], "lrrrrl", width)
         if more := len(report.footprints) - len(rows):
             yield ((f"  and {more} more classes of ranks (--json has all)", "dim"),)
-    if not report.fits:
+    if not report.fits_gpu:
         yield ()
         yield (("Out of memory", "bold red"),)
         yield from ((line,) for line in fold(out_of_memory_words(report), width, 2))
         yield ()
         yield from _holders(next(f for f in report.footprints if f.out_of_memory is not None), width)
-        if remedies:
-            yield ()
-            yield from _remedies(remedies, width)
+    if not report.fits and remedies:
+        yield ()
+        yield from _remedies(remedies, width)
     yield ()
     yield title("Time of a step", "the slowest rank")
     rest = width - _BAR_AT
@@ -108,7 +108,10 @@ def _memory(footprint: Footprint, report: Report, width: int) -> Iterator[Line]:
         yield _bar_line(row.name, format_bytes(row.num_bytes), share, part, width - _BAR_AT, total=row.total)
     if report.host_bytes_per_node:
         name = "host memory of a node"
-        yield (f"  {name:<{NAME_WIDTH}}{format_bytes(report.host_bytes_per_node):>{SIZE_WIDTH}}",)
+        share = report.host_bytes_per_node / report.host_capacity_bytes if report.host_capacity_bytes else 0.0
+        words = f"  {name:<{NAME_WIDTH}}{format_bytes(report.host_bytes_per_node):>{SIZE_WIDTH}}"
+        of = f"  of {format_bytes(report.host_capacity_bytes)}" if share else ""
+        yield (words, "" if report.fits_host else "bold red"), of
 
 
 def _bar_line(name: str, value: str, share: float, part: float, rest: int, total: bool) -> Line:

@@ -17,7 +17,8 @@ FIELDS = {
     "": "schema_version scenario fits world_size step memory communication pipeline warnings",
     "step": "time_s compute_s exposed_communication_s bubble_s optimizer_s other_s tokens_per_s tokens_per_s_per_gpu "
     "model_flops model_flops_per_s_per_gpu mfu hfu flops_formula",
-    "memory": "capacity_bytes peak_allocated_bytes peak_reserved_bytes peak_device_bytes host_bytes_per_node ranks",
+    "memory": "capacity_bytes peak_allocated_bytes peak_reserved_bytes peak_device_bytes host_capacity_bytes "
+    "host_bytes_per_node ranks",
     "pipeline": "schedule num_stages num_microbatches bubble_fraction",
 }
 RANK = "rank num_ranks stage peak_allocated_bytes peak_reserved_bytes peak_device_bytes at_peak beside"
