@@ -194,6 +194,24 @@ class Fsdp1Settings(_Frozen):
     optimizer_implementation: OptimizerImplementation = "foreach"
 
 
+class MegatronSettings(_Frozen):
+    """Megatron-LM's arguments, by its own names and with its defaults (megatron/training/arguments.py)."""
+
+    use_distributed_optimizer: bool = False
+    """Optimizer states sharded over dp: what ``parallelism.zero: 1`` means."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    """With the distributed optimizer: gather parameters as the next forward needs them."""
+    accumulate_allreduce_grads_in_fp32: bool | None = None
+    """None: for bf16, as Megatron turns it on."""
+    gradient_accumulation_fusion: bool = True
+    overlap_p2p_communication: bool = True
+    """Of the interleaved schedule: exchanges run beside the next pass."""
+    check_for_nan_in_grad: bool = True
+    bucket_size: PositiveInt | None = None
+    """Elements of a gradient bucket (``ddp_bucket_size``); None: max(40e6, 1e6 dp)."""
+
+
 class AllocatorConfig(_Frozen):
     """PYTORCH_ALLOC_CONF, as the caching allocator reads it."""
 
@@ -216,6 +234,7 @@ class Scenario(_Frozen):
     deepspeed: Annotated[DeepSpeedSettings, _AsIs()]
     fsdp2: Fsdp2Settings = Fsdp2Settings()
     fsdp1: Fsdp1Settings = Fsdp1Settings()
+    megatron: MegatronSettings = MegatronSettings()
     allocator: AllocatorConfig = AllocatorConfig()
     sources: dict[str, str] = Field(default_factory=dict)
     """dotted path of a resolved value -> where it comes from, for values that the file does not give."""
