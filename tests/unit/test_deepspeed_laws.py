@@ -30,7 +30,13 @@ def jobs(draw: st.DrawFn) -> Job:
         "sub_group_size": draw(SIZE.filter(bool)),
         "grad_accum_dtype": draw(st.sampled_from([None, "fp32"])) if stage in (2, 3) else None,
         "communication_data_type": draw(st.sampled_from([None, "fp32", "bf16"])),
+        "pin_memory": draw(st.booleans()),
     }
+    if stage and draw(st.booleans()):
+        options["offload_optimizer"] = "cpu"
+        options["offload_ratio"] = draw(st.sampled_from([1.0, 0.4])) if stage == 3 else 1.0
+    if stage == 3 and draw(st.booleans()):
+        options["offload_param"] = "cpu"
     return Job(
         stage,
         draw(st.sampled_from([1, 2, 3, 8])),
