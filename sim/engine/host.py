@@ -151,7 +151,7 @@ class Host:
         The queue of the base may hold the host up: what the stretch's launches wait for there ends before the stretch
         begins. If another stream's may, nothing can be said beforehand.
         """
-        streams = {name: self._stream(name) for name in stretch.now}
+        streams = {name: self._stream(name) for name in stretch.streams}
         clock = self.clock
         held = False
         for name, launches in stretch.launches.items():
@@ -177,13 +177,13 @@ class Host:
             self.clock = clock + stretch.host
         instances = self._machine.meetings.numbers(stretch.messages, self.program) if stretch.messages else {}
         recorded = self._recorded
-        outputs = {event: Happening() for event in stretch.outputs}
-        inputs = {event: recorded[event] for event in stretch.inputs if event in recorded}
+        outputs = {event: Happening() for event in stretch.ahead.outputs}
+        inputs = {event: recorded[event] for event in stretch.ahead.inputs if event in recorded}
         joint = Joint(stretch, clock, in_time, issued, clocks, place, inputs, outputs, streams, instances)
         recorded.update(outputs)
         for name, launches in stretch.launches.items():
             streams[name].num_launched += len(launches)
-        for name in reversed(tuple(stretch.now)):  # the base, which has the last word, comes last
+        for name in reversed(tuple(stretch.streams)):  # the base, which has the last word, comes last
             streams[name].put(joint)
         return True
 
@@ -198,9 +198,8 @@ class Host:
         for _, step in stretch.steps:
             if isinstance(step, Segment):
                 stream, at, paid = streams[step.stream], issued[step.stream], 0
-                before = next_launch[step.stream]
                 ends, first = stream.ends, stream.first_end
-                for before, (_, offset, _) in enumerate(step.kernels, before):
+                for before, (_, offset, _) in enumerate(step.kernels, next_launch[step.stream]):
                     clock += offset - paid
                     paid = offset
                     if before >= 0 and ends[before - first] > clock:

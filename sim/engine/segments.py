@@ -68,43 +68,56 @@ MIN_LAUNCHES = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stretch:
-    """Steps whose times all follow from when ``base`` (a stream) gets to them, worked out once for all calls.
+class Plan:
+    """When the steps of a stretch happen, in ticks from its origin, as long as nothing else holds them up.
 
-    Nothing in it can be held up by others: kernels, events, and transfers that share no link with any other stream.
-    All times are ticks relative to when ``base`` gets here, if the host is far enough ahead:
-
-    ``steps``     the steps themselves, for when it is not
-    ``launches``  stream -> ticks of the host from the start of the stretch until it has issued each launch
-    ``host``      ticks of the host for all of it
-    ``clocks``    ticks of the host until it is through with each step
-    ``slack``     how much later than ``base`` gets here the host may begin without holding anything up
-    ``sides``     other streams -> latest tick at which they may get here without holding anything up
+    ``latest``    stream -> latest tick at which it may get to the stretch without holding anything up
     ``inputs``    events recorded before -> likewise
     ``outputs``   events recorded -> when
     ``now``       stream -> when it is through; ``free`` when it finished its last work (absent if it has none)
     ``ends``      stream -> the end of each launch
     ``work``      what leaves a span
-    ``messages``  the transfers
+    ``patterns``  spans from tick 0 on, by the mark under which the stretch begins
     """
 
-    base: str
-    steps: tuple[tuple[int, Step], ...]
-    launches: Mapping[str, tuple[int, ...]]
-    host: int
-    clocks: tuple[int, ...]
-    slack: int
-    sides: Mapping[str, int]
+    latest: Mapping[str, int]
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
     now: Mapping[str, int]
     free: Mapping[str, int]
     ends: Mapping[str, tuple[int, ...]]
     work: tuple[Work, ...]
+    patterns: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """Steps that nothing else can hold up once stream ``base`` gets to them: kernels, events, transfers of its own class
+    that share no link with another stream. Worked out once for all calls.
+
+    ``ahead``     what happens if the host is ahead throughout; its origin is when ``base`` gets here
+    ``behind``    what happens if all streams wait for the host; its origin is when the host begins to issue it
+    ``slack``     how much later than ``base`` gets here the host may begin and still be ahead throughout
+    ``steps``     the steps themselves, for when it is neither
+    ``launches``  stream -> ticks of the host from the start of the stretch until it has issued each launch
+    ``clocks``    ticks of the host until it is through with each step; ``host`` with all
+    """
+
+    base: str
+    steps: tuple[tuple[int, Step], ...]
+    launches: Mapping[str, tuple[int, ...]]
+    clocks: tuple[int, ...]
+    host: int
+    slack: int
+    ahead: Plan
+    behind: Plan
     messages: tuple[Collective, ...]
     last_mark: Mark | None
-    patterns: dict[tuple[str, str], Any] = field(default_factory=dict)
-    """Spans from tick 0 on, by the mark under which the stretch begins."""
+
+    @property
+    def streams(self) -> Mapping[str, int]:
+        """The streams that it needs, the base first."""
+        return self.ahead.now
 
 
 Step = Segment | Collective | Send | Recv | Copy | HostCompute | Alloc | Free | UseOn | Record | Wait | HostWait | Mark
@@ -197,7 +210,7 @@ def bundle(steps: CompiledChunk, duration: Duration, issue: int) -> BundledChunk
     while at < len(steps):
         draft = _Draft(duration, issue)
         end = at
-        while end < len(steps) and draft.takes(*steps[end]):
+        while end < len(steps) and draft.takes(steps[end][1]):
             end += 1
         while end > at and isinstance(steps[end - 1][1], Mark):
             end -= 1
@@ -210,130 +223,139 @@ def bundle(steps: CompiledChunk, duration: Duration, issue: int) -> BundledChunk
     return tuple(found)
 
 
-_NEVER = -(1 << 62)
-
-
 class _Draft:
-    """A stretch in the making. It begins with a kernel, whose stream is the base."""
+    """A stretch in the making. It begins with a kernel, whose stream is the base.
+
+    Every other stream first waits for an event that follows from the base: so nothing in it can be known, nor can it
+    matter, before the base gets there.
+    """
 
     def __init__(self, duration: Duration, issue: int) -> None:
         self._duration, self._issue = duration, issue
-        self._now: dict[str, int] = {}
-        self._events: dict[str, int] = {}
-        self._sides: dict[str, int] = {}
-        self._inputs: dict[str, int] = {}
-        self._launches: dict[str, list[int]] = {}
-        self._ends: dict[str, list[int]] = {}
-        self._free: dict[str, int] = {}
-        self._work: list[Work] = []
-        self._messages: list[Collective] = []
-        self._mark: Mark | None = None
-        self._host = 0
-        self._slack = -_NEVER
-        self._base = ""
+        self._launches: dict[str, int] = {}
+        self._streams: dict[str, None] = {}
+        self._events: dict[str, None] = {}
         self.num_launches = 0
 
-    def _issued(self, time: int) -> None:
-        """Note that what could begin at ``time`` must have been issued by then."""
-        self._slack = min(self._slack, time - self._host)
-
-    def takes(self, index: int, step: Step) -> bool:
+    def takes(self, step: Step) -> bool:
         """Append a step if it can be part of the stretch."""
-        if not self._base:
-            if not isinstance(step, Segment):
-                return False
-            self._base = step.stream
-            self._now[step.stream] = 0
         if isinstance(step, Segment):
-            return self._segment(index, step)
+            if not self._streams:
+                self._streams[step.stream] = None
+            return self._launch(step.stream, len(step.kernels))
+        if not self._streams:
+            return False
         if isinstance(step, Collective):
-            return self._transfer(index, step)
+            return self._duration(step) >= 0 and self._launch(step.stream, 1)
         if isinstance(step, Record):
-            if step.stream not in self._now:
-                return False
-            self._events[step.event] = self._now[step.stream]
-            self._issued(self._now[step.stream])
-        elif isinstance(step, Wait):
-            return self._wait(step)
-        elif isinstance(step, Mark):
-            self._mark = step
-        else:
+            self._events[step.event] = None
+            return step.stream in self._streams
+        if isinstance(step, Wait):
+            fits = step.stream in self._streams or step.event in self._events
+            if fits:
+                self._streams[step.stream] = None
+            return fits
+        return isinstance(step, Mark)
+
+    def _launch(self, stream: str, num: int) -> bool:
+        launched = self._launches.get(stream, 0) + num
+        if stream not in self._streams or launched > MAX_KERNELS:
             return False
+        self._launches[stream] = launched
+        self.num_launches += num
         return True
-
-    def _room(self, stream: str, num: int) -> bool:
-        return stream in self._now and len(self._launches.get(stream, ())) + num <= MAX_KERNELS
-
-    def _segment(self, index: int, segment: Segment) -> bool:
-        stream = segment.stream
-        if not self._room(stream, len(segment.kernels)):
-            return False
-        launches, ends = self._launches.setdefault(stream, []), self._ends.setdefault(stream, [])
-        end = self._now[stream]
-        start, begun, kernels = end, self._host, []
-        for at, offset, duration in segment.kernels:
-            self._host = begun + offset
-            self._issued(end)
-            launches.append(self._host)
-            kernels.append((at, end, end + duration))
-            end += duration
-            ends.append(end)
-        self._host = begun + segment.host
-        self._now[stream] = self._free[stream] = end
-        self._work.append((stream, index, segment, start, end, tuple(kernels), self._mark))
-        self.num_launches += len(kernels)
-        return True
-
-    def _transfer(self, index: int, message: Collective) -> bool:
-        duration = self._duration(message)
-        if duration < 0 or not self._room(message.stream, 1):
-            return False
-        start = self._now[message.stream]
-        self._host += self._issue
-        self._issued(start)
-        self._launches.setdefault(message.stream, []).append(self._host)
-        self._now[message.stream] = self._free[message.stream] = start + duration
-        self._ends.setdefault(message.stream, []).append(start + duration)
-        self._work.append((message.stream, index, message, start, start + duration, (), self._mark))
-        self._messages.append(message)
-        self.num_launches += 1
-        return True
-
-    def _wait(self, wait: Wait) -> bool:
-        stream = wait.stream
-        recorded = self._events.get(wait.event)
-        if recorded is None:
-            if stream not in self._now:
-                return False
-            self._inputs[wait.event] = min(self._inputs.get(wait.event, self._now[stream]), self._now[stream])
-        elif stream not in self._now:
-            self._now[stream] = self._sides[stream] = recorded
-        else:
-            self._now[stream] = max(self._now[stream], recorded)
-        self._issued(self._now[stream])
-        return True
-
-    def _costs(self, step: Step) -> int:
-        return step.host if isinstance(step, Segment) else self._issue if isinstance(step, Collective) else 0
 
     def stretch(self, steps: CompiledChunk) -> Stretch:
+        first = steps[0][1]
+        assert isinstance(first, Segment)
+        ahead = _Player(self._duration, self._issue, first.stream, ahead=True).play(steps)
+        behind = _Player(self._duration, self._issue, first.stream, ahead=False).play(steps)
         return Stretch(
-            base=self._base,
+            base=first.stream,
             steps=steps,
-            launches={stream: tuple(found) for stream, found in self._launches.items()},
-            host=self._host,
-            clocks=tuple(accumulate(self._costs(step) for _, step in steps)),
-            slack=self._slack,
-            sides=self._sides,
-            inputs=self._inputs,
-            outputs=self._events,
-            now=self._now,
-            free=self._free,
-            ends={stream: tuple(found) for stream, found in self._ends.items()},
-            work=tuple(self._work),
-            messages=tuple(self._messages),
+            launches={stream: tuple(found) for stream, found in ahead.launches.items()},
+            clocks=tuple(ahead.clocks),
+            host=ahead.host,
+            slack=ahead.slack,
+            ahead=ahead.plan(),
+            behind=behind.plan(),
+            messages=tuple(step for _, step in steps if isinstance(step, Collective)),
             last_mark=next((step for _, step in reversed(steps) if isinstance(step, Mark)), None),
         )
+
+
+class _Player:
+    """Works a stretch out: with ``ahead`` from when the base gets there, else from when the host begins."""
+
+    def __init__(self, duration: Duration, issue: int, base: str, ahead: bool) -> None:
+        self._duration, self._issue, self._ahead = duration, issue, ahead
+        self._now: dict[str, int] = {base: 0} if ahead else {}
+        self._base = base
+        self._latest: dict[str, int] = {}
+        self._inputs: dict[str, int] = {}
+        self._events: dict[str, int] = {}
+        self._free: dict[str, int] = {}
+        self._ends: dict[str, list[int]] = {}
+        self._work: list[Work] = []
+        self.launches: dict[str, list[int]] = {}
+        self.clocks: list[int] = []
+        self.host = 0
+        self.slack = 1 << 62
+
+    def _reach(self, stream: str, recorded: int | None = None) -> int:
+        """Move a stream on to what it does next, issued by now; return when."""
+        known = [
+            tick for tick in (self._now.get(stream), recorded, None if self._ahead else self.host) if tick is not None
+        ]
+        now = max(known)
+        if stream not in self._now:
+            self._latest[stream] = now
+        self.slack = min(self.slack, now - self.host)
+        self._now[stream] = now
+        return now
+
+    def play(self, steps: CompiledChunk) -> _Player:
+        mark: Mark | None = None
+        for index, step in steps:
+            if isinstance(step, Segment):
+                self._segment(index, step, mark)
+            elif isinstance(step, Collective):
+                self.host += self._issue
+                start = self._launch(step.stream, self._duration(step))
+                self._work.append((step.stream, index, step, start, self._now[step.stream], (), mark))
+            elif isinstance(step, Record):
+                self._events[step.event] = self._reach(step.stream)
+            elif isinstance(step, Wait):
+                recorded = self._events.get(step.event)
+                now = self._reach(step.stream, recorded)
+                if recorded is None:
+                    self._inputs[step.event] = min(self._inputs.get(step.event, now), now)
+            elif isinstance(step, Mark):
+                mark = step
+            self.clocks.append(self.host)
+        return self
+
+    def _launch(self, stream: str, duration: int) -> int:
+        """Add a launch that the host is through with; return when it starts."""
+        start = self._reach(stream)
+        self._now[stream] = self._free[stream] = start + duration
+        self.launches.setdefault(stream, []).append(self.host)
+        self._ends.setdefault(stream, []).append(start + duration)
+        return start
+
+    def _segment(self, index: int, segment: Segment, mark: Mark | None) -> None:
+        begun, kernels = self.host, []
+        for at, offset, duration in segment.kernels:
+            self.host = begun + offset
+            start = self._launch(segment.stream, duration)
+            kernels.append((at, start, start + duration))
+        self.host = begun + segment.host
+        end = kernels[-1][2]
+        self._work.append((segment.stream, index, segment, kernels[0][1], end, tuple(kernels), mark))
+
+    def plan(self) -> Plan:
+        ends = {stream: tuple(found) for stream, found in self._ends.items()}
+        return Plan(self._latest, self._inputs, self._events, self._now, self._free, ends, tuple(self._work))
 
 
 def execute(

@@ -15,7 +15,7 @@ from typing import Any, cast
 from sim.engine.cost import Cost
 from sim.engine.network import Network
 from sim.engine.rendezvous import Meeting, Meetings, kind_of
-from sim.engine.segments import Segment, Stretch, execute
+from sim.engine.segments import Plan, Segment, Stretch, execute
 from sim.ir.program import Collective, Communicator, Copy, Mark, Program, Record, Recv, Send, Wait, World
 from sim.ir.timeline import Pattern, PatternSpan, Position, Repeat, Span, SpanKind, Transfer
 from sim.ir.traffic import Traffic
@@ -251,35 +251,33 @@ class Stream:
             self.queue.extendleft(reversed(joint.apart[self.name]))
         elif joint.stretch.base != self.name:
             self.blocked, self.held = True, joint
-        elif _goes_as_planned(joint, self.now):
-            self._replay(joint)
+        elif (planned := _plan_of(joint, self.now)) is not None:
+            self._replay(joint, *planned)
         else:
             joint.apart = _taken_apart(joint, self._program, self._machine)
             self.queue.extendleft(reversed(joint.apart[self.name]))
-            for name in joint.stretch.sides:
-                side = joint.streams[name]
+            for side in joint.streams.values():
                 if side.held is joint:
                     side.held = None
-                    side.queue.extendleft(reversed(joint.apart[name]))
+                    side.queue.extendleft(reversed(joint.apart[side.name]))
                     side.unblock()
 
-    def _replay(self, joint: Joint) -> None:
-        stretch, base = joint.stretch, self.now
-        touched = [joint.streams[name] for name in stretch.now]
-        spans = _pattern(joint, self._program, self._machine)
+    def _replay(self, joint: Joint, plan: Plan, origin: int) -> None:
+        touched = joint.streams.values()
+        spans = _pattern(joint, plan, self._program, self._machine)
         for stream in touched:
             name = stream.name
-            stream.now = base + stretch.now[name]
-            if name in stretch.free:
-                stream.free = base + stretch.free[name]
-                stream.ends.extend([base + end for end in stretch.ends[name]])
+            stream.now = origin + plan.now[name]
+            if name in plan.free:
+                stream.free = origin + plan.free[name]
+                stream.ends.extend([origin + end for end in plan.ends[name]])
                 place = joint.place
-                stream.spans.append(Repeat(spans[name], base, place.microbatch, place.position[0], joint.instances))
+                stream.spans.append(Repeat(spans[name], origin, place.microbatch, place.position[0], joint.instances))
             stream.held = None
-        for message in stretch.messages:
+        for message in joint.stretch.messages:
             self._machine.network.count(self._machine.solo[self._program.rank, id(message)][1])
-        for event, at in stretch.outputs.items():
-            joint.outputs[event].happen(base + at)
+        for event, at in plan.outputs.items():
+            joint.outputs[event].happen(origin + at)
         for stream in touched:
             stream.tell()
             if stream is not self:
@@ -394,25 +392,31 @@ def transfer_of(
 # --- stretches -------------------------------------------------------------------------------------
 
 
-def _goes_as_planned(joint: Joint, base: int) -> bool:
+def _plan_of(joint: Joint, base: int) -> tuple[Plan, int] | None:
+    """Return which plan of a stretch holds, and its origin, now that its base got there; None if neither does."""
     stretch = joint.stretch
-    if joint.in_time > base + stretch.slack:
-        return False
-    for event, latest in stretch.inputs.items():
+    if joint.in_time <= base + stretch.slack:
+        plan, origin = stretch.ahead, base
+    elif not joint.issued:
+        plan, origin = stretch.behind, joint.begun
+        if base > origin + plan.latest[stretch.base]:
+            return None
+    else:
+        return None
+    for event, latest in plan.inputs.items():
         happening = joint.inputs.get(event)
-        if happening is not None and not 0 <= happening.at <= base + latest:
-            return False
-    for name, latest in stretch.sides.items():
-        side = joint.streams[name]
-        if side.held is not joint or side.now > base + latest:
-            return False
-    return True
+        if happening is not None and not 0 <= happening.at <= origin + latest:
+            return None
+    for name, side in joint.streams.items():
+        if name != stretch.base and (side.held is not joint or side.now > origin + plan.latest[name]):
+            return None
+    return plan, origin
 
 
 def _taken_apart(joint: Joint, program: Program, machine: Machine) -> dict[str, list[Item]]:
     """Return the items of a stretch for each of its streams, as the host would have put them there one by one."""
     stretch, place = joint.stretch, joint.place
-    items: dict[str, list[Item]] = {name: [] for name in stretch.now}
+    items: dict[str, list[Item]] = {name: [] for name in stretch.streams}
     recorded = dict(joint.inputs)
     last = {step.event: at for at, (_, step) in enumerate(stretch.steps) if isinstance(step, Record)}
     instances = dict(joint.instances)
@@ -447,15 +451,15 @@ def _taken_apart(joint: Joint, program: Program, machine: Machine) -> dict[str, 
     return items
 
 
-def _pattern(joint: Joint, program: Program, machine: Machine) -> Mapping[str, Pattern]:
+def _pattern(joint: Joint, plan: Plan, program: Program, machine: Machine) -> Mapping[str, Pattern]:
     """Return the spans of a stretch, for each stream, from tick 0 on; worked out once for each mark it begins under."""
-    stretch, place = joint.stretch, joint.place
+    place = joint.place
     key = (place.phase, place.module)
-    found = stretch.patterns.get(key)
+    found = plan.patterns.get(key)
     if found is None:
         by_stream: dict[str, list[PatternSpan]] = {}
         counts: dict[str, int] = {}
-        for stream, index, step, start, end, kernels, mark in stretch.work:
+        for stream, index, step, start, end, kernels, mark in plan.work:
             phase, module = (mark.phase, mark.module) if mark is not None else key
             kind: SpanKind = "compute"
             name, nth, transfer = "", 0, None
@@ -469,5 +473,5 @@ def _pattern(joint: Joint, program: Program, machine: Machine) -> Mapping[str, P
             where = (phase, module, 0, (0, index))
             span = Span(program.rank, stream, kind, step.name, Ticks(start), Ticks(end), *where, done, transfer)
             by_stream.setdefault(stream, []).append((span, name, nth))
-        found = stretch.patterns[key] = {stream: tuple(spans) for stream, spans in by_stream.items()}
+        found = plan.patterns[key] = {stream: tuple(spans) for stream, spans in by_stream.items()}
     return found
