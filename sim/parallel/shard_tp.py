@@ -10,8 +10,8 @@ Sources: megatron/core/tensor_parallel/{layers,mappings,cross_entropy}.py, trans
 placement_types.py, torch/distributed/_functional_collectives.py. Megatron's tensors are [seq, batch, hidden], so that
 gathering needs no copy; torch's are [batch, seq, hidden] and every gather or scatter along ``seq`` copies once.
 
-Leaves out: the copy of a bias that RowParallelLinear adds after its reduction; DTensor's embedding gradient, which
-torch 2.13 keeps whole on every rank.
+Leaves out: the copy of a bias that RowParallelLinear adds after its reduction; that without FSDP DTensor's embedding
+gradient stays whole until the optimizer's step, not only while it is made.
 """
 
 from __future__ import annotations
@@ -386,18 +386,20 @@ class _Transform:
     def lookup(self, op: Op, learned: bool) -> None:
         """A rank looks up the tokens that fall in its rows, zeroes the others' results, and the ranks add.
 
-        Kept: which tokens were masked, and their indices (VocabParallelEmbedding.forward; DTensor's _MaskPartial).
+        Megatron keeps which tokens were masked, and their indices (VocabParallelEmbedding.forward).
         """
-        tokens, y = op.reads[0], op.writes[0]
+        y = op.writes[0]
         shape = y.shape[:2]
         mask = Tensor(f"{op.name}.mask", shape, "bool")
         masked = Tensor(f"{op.name}.masked_tokens", shape, "int64")
         part = Tensor(f"{y.name}.masked", y.shape, y.dtype)
         kernels = (Pointwise("elementwise", (masked,), (masked, mask)), *op.kernels)
         kernels += (Pointwise("elementwise", (mask,), (part,)),)
-        made = replace(
-            self.local(op), kernels=kernels, saves=(masked.name, mask.name), keeps=(mask, masked), reads=(tokens,)
-        )  # fmt: skip
+        made = replace(self.local(op), kernels=kernels)
+        if self.megatron:
+            made = replace(made, saves=(masked.name, mask.name), keeps=(mask, masked))
+        else:  # the ids of DTensor's autograd are the whole ones
+            made = replace(made, scratch=(mask, masked))
         self.tables[op.name] = not learned
         if learned and self.sp:
             # positions are added to the whole sequence, which is divided only then (LanguageModelEmbedding)
@@ -514,23 +516,24 @@ class _Transform:
                     continue
                 self.emit(self.local(op))
         for name in list(self.in_flight):
-            self.wait(name)
+            self.wait(name, self.out[-1].module, self.out[-1].region)
         assert not self.partial, f"{self.layer.name}: partial sums that nobody reduced: {sorted(self.partial)}"
 
     def arrive(self, op: Op) -> None:
         """Before an op runs: wait for reductions that it reads, gather what had been divided by a mere copy."""
         for name in op.reads:
             if name in self.in_flight:
-                self.wait(name)
+                self.wait(name, op.module, op.region)
             if name.removeprefix("grad:") in self.to_gather and name not in self.renamed and self.sp:
                 whole = self.gathered_like(f"{name}.gathered", name.removeprefix("grad:"))
-                self.all_gather(f"{name}.all_gather", name, whole, "", "", blocking=True)
+                self.all_gather(f"{name}.all_gather", name, whole, op.module, op.region, blocking=True)
                 self.renamed[name] = whole.name
 
-    def wait(self, name: str) -> None:
+    def wait(self, name: str, module: str, region: str) -> None:
+        """The part stays until the exchange has read it; compute goes on when its sum is there."""
         exchange, part = self.in_flight.pop(name)
         reads = tuple(dict.fromkeys((part, name)))
-        self.emit(Op(f"{exchange}.wait", (), reads, awaits=(exchange,)))
+        self.emit(Op(f"{exchange}.wait", (), reads, module=module, region=region, awaits=(exchange,)))
 
     def adds_partials(self, op: Op) -> bool:
         return any(name in self.partial for name in op.reads)
@@ -629,7 +632,11 @@ class _Transform:
         self.emit(made)
 
     def lookup_backward(self, op: Op, module: str) -> None:
-        """The gradient is gathered, zeroed (in a copy) where the token was another rank's, and added to the rows."""
+        """The gradient is gathered, zeroed (in a copy) where the token was another rank's, and added to the rows.
+
+        DTensor adds to a whole table on every rank, of which each then takes its rows
+        (torch/distributed/tensor/_ops/_embedding_ops.py, embedding_dense_backward_strategy).
+        """
         gradient = op.reads[0]
         made = self.local(op)
         source = self.renamed.get(gradient, gradient)
@@ -637,6 +644,19 @@ class _Transform:
             whole = self.gathered_like(f"{source}.gathered", source)
             self.all_gather(f"{module}.grad.all_gather", source, whole, op.module, "", blocking=True)
             source = whole.name
+        if not self.megatron:
+            (name,) = op.gradients
+            table = next(p.shape for p in self.layer.parameters if p.name == name)
+            stored = next(t for k in op.kernels if isinstance(k, Pointwise) for t in k.writes if not _seq_of(t.shape))
+            whole_table = Tensor(f"{module}.grad.whole", table, stored.dtype)
+            rows = Pointwise("copy", (self.tensor(stored, False),), (self.tensor(stored, False),))
+            self.emit(
+                replace(
+                    made, kernels=(*op.kernels, rows), reads=tuple(source if n == gradient else n for n in op.reads),
+                    scratch=(*made.scratch, whole_table),
+                )
+            )  # fmt: skip
+            return
         like = next(
             t for k in op.kernels if isinstance(k, Pointwise) for t in k.writes if _seq_of(t.shape)
         )  # fmt: skip
