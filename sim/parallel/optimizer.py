@@ -28,34 +28,20 @@ class Optimizer:
         return any("t" in reads + writes for _, reads, writes in self.kernels)
 
 
+_ADAM = (
+    ("lerp_ (first moment)", "mg", "m"),
+    ("mul_ (second moment)", "v", "v"),
+    ("addcmul_ (second moment)", "vg", "v"),
+    ("sqrt", "v", "t"),
+    ("div_ (bias correction)", "t", "t"),
+    ("add_ (epsilon)", "t", "t"),
+    ("addcdiv_", "pmt", "p"),
+)
+"""torch/optim/adam.py, _multi_tensor_adam, without decay (adam's own adds to the gradient, and is 0 by default)."""
+
 OPTIMIZERS: dict[str, Optimizer] = {
-    # torch/optim/adam.py, _multi_tensor_adam; weight decay is decoupled (AdamW)
-    "adamw": Optimizer(
-        ("m", "v"),
-        (
-            ("mul_ (weight decay)", "p", "p"),
-            ("lerp_ (first moment)", "mg", "m"),
-            ("mul_ (second moment)", "v", "v"),
-            ("addcmul_ (second moment)", "vg", "v"),
-            ("sqrt", "v", "t"),
-            ("div_ (bias correction)", "t", "t"),
-            ("add_ (epsilon)", "t", "t"),
-            ("addcdiv_", "pmt", "p"),
-        ),
-    ),
-    # the same without decay: adam's own decay adds to the gradient, and is 0 by default
-    "adam": Optimizer(
-        ("m", "v"),
-        (
-            ("lerp_ (first moment)", "mg", "m"),
-            ("mul_ (second moment)", "v", "v"),
-            ("addcmul_ (second moment)", "vg", "v"),
-            ("sqrt", "v", "t"),
-            ("div_ (bias correction)", "t", "t"),
-            ("add_ (epsilon)", "t", "t"),
-            ("addcdiv_", "pmt", "p"),
-        ),
-    ),
+    "adamw": Optimizer(("m", "v"), (("mul_ (weight decay)", "p", "p"), *_ADAM)),
+    "adam": Optimizer(("m", "v"), _ADAM),
     # torch/optim/sgd.py, _multi_tensor_sgd without momentum
     "sgd": Optimizer((), (("add_", "pg", "p"),)),
 }
