@@ -16,7 +16,8 @@ from sim.scenario.document import Document
 from sim.scenario.schema import Scenario
 
 _SECTIONS = (
-    "name", "framework", "model", "cluster", "parallelism", "training", "deepspeed", "ddp", "fsdp1", "allocator",
+    "name", "framework", "model", "cluster", "parallelism", "training", "deepspeed", "ddp", "fsdp2", "fsdp1",
+    "megatron", "allocator",
 )  # fmt: skip
 
 

@@ -58,8 +58,13 @@ def plain(scenario: Scenario) -> dict[str, Any]:
         }
     if scenario.framework == "ddp":
         data["ddp"] = scenario.ddp.model_dump()
+    if scenario.framework == "fsdp2":
+        data["fsdp2"] = scenario.fsdp2.model_dump()
     if scenario.framework == "fsdp1":
         data["fsdp1"] = scenario.fsdp1.model_dump()
+    if scenario.framework == "megatron":
+        given = scenario.megatron.model_dump()
+        data["megatron"] = {key: value for key, value in given.items() if value is not None}
     allocator = scenario.allocator.model_dump(exclude={"max_split_size_bytes"})
     if (split := scenario.allocator.max_split_size_bytes) is not None:
         allocator["max_split_size"] = size_text(split)

@@ -55,6 +55,13 @@ def _whole_numbers(doc: str) -> Key:
     return Key(read, {"type": "array", "items": {"type": "integer", "minimum": 0}}, doc)
 
 
+def _axis_order(value: object) -> tuple[str, ...]:
+    axes = tuple(value.split("-")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    if sorted(map(str, axes)) != ["cp", "dp", "pp", "tp"]:
+        raise WrongValueError(f"{show(value)} is not an order of the axes", "write tp, cp, dp and pp, each once: tp-cp-dp-pp")
+    return axes
+
+
 TOP: dict[str, Key] = {
     "name": text("a name", "a name for the report", "What the report calls it; the file's name if left out."),
     "model": _anything({}, "write a name such as llama-2-70b, the path of a config.json, or the config itself", True),
@@ -62,7 +69,9 @@ TOP: dict[str, Key] = {
     "framework": choice(FRAMEWORKS, "a framework", "write ddp, fsdp2, fsdp1, deepspeed or megatron"),
     "deepspeed": _anything({}, "DeepSpeed's own settings: the path of a ds_config.json, or its content in place."),
     "ddp": _anything({}, "Settings of torch's DistributedDataParallel."),
+    "fsdp2": _anything({}, "Settings of torch's fully_shard."),
     "fsdp1": _anything({}, "Settings of torch's FullyShardedDataParallel."),
+    "megatron": _anything({}, "Settings of Megatron-LM, by its own names."),
     "allocator": _anything({}, "PyTorch's caching allocator, as PYTORCH_ALLOC_CONF sets it."),
     "parallelism": _anything({}, "What is left out is 1; dp, if left out, is what remains."),
     "training": _anything({}, "write at least sequence_length and micro_batch_size", True),
@@ -115,6 +124,7 @@ PARALLELISM: dict[str, Key] = {
     "schedule": choice(SCHEDULES, "a pipeline schedule", "Order of the microbatches' passes."),
     "vpp": integer(1, 1000, 1, "Virtual stages of a rank."),
     "layers_per_stage": _whole_numbers("Layers of each stage, where stages are uneven."),
+    "order": Key(_axis_order, {"type": "string"}, "Axes as ranks count through them, fastest first: 'tp-cp-dp-pp'."),
 }
 
 TRAINING: dict[str, Key] = {
@@ -139,8 +149,62 @@ DDP: dict[str, Key] = {
                               "autocast: fp32 parameters, 16-bit matmuls; pure: all in 16 bit."),
 }  # fmt: skip
 
+_TORCH_DTYPES = ("fp32", "bf16", "fp16")
+_SYNCS = ("every", "last")
+_IMPLEMENTATIONS = ("foreach", "fused", "for-loop")
+
+
+def _reshard(value: object) -> bool | int:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int) and value > 1:
+        return value
+    raise WrongValueError(
+        f"{show(value)} is neither true, false nor a number of ranks", "write true, false, or a number such as 8"
+    )
+
+
+FSDP2: dict[str, Key] = {
+    "reshard_after_forward": Key(_reshard, {"anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 2}]},
+                                 "false keeps whole parameters, a number keeps slices over so many ranks."),
+    "reshard_root": boolean("Whether reshard_after_forward=True is passed for the root too."),
+    "param_dtype": choice(_TORCH_DTYPES, "a dtype", "Of the gathered parameters; training.precision if left out."),
+    "reduce_dtype": choice(_TORCH_DTYPES, "a dtype", "Of the gradient reduction."),
+    "orig_dtype": choice(_TORCH_DTYPES, "a dtype", "In which parameters are sharded and optimized."),
+    "shard_size": integer(1, 2**17, 8, "Ranks of a shard group; fewer than dp is HSDP."),
+    "wrap": choice(("blocks", "torchtitan"), "a way to wrap",
+                   "blocks: each block and the root; torchtitan: embedding and head by themselves too."),
+    "gradient_sync": choice(_SYNCS, "a choice", "last: only the last microbatch is reduced, gradients stay whole."),
+    "reshard_after_backward": boolean("Whether parameters go after each microbatch, or after the last."),
+    "cpu_offload": boolean("CPUOffloadPolicy: shards, gradients and states in pinned memory of the host."),
+    "optimizer_implementation": choice(_IMPLEMENTATIONS, "an implementation", "Of torch's optimizer."),
+}  # fmt: skip
+
 FSDP1: dict[str, Key] = {
-    "mixed_precision": choice(("DEFAULT", "PURE", "FULL"), "a mixed precision"),
+    "sharding_strategy": choice(("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"),
+                                "a sharding strategy"),
+    "mixed_precision": choice(("DEFAULT", "PURE", "FULL"), "a mixed precision",
+                              "DEFAULT reduces gradients in fp32, PURE in 16 bit, FULL keeps everything in fp32."),
+    "backward_prefetch": choice(("BACKWARD_PRE", "BACKWARD_POST", "NONE"), "a way to prefetch"),
+    "forward_prefetch": boolean("Whether the next unit is gathered before this one's forward."),
+    "limit_all_gathers": boolean("Whether the CPU waits where two gathers are in flight."),
+    "use_orig_params": boolean("Whether the optimizer sees the original parameters."),
+    "cpu_offload": boolean("Whether shards and gradients live in pinned memory of the host."),
+    "keep_low_precision_grads": boolean("Whether the optimizer gets gradients in the dtype of the passes."),
+    "shard_size": integer(1, 2**17, 8, "Ranks of a shard group of the hybrid strategies; a node's GPUs if left out."),
+    "gradient_sync": choice(_SYNCS, "a choice", "last: no_sync() on all microbatches but the last."),
+    "optimizer_implementation": choice(_IMPLEMENTATIONS, "an implementation", "Of torch's optimizer."),
+}  # fmt: skip
+
+MEGATRON: dict[str, Key] = {
+    "use_distributed_optimizer": boolean("Optimizer states sharded over dp, as parallelism.zero: 1."),
+    "overlap_grad_reduce": boolean("Whether gradients are reduced beside backward."),
+    "overlap_param_gather": boolean("Whether parameters are gathered beside the next forward."),
+    "accumulate_allreduce_grads_in_fp32": boolean("Whether gradients accumulate in fp32; so for bf16 if left out."),
+    "gradient_accumulation_fusion": boolean("Whether matmuls add weight gradients to the buffer themselves."),
+    "overlap_p2p_communication": boolean("Whether the interleaved schedule's messages run beside passes."),
+    "check_for_nan_in_grad": boolean("Whether gradients are looked over before they are reduced."),
+    "bucket_size": integer(1, 10**12, 40_000_000, "Elements of a gradient bucket."),
 }
 
 ALLOCATOR: dict[str, Key] = {
@@ -207,6 +271,7 @@ def scenario_schema() -> dict[str, Any]:
         "cluster": cluster,
         "deepspeed": {"anyOf": [{"type": "string", "description": "the path of a ds_config.json"}, {"type": "object"}]},
         "ddp": mapping_schema(DDP),
+        "fsdp2": mapping_schema(FSDP2),
         "fsdp1": mapping_schema(FSDP1),
         "allocator": named_or(ALLOCATOR, "as PYTORCH_ALLOC_CONF is written"),
         "parallelism": mapping_schema(PARALLELISM),

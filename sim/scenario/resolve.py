@@ -23,6 +23,8 @@ from sim.scenario.schema import (
     ClusterSpec,
     DdpSettings,
     Fsdp1Settings,
+    Fsdp2Settings,
+    MegatronSettings,
     ModelConfig,
     Parallelism,
     Scenario,
@@ -411,6 +413,8 @@ class _Resolver:
                     self.sources[f"parallelism.{axis}"] = "1, as it is left out"
         if "layers_per_stage" not in wrong:
             d.layers_per_stage = values.get("layers_per_stage")
+        if "order" not in wrong:
+            d.order = values.get("order")
         if "schedule" not in wrong:
             d.schedule = values.get("schedule", "interleaved" if values.get("vpp", 1) > 1 else "1f1b")
             if "schedule" not in values:
@@ -612,9 +616,11 @@ class _Resolver:
             value = "adamw"
             self.sources[path] = "sim's default"
         else:
-            value = DeepSpeedSettings().gradient_clipping if framework == "deepspeed" else 0.0
-            words = "DeepSpeed's default (deepspeed/runtime/constants.py)"
-            self.sources[path] = words if framework == "deepspeed" else "no clipping, as it is left out"
+            defaults = {
+                "deepspeed": (DeepSpeedSettings().gradient_clipping, "DeepSpeed's default (deepspeed/runtime/constants.py)"),
+                "megatron": (1.0, "Megatron's default (megatron/training/arguments.py)"),
+            }
+            value, self.sources[path] = defaults.get(framework or "", (0.0, "no clipping, as it is left out"))
         setattr(d, key, value)
 
     def _code(self, given: str | None) -> None:
@@ -643,11 +649,42 @@ class _Resolver:
         if frameworks == framework or not frameworks:
             for name in table:
                 if name not in values:
-                    source = "PyTorch's default"
-                    if (key, name) == ("ddp", "mixed_precision"):
-                        source = "sim's default: torch.autocast, as most train"
-                    self.sources[f"{key}.{name}"] = source
+                    self.sources[f"{key}.{name}"] = _DEFAULTS_OF_SIM.get(
+                        (key, name), "Megatron's default" if key == "megatron" else "PyTorch's default"
+                    )
         return values
+
+    def megatron(self, values: dict[str, Any], framework: str | None) -> None:
+        """Megatron's distributed optimizer is ZeRO-1: the two ways to ask for it have to agree."""
+        d = self.draft
+        if framework != "megatron":
+            return
+        sharded = values.get("use_distributed_optimizer")
+        if d.knows("zero"):
+            if sharded is None:
+                values["use_distributed_optimizer"] = d.zero >= 1
+                self.sources["megatron.use_distributed_optimizer"] = "parallelism.zero"
+            elif "parallelism.zero" in self.sources:
+                d.zero = int(sharded)
+                self.sources["parallelism.zero"] = "megatron.use_distributed_optimizer"
+            elif sharded != (d.zero >= 1):
+                self.problems.append(
+                    Problem(
+                        ("parallelism", "zero"),
+                        f"parallelism.zero = {d.zero}, but megatron.use_distributed_optimizer is {_plain(sharded)}",
+                        f"write zero: {int(sharded)}, or leave zero out",
+                    )
+                )
+        if values.get("overlap_param_gather") and not (
+            values.get("use_distributed_optimizer") and values.get("overlap_grad_reduce")
+        ):
+            self.problems.append(
+                Problem(
+                    ("megatron", "overlap_param_gather"),
+                    "megatron.overlap_param_gather needs the distributed optimizer and overlap_grad_reduce",
+                    "write parallelism.zero: 1 and megatron.overlap_grad_reduce: true",
+                )
+            )
 
     # --- afterwards --------------------------------------------------------------------------
 
@@ -803,7 +840,10 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     if "training" in top:
         r.training(top["training"], framework)
     ddp = r.settings("ddp", fields.DDP, top.get("ddp"), framework, "ddp")
+    fsdp2 = r.settings("fsdp2", fields.FSDP2, top.get("fsdp2"), framework, "fsdp2")
     fsdp1 = r.settings("fsdp1", fields.FSDP1, top.get("fsdp1"), framework, "fsdp1")
+    megatron = r.settings("megatron", fields.MEGATRON, top.get("megatron"), framework, "megatron")
+    r.megatron(megatron, framework)
     allocator = _allocator(r, top.get("allocator"))
     r.problems = [_sent_home(problem) for problem in r.problems]
     r.problems.extend(run_rules(d))
@@ -816,8 +856,18 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     name = top.get("name") or FilePath(doc.file).stem
     if "name" not in top:
         r.sources["name"] = "the file's name"
-    return _scenario(r, name, ddp, fsdp1, allocator, top)
+    return _scenario(r, name, ddp, fsdp2, fsdp1, megatron, allocator, top)
 
+
+_DEFAULTS_OF_SIM = {
+    ("ddp", "mixed_precision"): "sim's default: torch.autocast, as most train",
+    ("fsdp2", "param_dtype"): "training.precision",
+    ("fsdp2", "reduce_dtype"): "sim's default: fp32, as torchtitan reduces",
+    ("fsdp2", "orig_dtype"): "sim's default: fp32, as torchtitan optimizes",
+    ("fsdp2", "wrap"): "sim's default: each block, then the model",
+    ("fsdp1", "mixed_precision"): "MosaicML Composer's default",
+    ("fsdp1", "shard_size"): "the GPUs of a node, as FSDP's default process groups",
+}
 
 _SECTIONS = {
     "cluster": fields.CLUSTER,
@@ -825,6 +875,9 @@ _SECTIONS = {
     "parallelism": fields.PARALLELISM,
     "training": fields.TRAINING,
     "ddp": fields.DDP,
+    "fsdp2": fields.FSDP2,
+    "fsdp1": fields.FSDP1,
+    "megatron": fields.MEGATRON,
     "allocator": fields.ALLOCATOR,
     "model": MODEL_KEYS,
 }
@@ -859,7 +912,14 @@ def _distinct(findings: list[Finding]) -> list[Finding]:
 
 
 def _scenario(
-    r: _Resolver, name: str, ddp: dict[str, Any], fsdp1: dict[str, Any], allocator: dict[str, Any], top: dict[str, Any]
+    r: _Resolver,
+    name: str,
+    ddp: dict[str, Any],
+    fsdp2: dict[str, Any],
+    fsdp1: dict[str, Any],
+    megatron: dict[str, Any],
+    allocator: dict[str, Any],
+    top: dict[str, Any],
 ) -> Scenario:
     d, m = r.draft, r.draft.model
     model = {key: getattr(m, key) for key in ModelConfig.model_fields if m.knows(key)}
@@ -904,6 +964,7 @@ def _scenario(
             schedule=d.schedule,
             vpp=d.vpp,
             layers_per_stage=d.layers_per_stage,
+            order=d.order,
         ),
         training=Training(
             sequence_length=d.sequence_length,
@@ -919,7 +980,9 @@ def _scenario(
         ),
         ddp=DdpSettings(**ddp),
         deepspeed=settings,
+        fsdp2=Fsdp2Settings(**fsdp2),
         fsdp1=Fsdp1Settings(**fsdp1),
+        megatron=MegatronSettings(**megatron),
         allocator=AllocatorConfig(**allocator),
         sources=dict(sorted(sources.items())),
         warnings=tuple(warnings),

@@ -89,10 +89,16 @@ class Job:
     """Setup, passes of each microbatch and the optimizer steps of a rank, written in order."""
 
     def __init__(
-        self, hooks: Any, layers: Sequence[Layer], dtype: Any, num_microbatches: int = 1, recompute: Any = "none"
+        self,
+        hooks: Any,
+        layers: Sequence[Layer],
+        dtype: Any,
+        num_microbatches: int = 1,
+        recompute: Any = "none",
+        batch_inputs: Sequence[Tensor] = (),
     ) -> None:
         self.hooks = hooks
-        self.emitter = Emitter(layers, (), Recompute(recompute, reentrant=False), dtype)
+        self.emitter = Emitter(layers, batch_inputs, Recompute(recompute, reentrant=False), dtype)
         self.setup: Chunk = hooks.setup()
         self.passes: list[tuple[Chunk, Chunk]] = []
         for index in range(num_microbatches):
