@@ -251,7 +251,9 @@ def plan_layer(
     num_weight_gradients = len(later)
     for op in (*(op for op in layer.backward if not any(op is other for other in later)), *later):
         ours = not recomputed.isdisjoint(op.releases)
-        if waiting and (whole or ours or any(name in made_again and name not in grads for name in op.reads)):
+        # the other form runs again when the first saved tensor is asked for, which no collective of gradients does
+        starts = whole and (recompute.reentrant or op.exchange is None)
+        if waiting and (starts or ours or any(name in made_again and name not in grads for name in op.reads)):
             waiting = False
             for repeated in _repeated(again, recompute.reentrant):
                 tape.run(repeated, ("pre_again", "post_again"), second, {})
