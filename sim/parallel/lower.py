@@ -1,19 +1,39 @@
-"""From the ledger to the programs of all ranks: one Program for each class of identical ranks."""
+"""From the ledger to the programs of all ranks: one Program for each class of identical ranks.
+
+The model is sharded over tensor- and context-parallel ranks, its layers are spread over pipeline stages, and each
+pipeline rank's passes are written once for each role of a microbatch; the schedule says in which order they are called.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
-from sim.ir.ledger import Ledger
-from sim.ir.program import Call, Chunk, Communicator, Program, World
+from sim.cluster.symmetry import Places
+from sim.ir.ledger import Layer, Ledger
+from sim.ir.program import Call, Chunk, Instruction, Program, Storage, World
 from sim.parallel.cublas import workspaces
 from sim.parallel.emit import Emitter, Hooks, Recompute
-from sim.parallel.mesh import mesh_of
+from sim.parallel.mesh import ORDERS, Mesh, mesh_of
+from sim.parallel.pipelining import (
+    DEEPSPEED,
+    MEGATRON,
+    MEGATRON_ORDERED,
+    MEGATRON_OVERLAP,
+    TORCH,
+    Exchange,
+    Messages,
+    pair_axes,
+    roles,
+)
+from sim.parallel.schedule import LOOPED, SCHEDULES, Order, Pass, Placement, one_f_one_b
+from sim.parallel.stages import Stage, split
 from sim.scenario.schema import Scenario
 
 
 class Framework(Hooks, Protocol):
-    """A framework's part in a rank's program: what it allocates, what it hooks into, how it steps.
+    """A framework's part in the program of a rank with one stage: what it allocates, hooks into, and how it steps.
 
     ``passes_differ``: the passes of the first step are not like the later ones (DDP's buckets).
     """
@@ -40,48 +60,310 @@ class Framework(Hooks, Protocol):
         ...
 
 
-def lower(ledger: Ledger, scenario: Scenario) -> World:
+class RankFramework(Protocol):
+    """The same of a rank with several chunks of the model."""
+
+    passes_differ: bool
+
+    def setup(self) -> Chunk: ...
+
+    def hooks(self, chunk: int) -> Hooks: ...
+
+    def begin_microbatch(self, chunk: int, first: bool, last: bool) -> None: ...
+
+    def start_reductions(self, chunk: int) -> Chunk:
+        """What is to start once a chunk's gradients are complete, where the schedule says when. May be empty."""
+        ...
+
+    def optimizer_step(self, first_step: bool) -> Chunk: ...
+
+    def after_first_step(self) -> Chunk: ...
+
+
+class OfChunks:
+    """Frameworks that know of one model, one for each chunk of the rank."""
+
+    def __init__(self, frameworks: Sequence[Framework]) -> None:
+        self.frameworks = frameworks
+        self.passes_differ = frameworks[0].passes_differ
+
+    def hooks(self, chunk: int) -> Hooks:
+        return self.frameworks[chunk]
+
+    def begin_microbatch(self, chunk: int, first: bool, last: bool) -> None:
+        self.frameworks[chunk].begin_microbatch(first=first, last=last)
+
+    def start_reductions(self, chunk: int) -> Chunk:
+        return ()
+
+    def setup(self) -> Chunk:
+        return self._joined(f.setup() for f in self.frameworks)
+
+    def optimizer_step(self, first_step: bool) -> Chunk:
+        return self._joined(f.optimizer_step(first_step) for f in self.frameworks)
+
+    def after_first_step(self) -> Chunk:
+        return self._joined(f.after_first_step() for f in self.frameworks)
+
+    def _joined(self, chunks: Iterable[Chunk]) -> Chunk:
+        found = tuple(chunks)
+        return found[0] if len(found) == 1 else tuple(instruction for chunk in found for instruction in chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all pipeline ranks have in common. ``dp_axis`` is that of the ranks with the same parameters."""
+
+    scenario: Scenario
+    ledger: Ledger
+    mesh: Mesh
+    placement: Placement
+    orders: tuple[Order, ...]
+    stages: tuple[Stage, ...]
+    num_chunks: int
+    messages: Messages
+    dp_axis: str
+    partial: Callable[[Layer], tuple[str, ...]]
+
+    @property
+    def dp(self) -> int:
+        return self.mesh.size(self.dp_axis)
+
+
+def lower(ledger: Ledger, scenario: Scenario, places: Places | None = None, *, folded: bool = True) -> World:
     """Return what each class of ranks does: setup, the first step and every later one.
 
-    Every rank of a data-parallel job runs the same program, so there is one class.
+    Ranks differ by pipeline rank; ``places`` may tell more of them apart. ``folded`` False keeps every rank.
     """
-    mesh = mesh_of({"dp": scenario.parallelism.dp})
-    emitter = Emitter(ledger.layers, ledger.batch_inputs, _recompute(scenario), ledger.parameter_dtype)
-    framework = _framework(emitter, ledger, scenario)
-    num_microbatches = scenario.num_microbatches
-    gpu = scenario.cluster.gpu
-    chunks: dict[str, Chunk] = {"setup": framework.setup(), "workspaces": workspaces(gpu.compute_capability)}
-    passes = _passes(chunks, "first." if framework.passes_differ else "", emitter, framework, num_microbatches)
+    job = _job(ledger, scenario)
+    mesh, num_ranks = job.mesh, scenario.parallelism.pp
+    from sim.parallel.fold import fold
+
+    colours = [mesh.coordinates(rank)["pp"] for rank in range(mesh.world_size)]
+    pairs = _pairs(job)
+    folding = fold(mesh, colours, axes=_axes(job), pairs=pairs, places=places, folded=folded)
+    written: dict[int, Program] = {}
+    programs = []
+    for ranks, axes in zip(folding.classes, folding.axes, strict=True):
+        stage = colours[ranks[0]]
+        if stage not in written:
+            written[stage] = _program(job, stage, num_ranks)
+        programs.append(replace(written[stage], ranks=ranks, axes=dict(axes)))
+    return World(mesh.world_size, tuple(programs), folding.communicators)
+
+
+def _job(ledger: Ledger, scenario: Scenario) -> _Job:
+    parallelism = scenario.parallelism
+    partial: Callable[[Layer], tuple[str, ...]] = lambda layer: ()  # noqa: E731
+    if parallelism.tp > 1 or parallelism.cp > 1:
+        from sim.parallel.shard import ShardPlan, partial_gradients, shard_ledger
+
+        plan = ShardPlan(
+            tp=parallelism.tp,
+            sp=parallelism.sp,
+            cp=parallelism.cp,
+            style="megatron" if scenario.framework in ("megatron", "deepspeed") else "dtensor",
+            prepare_module_input=scenario.framework == "fsdp2",
+        )
+        whole = ledger.layers
+        ledger = shard_ledger(ledger, plan)
+        names = {id(ours): partial_gradients(theirs, plan) for ours, theirs in zip(ledger.layers, whole, strict=True)}
+        by_name = {ours.name: names[id(ours)] for ours in ledger.layers}
+        partial = lambda layer: names.get(id(layer), by_name[layer.name])  # noqa: E731
+    p, m = parallelism.pp, scenario.num_microbatches
+    if p == 1:
+        placement, chunks, orders = LOOPED, 1, one_f_one_b(1, m, 1)
+    else:
+        schedule = SCHEDULES[_schedule_name(scenario)]
+        chunks = schedule.num_chunks or parallelism.vpp
+        assert schedule.refusal(p, m, chunks) is None, schedule.refusal(p, m, chunks)
+        placement, orders = schedule.placement, schedule.orders(p, m, chunks)
+    return _Job(
+        scenario=scenario,
+        ledger=ledger,
+        mesh=_mesh(scenario),
+        placement=placement,
+        orders=orders,
+        stages=split(ledger.layers, ledger.batch_inputs, placement.num_stages(p, chunks), parallelism.layers_per_stage),
+        num_chunks=chunks,
+        messages=_messages(scenario, chunks),
+        dp_axis="dp_cp" if parallelism.cp > 1 else "dp",
+        partial=partial,
+    )
+
+
+def _schedule_name(scenario: Scenario) -> str:
+    """Return the schedule by the name of its function; torch groups the microbatches of interleaving in its own way."""
+    name = {"dualpipev": "dualpipe-v"}.get(scenario.parallelism.schedule, scenario.parallelism.schedule)
+    return "interleaved-torch" if name == "interleaved" and scenario.framework == "fsdp2" else name
+
+
+def _mesh(scenario: Scenario) -> Mesh:
+    parallelism = scenario.parallelism
+    sizes = {"tp": parallelism.tp, "cp": parallelism.cp, "dp": parallelism.dp, "pp": parallelism.pp}
+    return mesh_of(sizes, parallelism.order or ORDERS["megatron"])
+
+
+def _messages(scenario: Scenario, chunks: int) -> Messages:
+    if scenario.framework == "megatron":
+        simple = scenario.parallelism.schedule in ("1f1b", "interleaved")
+        overlaps = chunks > 1 and scenario.megatron.overlap_p2p_communication
+        if not simple:
+            return MEGATRON_ORDERED
+        return MEGATRON_OVERLAP if overlaps else MEGATRON
+    return DEEPSPEED if scenario.framework == "deepspeed" else TORCH
+
+
+def _axes(job: _Job) -> list[str]:
+    """Return the axes whose groups meet in collectives."""
+    parallelism = job.scenario.parallelism
+    axes = [job.dp_axis]
+    axes += [axis for axis in ("tp", "cp") if getattr(parallelism, axis) > 1]
+    if job.scenario.framework == "megatron":
+        axes.append(_norm_axis(job.scenario))
+    if parallelism.pp > 1 and any(stage.tied for stage in job.stages):
+        axes.append("embedding")
+    return axes
+
+
+def _norm_axis(scenario: Scenario) -> str:
+    """Return the ranks over which Megatron adds up the norm: all of them where each has a shard of the gradients."""
+    return "world" if scenario.megatron.use_distributed_optimizer else "model"
+
+
+def _pairs(job: _Job) -> dict[str, list[tuple[int, int]]]:
+    """Return (sender, receiver) of the pipeline's messages, and of the rings of context parallelism."""
+    mesh = job.mesh
+    pipelines = mesh.groups("pp")
+    found: dict[str, list[tuple[int, int]]] = {}
+    if mesh.size("pp") > 1:
+        for axis, stages in pair_axes(job.placement, mesh.size("pp"), job.num_chunks).items():
+            found[axis] = [(group[sender], group[receiver]) for group in pipelines for sender, receiver in stages]
+    if mesh.size("cp") > 1:
+        found["cp.ring"] = list(mesh.neighbours("cp", 1, around=True))
+    return found
+
+
+# --- one pipeline rank ---------------------------------------------------------------------------
+
+
+def _program(job: _Job, rank: int, num_ranks: int) -> Program:
+    """Return the program of a pipeline rank, ranks and axes to be filled in."""
+    scenario = job.scenario
+    stages = [job.stages[job.placement.stage_of(rank, c, num_ranks, job.num_chunks)] for c in range(job.num_chunks)]
+    emitters = [_emitter(job, stage) for stage in stages]
+    framework = _framework(job, rank, stages, emitters)
+    chunks: dict[str, Chunk] = {
+        "setup": framework.setup(),
+        "workspaces": workspaces(scenario.cluster.gpu.compute_capability),
+    }
+    setup = [Call("setup")]
+    exchange = Exchange(
+        rank, num_ranks, job.num_chunks, job.placement, [emitter.border for emitter in emitters], job.messages
+    )
+    if job.messages.buffers and num_ranks > 1:
+        chunks["buffers"] = _receive_buffers(emitters, scenario.num_microbatches)
+        setup.append(Call("buffers"))
+    order = job.orders[rank]
+    delay = rank if job.num_chunks > 1 else 0
+    passes = _passes(chunks, "first." if framework.passes_differ else "", order, emitters, framework, exchange, delay)
     chunks["first.optimizer"] = framework.optimizer_step(first_step=True)
     first_step = (Call("workspaces"), *passes, Call("first.optimizer"))
     if framework.passes_differ:
         chunks["between"] = framework.after_first_step()
         first_step = (*first_step, Call("between"))
-        passes = _passes(chunks, "", emitter, framework, num_microbatches)
+        passes = _passes(chunks, "", order, emitters, framework, exchange, delay)
     chunks["optimizer"] = framework.optimizer_step(first_step=False)
+    chunks.update(exchange.chunks)
     step = (*passes, Call("optimizer"))
-    program = Program(tuple(range(mesh.world_size)), 0, chunks, (Call("setup"),), first_step, step, {"dp": "dp"})
-    return World(mesh.world_size, (program,), {"dp": Communicator("dp", "dp", mesh.groups("dp"), (0,))})
+    return Program((rank,), rank, chunks, tuple(setup), first_step, step)
+
+
+def _emitter(job: _Job, stage: Stage) -> Emitter:
+    fused: Callable[[Layer], frozenset[str]] = lambda layer: frozenset()  # noqa: E731
+    if job.scenario.framework == "megatron" and job.scenario.megatron.gradient_accumulation_fusion:
+        from sim.parallel.frameworks.megatron import fused_gradients
+
+        fused = fused_gradients
+    return Emitter(
+        stage.layers,
+        stage.batch_inputs,
+        _recompute(job.scenario),
+        job.ledger.parameter_dtype,
+        fused=fused,
+        inside=(stage.index > 0, stage.index < len(job.stages) - 1),
+    )
 
 
 def _passes(
-    chunks: dict[str, Chunk], prefix: str, emitter: Emitter, framework: Framework, num_microbatches: int
+    chunks: dict[str, Chunk],
+    prefix: str,
+    order: Order,
+    emitters: Sequence[Emitter],
+    framework: RankFramework,
+    exchange: Exchange,
+    delay: int,
 ) -> tuple[Call, ...]:
-    """Write the chunks of a step's microbatches; return their calls. Those between the first and the last share one."""
-    roles = ["only"] if num_microbatches == 1 else ["first", "middle", "last"]
-    if num_microbatches == 2:
-        roles.remove("middle")
-    for role in roles:
-        framework.begin_microbatch(first=role in ("only", "first"), last=role in ("only", "last"))
-        passes = emitter.passes(framework)
-        chunks[f"{prefix}forward.{role}"] = passes.forward
-        chunks[f"{prefix}backward.{role}"] = passes.backward
-    calls = []
-    for microbatch in range(num_microbatches):
-        role = roles[0] if microbatch == 0 else roles[-1] if microbatch == num_microbatches - 1 else "middle"
-        calls.append(Call(f"{prefix}forward.{role}", microbatch))
-        calls.append(Call(f"{prefix}backward.{role}", microbatch))
-    return tuple(calls)
+    """Write the passes of a step, one set for each role of a microbatch; return their calls with the messages between.
+
+    ``delay``: backward passes after a chunk's last before its reductions start, so that they start together on all
+    pipeline ranks (``grad_sync_virtual_microbatch_id`` in megatron/core/pipeline_parallel/schedules.py).
+    """
+    role_of = roles(order)
+    several = len(emitters) > 1
+    for number, emitter in enumerate(emitters):
+        mine = dict.fromkeys(role for (chunk, _), role in role_of.items() if chunk == number)
+        for role in sorted(mine, key=_ROLES.index):
+            place, _, halves = role.partition(".")
+            framework.begin_microbatch(number, first=place in ("only", "first"), last=place in ("only", "last"))
+            passes = emitter.passes(framework.hooks(number), split=bool(halves))
+            of = f"{number}.{role}" if several else role
+            chunks[f"{prefix}forward.{of}"] = passes.forward
+            chunks[f"{prefix}backward.{of}"] = passes.backward
+            if halves:
+                chunks[f"{prefix}weight_gradient.{of}"] = passes.weight_gradient
+
+    def name(pass_: Pass) -> str:
+        role = role_of[pass_.chunk, pass_.microbatch]
+        verb = "backward" if pass_.kind == "input_gradient" else pass_.kind
+        return f"{prefix}{verb}.{pass_.chunk}.{role}" if several else f"{prefix}{verb}.{role}"
+
+    groups = exchange.calls(order, name)
+    for number in range(len(emitters)):
+        reductions = framework.start_reductions(number)
+        if reductions:
+            chunks[f"reduce.{number}"] = reductions
+            ends = [i for i, pass_ in enumerate(order) if pass_.kind in ("backward", "weight_gradient")]
+            last = max(at for at, i in enumerate(ends) if order[i].chunk == number)
+            groups[ends[min(last + delay, len(ends) - 1)]].append(Call(f"reduce.{number}"))
+    return tuple(call for group in groups for call in group)
+
+
+_ROLES = ("only", "first", "middle", "last", "only.split", "first.split", "middle.split", "last.split")
+
+
+def _receive_buffers(emitters: Sequence[Emitter], num_microbatches: int) -> Chunk:
+    """``_prepare_forward_infra`` and ``_prepare_backward_infra``: one buffer a microbatch and direction, kept.
+
+    Source: torch/distributed/pipelining/stage.py. The tensors that passes read are these, so theirs have no bytes.
+    """
+    from sim.ir.program import Alloc
+
+    out: list[Instruction] = []
+    for emitter in emitters:
+        border = emitter.border
+        for storage in (border.input, border.grad_output):
+            if storage is not None:
+                out.extend(
+                    Alloc(Storage(f"recv buffer {storage.name}", storage.num_bytes, "activations"))
+                    for _ in range(num_microbatches)
+                )
+        emitter.border = replace(
+            border,
+            input=border.input and replace(border.input, num_bytes=0),
+            grad_output=border.grad_output and replace(border.grad_output, num_bytes=0),
+        )
+    return tuple(out)
 
 
 def _recompute(scenario: Scenario) -> Recompute:
@@ -96,37 +378,78 @@ def _recompute(scenario: Scenario) -> Recompute:
             return Recompute("selective", reentrant)
 
 
-def _framework(emitter: Emitter, ledger: Ledger, scenario: Scenario) -> Framework:
-    training = scenario.training
+# --- frameworks ----------------------------------------------------------------------------------
+
+
+def _framework(job: _Job, rank: int, stages: Sequence[Stage], emitters: Sequence[Emitter]) -> RankFramework:
+    if job.scenario.framework == "megatron":
+        return _megatron(job, rank, stages)
+    found = [_of_stage(job, stage, emitter) for stage, emitter in zip(stages, emitters, strict=True)]
+    return OfChunks(found)
+
+
+def _megatron(job: _Job, rank: int, stages: Sequence[Stage]) -> RankFramework:
+    from sim.parallel.frameworks.megatron import Megatron, MegatronPlan, MegatronStage
+
+    scenario = job.scenario
+    plan = MegatronPlan(
+        dp=job.dp,
+        dp_axis=job.dp_axis,
+        parameter_dtype=job.ledger.parameter_dtype,
+        optimizer=scenario.training.optimizer,
+        gradient_clipping=scenario.training.gradient_clipping,
+        tp=scenario.parallelism.tp,
+        pipeline_rank=rank,
+        pipeline_ranks=scenario.parallelism.pp,
+        num_chunks=job.num_chunks,
+        norm_axis=_norm_axis(scenario),
+        norm_ranks=job.mesh.size(_norm_axis(scenario)),
+        late_validation=scenario.parallelism.pp > 1 and SCHEDULES[_schedule_name(scenario)].post_validates,
+    )
+    of_rank = [
+        MegatronStage(
+            stage.layers,
+            stage.tied,
+            tuple((i, name) for i, layer in enumerate(stage.layers) for name in job.partial(layer)),
+        )
+        for stage in stages
+    ]
+    return cast("RankFramework", Megatron(of_rank, scenario.megatron, plan))
+
+
+def _of_stage(job: _Job, stage: Stage, emitter: Emitter) -> Framework:
+    scenario, training = job.scenario, job.scenario.training
     if scenario.framework == "ddp":
         from sim.parallel.frameworks.ddp import Ddp
 
         return Ddp(
-            ledger.layers,
+            stage.layers,
             emitter.gradient_order(),
             scenario.ddp,
             num_ranks=scenario.parallelism.dp,
-            parameter_dtype=ledger.parameter_dtype,
+            parameter_dtype=job.ledger.parameter_dtype,
             loss_scaling=training.precision == "fp16",
             optimizer=training.optimizer,
             gradient_clipping=training.gradient_clipping,
         )
+    from sim.parallel.frameworks.plan import Plan
+
+    plan = Plan(
+        dp=job.dp,
+        parameter_dtype=job.ledger.parameter_dtype,
+        master=job.ledger.parameter_dtype != "fp32",
+        num_microbatches=scenario.num_microbatches,
+        optimizer=training.optimizer,
+        dp_axis=job.dp_axis,
+        num_gpus_per_node=scenario.cluster.gpus_per_node,
+        root_modules=2 if training.code == "huggingface" else 1,
+        gpu_memory_bytes=scenario.cluster.gpu.total_memory_bytes - scenario.cluster.gpu.cuda_context_bytes,
+    )
     if scenario.framework == "deepspeed":
         from sim.parallel.frameworks.deepspeed import deepspeed
         from sim.parallel.frameworks.deepspeed_stage3 import Stage3
-        from sim.parallel.frameworks.plan import Plan
 
-        plan = Plan(
-            dp=scenario.parallelism.dp,
-            parameter_dtype=ledger.parameter_dtype,
-            master=ledger.parameter_dtype != "fp32",
-            num_microbatches=scenario.num_microbatches,
-            optimizer=training.optimizer,
-            num_gpus_per_node=scenario.cluster.gpus_per_node,
-            root_modules=2 if training.code == "huggingface" else 1,
-            gpu_memory_bytes=scenario.cluster.gpu.total_memory_bytes - scenario.cluster.gpu.cuda_context_bytes,
-        )
-        framework = deepspeed(ledger.layers, scenario.deepspeed, plan)
+        framework = deepspeed(stage.layers, scenario.deepspeed, plan)
         if isinstance(framework, Stage3):
             framework.use_trace(emitter)
         return framework

@@ -25,6 +25,7 @@ from sim.ir.program import (
     Recv,
     Send,
     Storage,
+    UseOn,
     Wait,
 )
 from sim.parallel.emit import Border
@@ -37,30 +38,33 @@ Way = Literal["forward", "backward"]
 class Messages:
     """How a framework exchanges tensors between stages.
 
-    ``ahead``       when a receive is posted: ``never`` before its pass, ``turn`` one pass earlier if that goes the other
-                    way (so that it hides behind it), ``always`` one pass earlier
-    ``waits``       the compute stream waits for each send at once; else before the next one of its kind
+    ``ahead``       when a receive is posted: ``never`` before its pass, ``turn`` one pass earlier if that goes the
+                    other way (so that it hides behind it), ``always`` one pass earlier
+    ``waits``       the compute stream waits for a send at ``once``, before the ``next`` one of its kind, or ``never``:
+                    then what was sent is let go as soon as it has left
     ``host_waits``  the host waits for the GPU after each exchange
     ``frees_sent``  a sent output's memory is freed; else it stays until its backward
     ``buffers``     receive buffers are there from the start, one a microbatch and direction
     """
 
     ahead: Literal["never", "turn", "always"]
-    waits: bool
+    waits: Literal["once", "next", "never"]
     host_waits: bool
     frees_sent: bool
     buffers: bool = False
 
 
-MEGATRON = Messages("never", waits=True, host_waits=True, frees_sent=True)
-"""``forward_backward_pipelining_without_interleaving`` (megatron/core/pipeline_parallel/schedules.py): sends and receives of
-a turn are one batch (``batch_p2p_comm``), ended by ``torch.cuda.synchronize()`` (``batch_p2p_sync``)."""
-MEGATRON_OVERLAP = Messages("turn", waits=False, host_waits=False, frees_sent=True)
-"""``forward_backward_pipelining_with_interleaving`` with ``overlap_p2p_comm``, its default: exchanges of the steady state run
-beside the next pass, those of warm-up and cool-down are waited for."""
-DEEPSPEED = Messages("never", waits=True, host_waits=False, frees_sent=False)
+MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True)
+"""``forward_backward_pipelining_without_interleaving`` (megatron/core/pipeline_parallel/schedules.py): sends and
+receives of a turn are one batch (``batch_p2p_comm``), ended by ``torch.cuda.synchronize()`` (``batch_p2p_sync``)."""
+MEGATRON_OVERLAP = Messages("turn", waits="next", host_waits=False, frees_sent=True)
+"""``forward_backward_pipelining_with_interleaving`` with ``overlap_p2p_comm``, its default: exchanges of the
+steady state run beside the next pass, those of warm-up and cool-down are waited for."""
+DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False)
 """deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward."""
-TORCH = Messages("always", waits=False, host_waits=False, frees_sent=False, buffers=True)
+MEGATRON_ORDERED = Messages("always", waits="never", host_waits=False, frees_sent=True)
+"""Schedules given as a list for each rank, as zero-bubble runtimes execute them: every message is asynchronous."""
+TORCH = Messages("always", waits="never", host_waits=False, frees_sent=False, buffers=True)
 """torch/distributed/pipelining/stage.py and schedules.py: receives into buffers made once, sends waited for later; a
 stage's ``fwd_cache`` keeps outputs until their backward."""
 
@@ -131,6 +135,7 @@ class Exchange:
         groups: list[list[Call]] = []
         posted = -1
         self._pending: dict[str, tuple[Way, Pass]] = {}
+        self._arrived: Pass | None = None
         for index, pass_ in enumerate(order):
             calls: list[Call] = []
             groups.append(calls)
@@ -138,7 +143,7 @@ class Exchange:
             if posted < index:
                 self._post(calls, pass_)
                 self._arrive(calls, pass_, sync=True)
-            elif not (self.messages.waits and posted == index):
+            elif self._arrived is not pass_:
                 self._arrive(calls, pass_, sync=False)
             if following is not None and self._ahead(pass_, following):
                 self._post(calls, following)
@@ -167,14 +172,20 @@ class Exchange:
             return False
         self._settle(calls, route.axis)
         self._call(calls, f"send.{way}.{pass_.chunk}", pass_, lambda: self._send(way, pass_.chunk, route))
+        if self.messages.waits == "never":
+            return False
         self._pending[route.axis] = (way, pass_)
         turn = following is not None and way_of(following) not in (None, way)
-        if self.messages.waits and turn and following is not None and self._source(following) is not None:
+        at_once = self.messages.waits == "once" or (self.messages.ahead == "turn" and not turn)
+        # around a ring of stages a send that waited alone would wait for itself: send_forward_recv_forward is one
+        together = at_once and (turn or self.v > 1)
+        if together and following is not None and self._source(following) is not None:
             self._post(calls, following)
             self._settle(calls, route.axis)
             self._arrive(calls, following, sync=True)
+            self._arrived = following
             return True
-        if self.messages.waits or (self.messages.ahead == "turn" and not turn):
+        if at_once:
             self._settle(calls, route.axis)
             if self.messages.host_waits:
                 self._call(calls, "synchronize", pass_, _synchronize)
@@ -235,12 +246,16 @@ class Exchange:
         border = self.borders[chunk]
         tensor = _some(border.output if way == "forward" else border.grad_input)
         stream = f"p2p:{route.axis}.send"
+        let_go: list[Instruction] = []
+        if self.messages.waits == "never" and (way == "backward" or self.messages.frees_sent):
+            let_go = [UseOn(tensor, stream), Free(tensor)]
         return [
             Mark(way, "pipeline"),
             Record(f"{stream} ready", COMPUTE),
             Wait(f"{stream} ready", stream),
             Send(f"{way}.send", f"{route.axis}.send", tensor.num_bytes, stream),
             Record(f"sent {way}.{chunk}", stream),
+            *let_go,
         ]
 
     def _recv(self, way: Way, chunk: int, route: Route) -> list[Instruction]:
@@ -281,8 +296,10 @@ def _synchronize() -> list[Instruction]:
 
 
 def roles(order: Order) -> dict[tuple[int, int], str]:
-    """Return the role of each (chunk, microbatch) of an order: only, first, middle or last of its chunk to accumulate its
-    gradients, with ``.split`` where its backward is in two passes."""
+    """Return the role of each (chunk, microbatch) of an order, with ``.split`` where its backward is in two passes.
+
+    Only, first, middle or last of its chunk to finish its gradients.
+    """
     done: dict[int, list[int]] = {}
     split: set[tuple[int, int]] = set()
     for pass_ in order:

@@ -1,0 +1,439 @@
+"""Megatron-Core: gradients accumulate in one buffer, reduced in buckets; an fp32 master is sharded or whole.
+
+Source: megatron/core/distributed/distributed_data_parallel.py, param_and_grad_buffer.py, finalize_model_grads.py,
+core/optimizer/distrib_optimizer.py, optimizer.py, clip_grads.py and core/tensor_parallel/layers.py of Megatron-LM.
+
+* A model chunk has one gradient buffer, fp32 for bf16 parameters unless told otherwise. Parameters enter it last first.
+  A bucket closes at max(40e6, 1e6 dp) elements, if reductions overlap, on the first pipeline rank's first chunk;
+  elsewhere there is one bucket. The distributed optimizer aligns parameters to 64 elements and bucket ends to
+  lcm(dp, 128), and keeps the parameters themselves in a flat buffer that is gathered in place.
+* Weight gradients of linear layers are added to the buffer by the matmul (``gradient_accumulation_fusion``); other
+  gradients are tensors first, and are added by a backward hook.
+* Buckets are scaled by 1/dp, then all-reduced or, with the distributed optimizer, reduce-scattered.
+* With several stages and overlap, reductions start after the chunk's last backward (``align_grad_reduce``), except on
+  the first rank of a pipeline without interleaving, where they hide behind it.
+* ``finalize_model_grads``: sums over tp of what sequence parallelism leaves partial, and over the embedding group.
+* The step: gradient norm over all ranks that hold parts of the model, clip, one fused Adam kernel, copy the master into
+  the parameters, gather them; or gather bucket by bucket as the next forward needs them (``overlap_param_gather``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import lcm
+
+from sim.ir.ledger import DTYPE_BYTES, DType, Layer
+from sim.ir.program import COMPUTE, Alloc, Chunk, Free, Instruction, Mark, Storage
+from sim.parallel.frameworks.flat import (
+    Communicator,
+    Flat,
+    Key,
+    accumulate,
+    copy,
+    flat_storage,
+    host_sync,
+    in_place,
+    padded,
+    pointwise,
+    wait,
+)
+from sim.parallel.optimizer import OPTIMIZERS
+from sim.scenario.schema import MegatronSettings
+
+PARAM_ALIGNMENT = 64
+"""``pad_param_start_if_needed``: each parameter starts at a multiple (param_and_grad_buffer.py)."""
+BUCKET_ALIGNMENT = 128
+"""``pad_bucket_end_if_needed``: the end of a bucket is a multiple of lcm(dp, 128), 256 bytes of 16-bit elements."""
+LEAST_BUCKET, LEAST_BUCKET_PER_RANK = 40_000_000, 1_000_000
+"""Elements: ``bucket_size = max(40000000, 1000000 * dp)`` (distributed_data_parallel.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronPlan:
+    """The job, as one rank's Megatron sees it.
+
+    ``dp``               ranks that hold the same parameters (data and context parallel), ``dp_axis`` their axis
+    ``pipeline_rank``    of ``pipeline_ranks``; ``num_chunks`` of each
+    ``norm_axis``        ranks whose gradients make one norm: those of one replica, or of the whole job if it is sharded
+    ``tp``               tensor-parallel ranks
+    ``late_validation``  the norm is not waited for (schedules that end one rank after another)
+    """
+
+    dp: int
+    dp_axis: str
+    parameter_dtype: DType
+    optimizer: str = "adamw"
+    gradient_clipping: float = 0.0
+    tp: int = 1
+    pipeline_rank: int = 0
+    pipeline_ranks: int = 1
+    num_chunks: int = 1
+    norm_axis: str = "world"
+    norm_ranks: int = 1
+    late_validation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronStage:
+    """A model chunk: its layers, and (layer, parameter) whose gradients another group shares.
+
+    ``tied`` weights are held by another stage too; of ``partial`` ones each tensor-parallel rank has a part of the sum.
+    """
+
+    layers: tuple[Layer, ...]
+    tied: tuple[Key, ...] = ()
+    partial: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A run of the buffer that is reduced at once. ``num_elements`` with padding."""
+
+    keys: tuple[Key, ...]
+    num_elements: int
+
+
+def fused_gradients(layer: Layer) -> frozenset[str]:
+    """Return the parameters whose gradient the matmul adds to the buffer: the weights of linear layers.
+
+    Those are the ones whose gradient is a matmul (``wgrad_gemm_accum_fp32``); lookups, norms and biases are not.
+    """
+    from sim.ir.ledger import Gemm
+
+    return frozenset(
+        name
+        for op in layer.backward
+        for name in op.gradients
+        if len(op.gradients) == 1 and any(isinstance(kernel, Gemm) for kernel in op.kernels)
+    )
+
+
+def buckets_of(
+    sizes: Sequence[tuple[Key, int]], dp: int, bucket_size: int | None, *, aligned: bool, alone: Sequence[Key] = ()
+) -> tuple[Bucket, ...]:
+    """Return the buckets of (parameter, elements) in module order; ``bucket_size`` None is one bucket.
+
+    Parameters enter last first (``params[::-1]``). ``aligned`` is the distributed optimizer's padding; ``alone`` are
+    weights shared between stages, which then have buckets of their own.
+    """
+    found: list[Bucket] = []
+    keys: list[Key] = []
+    filled = 0
+
+    def close() -> None:
+        nonlocal keys, filled
+        if keys:
+            found.append(Bucket(tuple(keys), padded(filled, lcm(dp, BUCKET_ALIGNMENT)) if aligned else filled))
+        keys, filled = [], 0
+
+    for key, count in reversed(sizes):
+        own = aligned and key in alone
+        if own:
+            close()
+        filled = (padded(filled, PARAM_ALIGNMENT) if aligned else filled) + count
+        keys.append(key)
+        if own or (bucket_size is not None and filled >= bucket_size):
+            close()
+    close()
+    return tuple(found)
+
+
+class MegatronChunk:
+    """Hooks of one model chunk. Writes instructions in host order."""
+
+    def __init__(
+        self, number: int, stage: MegatronStage, settings: MegatronSettings, plan: MegatronPlan, nccl: Communicator
+    ) -> None:
+        self.number, self.stage, self.settings, self.plan, self.nccl = number, stage, settings, plan, nccl
+        self.sizes: dict[Key, int] = {}
+        self.names: dict[Key, str] = {}
+        for index, layer in enumerate(stage.layers):
+            elsewhere = {own for own, _, _ in layer.tied}
+            for p in layer.parameters:
+                if p.name not in elsewhere:
+                    self.sizes[index, p.name] = p.num_elements
+                    self.names[index, p.name] = f"{layer.kind}.{p.name}"
+        self.dtype = plan.parameter_dtype
+        fp32_grads = settings.accumulate_allreduce_grads_in_fp32
+        if fp32_grads is None:  # megatron/training/arguments.py turns it on for bf16
+            fp32_grads = plan.parameter_dtype == "bf16"
+        self.grad_dtype: DType = "fp32" if fp32_grads else plan.parameter_dtype
+        bucketed = settings.overlap_grad_reduce and plan.pipeline_rank == 0 and number == 0
+        size = settings.bucket_size or max(LEAST_BUCKET, LEAST_BUCKET_PER_RANK * plan.dp)
+        self.sharded = settings.use_distributed_optimizer
+        self.buckets = buckets_of(
+            list(self.sizes.items()), plan.dp, size if bucketed else None, aligned=self.sharded, alone=stage.tied
+        )
+        self.num_elements = sum(bucket.num_elements for bucket in self.buckets)
+        self.bucket_of = {key: i for i, bucket in enumerate(self.buckets) for key in bucket.keys}
+        self.fused = {id(layer): fused_gradients(layer) for layer in stage.layers}
+        self.in_module: dict[tuple[int, str], list[Key]] = {}
+        for index, layer in enumerate(stage.layers):
+            for p in layer.parameters:
+                if (index, p.name) in self.sizes:
+                    self.in_module.setdefault((index, p.module), []).append((index, p.name))
+        self.first = self.last = True
+        self.missing: list[int] = []
+        self.gathered: set[int] = set()
+        self.issued: set[int] = set()
+
+    @property
+    def reduces_itself(self) -> bool:
+        """Whether buckets are reduced as the last backward fills them."""
+        plan = self.plan
+        return self.settings.overlap_grad_reduce and (
+            plan.pipeline_ranks == 1 or (plan.num_chunks == 1 and plan.pipeline_rank == 0)
+        )
+
+    def setup(self) -> list[Instruction]:
+        out: list[Instruction] = [Mark("setup", "model")]
+        if self.sharded:
+            out.append(Alloc(flat_storage("parameters.flat", self.num_elements, self.dtype, "parameters")))
+        else:
+            out.extend(
+                Alloc(flat_storage(self.names[key], count, self.dtype, "parameters"))
+                for key, count in self.sizes.items()
+            )
+        for layer in self.stage.layers:
+            out.extend(Alloc(Storage(f"{layer.kind}.{t.name}", t.num_bytes, "buffers")) for t in layer.buffers)
+        out.append(Alloc(flat_storage("gradients.flat", self.num_elements, self.grad_dtype, "gradients")))
+        return out
+
+    # passes
+
+    def begin(self, first: bool, last: bool) -> None:
+        self.first, self.last = first, last
+        self.missing = [len(bucket.keys) for bucket in self.buckets]
+        self.gathered, self.issued = set(), set()
+        self.nccl.reset()
+
+    def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
+        """``_make_forward_pre_hook``: wait for the parameters of the module, then gather the next bucket."""
+        gathers = self.settings.overlap_param_gather and self.sharded and self.first and not recomputing
+        if not gathers or self.plan.dp == 1:
+            return ()
+        out: list[Instruction] = []
+        for key in self.in_module.get((layer, module), ()):
+            bucket = self.bucket_of[key]
+            if bucket in self.gathered:
+                continue
+            out.extend(self._gather(bucket))
+            out.append(wait(f"parameters.{self.number}.{bucket}", COMPUTE))
+            self.gathered.add(bucket)
+            if bucket:
+                out.extend(self._gather(bucket - 1))
+        return out
+
+    def _gather(self, bucket: int) -> list[Instruction]:
+        if bucket in self.issued:
+            return []
+        self.issued.add(bucket)
+        num_bytes = self.buckets[bucket].num_elements * DTYPE_BYTES[self.dtype]
+        event = f"parameters.{self.number}.{bucket}"
+        return self.nccl.asynchronous("parameters", "all_gather", num_bytes, self.dtype, COMPUTE, event)
+
+    def post_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
+        return ()
+
+    def pre_backward(self, layer: int, module: str) -> Iterable[Instruction]:
+        return ()
+
+    def post_backward(self, layer: int, module: str) -> Iterable[Instruction]:
+        return ()
+
+    def gradient_ready(self, layer: int, parameter: str, gradient: Storage) -> Iterable[Instruction]:
+        """``_make_backward_post_hook``: ``param.main_grad.add_(param.grad)``, and the gradient goes."""
+        key = (layer, parameter)
+        if key not in self.sizes:  # a tied weight's second use, which its owner reports
+            key = next(
+                (i, name)
+                for own, layer_name, name in self.stage.layers[layer].tied
+                if own == parameter
+                for i, other in enumerate(self.stage.layers)
+                if other.name == layer_name
+            )
+        out: list[Instruction] = []
+        if gradient.num_bytes:
+            out.append(accumulate("accumulate gradient", self.sizes[key], self.dtype, self.grad_dtype))
+            out.append(Free(gradient))
+        if self.last and self.reduces_itself:
+            bucket = self.bucket_of[key]
+            self.missing[bucket] -= 1
+            if not self.missing[bucket]:
+                out.extend(self._reduce(bucket, overlapped=True))
+        return out
+
+    def end_of_backward(self) -> Iterable[Instruction]:
+        return ()
+
+    # gradients
+
+    def _reduce(self, number: int, *, overlapped: bool) -> list[Instruction]:
+        """``start_grad_sync``: look for NaN, scale, and reduce in place."""
+        bucket = self.buckets[number]
+        count, dtype = bucket.num_elements, self.grad_dtype
+        out: list[Instruction] = []
+        if self.settings.check_for_nan_in_grad:
+            out.append(pointwise("check for NaN", "reduce", ((count, dtype),), ()))
+            out.extend(host_sync("check for NaN"))
+        if self.plan.dp == 1:
+            return out
+        out.append(in_place("scale gradients", count, dtype))
+        num_bytes = count * DTYPE_BYTES[dtype]
+        kind = "reduce_scatter" if self.sharded else "all_reduce"
+        if overlapped:
+            event = f"gradients.{self.number}.{number}"
+            out.extend(self.nccl.asynchronous("gradients", kind, num_bytes, dtype, COMPUTE, event))  # type: ignore[arg-type]
+        else:
+            out.extend(self.nccl.blocking("gradients", kind, num_bytes, dtype, COMPUTE))  # type: ignore[arg-type]
+        return out
+
+    def start_reductions(self) -> list[Instruction]:
+        """``start_grad_sync`` of the whole chunk, from the pipeline schedule."""
+        if self.reduces_itself or not self.settings.overlap_grad_reduce:
+            return []
+        out: list[Instruction] = [Mark("backward", "reduce gradients")]
+        for number in range(len(self.buckets)):
+            out.extend(self._reduce(number, overlapped=True))
+        return out
+
+    def finish_reductions(self) -> list[Instruction]:
+        """``finish_grad_sync``: without overlap they run now, else they are waited for."""
+        out: list[Instruction] = []
+        for number in range(len(self.buckets)):
+            if not self.settings.overlap_grad_reduce:
+                out.extend(self._reduce(number, overlapped=False))
+            elif self.plan.dp > 1:
+                out.append(wait(f"gradients.{self.number}.{number}", COMPUTE))
+        return out
+
+
+class Megatron:
+    """One rank: its model chunks and their common optimizer."""
+
+    passes_differ = False
+
+    def __init__(self, stages: Sequence[MegatronStage], settings: MegatronSettings, plan: MegatronPlan) -> None:
+        self.settings, self.plan = settings, plan
+        self.nccl = Communicator(plan.dp_axis, plan.dp)
+        self.parts = [MegatronChunk(i, stage, settings, plan, self.nccl) for i, stage in enumerate(stages)]
+        self.dtype = plan.parameter_dtype
+        self.sharded = settings.use_distributed_optimizer
+
+    def hooks(self, chunk: int) -> MegatronChunk:
+        return self.parts[chunk]
+
+    def begin_microbatch(self, chunk: int, first: bool, last: bool) -> None:
+        self.parts[chunk].begin(first, last)
+
+    def start_reductions(self, chunk: int) -> Chunk:
+        """What the pipeline schedule starts when a chunk's gradients are complete; empty where nothing is to start."""
+        self.nccl.reset()
+        return tuple(self.parts[chunk].start_reductions())
+
+    @property
+    def has_master(self) -> bool:
+        return self.dtype != "fp32"
+
+    def stepped(self) -> list[tuple[str, int]]:
+        """Return (name, elements) of the fp32 tensors that this rank's optimizer steps: a shard, or all."""
+        if self.sharded:
+            return [(f"shard.{part.number}", part.num_elements // self.plan.dp) for part in self.parts]
+        return [(part.names[key], count) for part in self.parts for key, count in part.sizes.items()]
+
+    def setup(self) -> Chunk:
+        """Buffers, then the fp32 master."""
+        out: list[Instruction] = []
+        for part in self.parts:
+            out.extend(part.setup())
+        out.append(Mark("setup", "optimizer"))
+        if self.has_master:
+            out.extend(Alloc(flat_storage(f"master.{n}", c, "fp32", "optimizer")) for n, c in self.stepped())
+        return tuple(out)
+
+    def after_first_step(self) -> Chunk:
+        return ()
+
+    def optimizer_step(self, first_step: bool) -> Chunk:
+        """``finalize_model_grads``, the optimizer, and zeroing the buffers for the next step."""
+        self.nccl.reset()
+        plan = self.plan
+        out: list[Instruction] = [Mark("backward", "finalize gradients")]
+        for part in self.parts:
+            out.extend(part.finish_reductions())
+        out.extend(self._sums_over_tp())
+        out.extend(self._sums_over_embedding())
+        stepped = self.stepped()
+        total = sum(count for _, count in stepped)
+        grad_dtype = self.parts[0].grad_dtype
+        out.append(Mark("optimizer", "gradients"))
+        copies: list[Storage] = []
+        if self.has_master and grad_dtype != "fp32":  # _copy_model_grads_to_main_grads; of fp32 ones it is a view
+            copies = [flat_storage(f"grad.{name}", count, "fp32", "gradients") for name, count in stepped]
+            out.extend(Alloc(storage) for storage in copies)
+            out.append(copy("gradients to fp32", total, grad_dtype, "fp32"))
+        used: DType = "fp32" if copies else grad_dtype
+        world = Communicator(plan.norm_axis, plan.norm_ranks)
+        if self.dtype == "fp16":  # GradScaler: _unscale_main_grads_and_check_for_nan
+            out.append(in_place("unscale", total, used))
+            out.extend(world.blocking("found_inf", "all_reduce", 4, "fp32", COMPUTE))
+            out.extend(host_sync("found_inf"))
+        if plan.gradient_clipping:
+            out.append(pointwise("norm", "reduce", ((total, used),), ()))
+            if plan.late_validation:
+                out.extend(world.asynchronous("norm", "all_reduce", 4, "fp32", COMPUTE, "norm"))
+            else:
+                out.extend(world.blocking("norm", "all_reduce", 4, "fp32", COMPUTE))
+                out.extend(host_sync("norm"))
+            out.append(in_place("clip", total, used))
+        out.append(Mark("optimizer", "step"))
+        letters = OPTIMIZERS[plan.optimizer].states
+        if first_step:
+            out.extend(
+                Alloc(flat_storage(f"{state}.{name}", count, "fp32", "optimizer"))
+                for name, count in stepped
+                for state in letters
+            )
+        one: Flat = (total, "fp32")
+        states = (one,) * len(letters)
+        # FusedAdam: one multi-tensor kernel, no temporaries (apex/optimizers/fused_adam.py)
+        out.append(pointwise(plan.optimizer, "optimizer", ((total, used), one, *states), (one, *states)))
+        out.extend(Free(storage) for storage in copies)
+        if self.has_master:
+            out.append(copy("update parameters", total, "fp32", self.dtype))
+        if self.sharded and not self.settings.overlap_param_gather:
+            out.append(Mark("optimizer", "gather"))
+            for part in self.parts:
+                for bucket in part.buckets:
+                    num_bytes = bucket.num_elements * DTYPE_BYTES[self.dtype]
+                    out.extend(self.nccl.blocking("parameters", "all_gather", num_bytes, self.dtype, COMPUTE))
+        out.append(Mark("optimizer", "zero gradients"))
+        out.extend(
+            pointwise("zero gradients", "elementwise", (), ((part.num_elements, part.grad_dtype),))
+            for part in self.parts
+        )
+        return tuple(out)
+
+    def _sums_over_tp(self) -> list[Instruction]:
+        """``_allreduce_non_tensor_model_parallel_grads``: what each tp rank has a part of, in one flat tensor."""
+        plan = self.plan
+        counts = [part.sizes[key] for part in self.parts for key in part.stage.partial]
+        total = sum(counts)
+        if plan.tp == 1 or not total:
+            return []
+        dtype = self.parts[0].grad_dtype
+        flat = flat_storage("gradients.tp", total, dtype, "buffers")
+        out: list[Instruction] = [Alloc(flat), copy("flatten", total, dtype, dtype)]
+        out.extend(Communicator("tp", plan.tp).blocking("gradients", "all_reduce", flat.num_bytes, dtype, COMPUTE))
+        return [*out, copy("copy back", total, dtype, dtype), Free(flat)]
+
+    def _sums_over_embedding(self) -> list[Instruction]:
+        """``_allreduce_word_embedding_grads``: the first and the last stage add theirs up."""
+        out: list[Instruction] = []
+        for part in self.parts:
+            for key in part.stage.tied:
+                num_bytes = part.sizes[key] * DTYPE_BYTES[part.grad_dtype]
+                group = Communicator("embedding", 2)
+                out.extend(group.blocking("tied embedding", "all_reduce", num_bytes, part.grad_dtype, COMPUTE))
+        return out
