@@ -66,7 +66,7 @@ class Document:
 # --- bytes to text -------------------------------------------------------------------------------
 
 
-def read_text(path: FilePath, shown: str, what: str = "a scenario") -> str:
+def read_text(path: FilePath, shown: str, what: str = "a scenario", max_bytes: int = MAX_FILE_BYTES) -> str:
     """Return the text of a file. Raises UnreadableError; a file that is too large is refused by its size, unread."""
 
     def refuse(problem: str, remedy: str, line: int = 0) -> UnreadableError:
@@ -76,9 +76,9 @@ def read_text(path: FilePath, shown: str, what: str = "a scenario") -> str:
         if path.is_dir():
             raise refuse("is a directory", f"name the file that holds {what}")
         num_bytes = path.stat().st_size
-        if num_bytes > MAX_FILE_BYTES:
+        if num_bytes > max_bytes:
             raise refuse(
-                f"is {num_bytes / 1e6:.1f} MB large; sim reads at most {MAX_FILE_BYTES / 1e6:g} MB",
+                f"is {num_bytes / 1e6:.1f} MB large; sim reads at most {max_bytes / 1e6:g} MB",
                 f"name the file that holds {what}",
             )
         if not path.is_file():
@@ -123,7 +123,9 @@ class _Node(NamedTuple):
     """scalar | list | mapping"""
 
 
-def parse_yaml(text: str, file: str, findings: list[Finding], what: str = "a scenario") -> Document:
+def parse_yaml(
+    text: str, file: str, findings: list[Finding], what: str = "a scenario", max_values: int = MAX_VALUES
+) -> Document:
     """Return the mapping that a YAML text holds. Raises UnreadableError; duplicate keys are findings."""
     root = _tree(text, file, what)
     if root.kind == "scalar" and root.value is None:
@@ -134,7 +136,7 @@ def parse_yaml(text: str, file: str, findings: list[Finding], what: str = "a sce
             Finding(file, root.line, f"holds {kind}; {what} is a mapping of keys to values", "begin with 'model: ...'")
         )
     lines: dict[Path, int] = {}
-    budget = [MAX_VALUES]
+    budget = [max_values, max_values]
     data = _plain(root, (), lines, budget, file, findings)
     return Document(file, data, lines)
 
@@ -144,7 +146,7 @@ def parse_value(text: str) -> Any:
     if not text.strip():
         return None
     root = _tree(text, "--set", "a value")
-    return _plain(root, (), {}, [MAX_VALUES], "--set", [])
+    return _plain(root, (), {}, [MAX_VALUES, MAX_VALUES], "--set", [])
 
 
 def _tree(text: str, file: str, what: str) -> _Node:  # noqa: PLR0912, PLR0915 - one branch for each event
@@ -274,7 +276,7 @@ def _plain(
     budget[0] -= 1
     if budget[0] < 0:
         raise UnreadableError(
-            Finding(file, 0, f"holds more than {MAX_VALUES} values", "write fewer aliases and values")
+            Finding(file, 0, f"holds more than {budget[1]} values", "write fewer aliases and values")
         )
     if len(path) > MAX_DEPTH:
         raise UnreadableError(Finding(file, node.line, f"is nested more than {MAX_DEPTH} deep", "write fewer aliases"))

@@ -75,6 +75,7 @@ class Draft(_Partial):
     schedule: str
     vpp: int
     layers_per_stage: tuple[int, ...] | None
+    order: tuple[str, ...] | None
     sequence_length: int
     micro_batch_size: int
     global_batch_size: int

@@ -109,6 +109,8 @@ class Parallelism(_Frozen):
     schedule: str = "1f1b"
     vpp: PositiveInt = 1
     layers_per_stage: tuple[int, ...] | None = None
+    order: tuple[str, ...] | None = None
+    """Axes in the order in which neighbouring ranks vary, fastest first; None: the framework's."""
 
     @property
     def world_size(self) -> int:

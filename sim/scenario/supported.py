@@ -10,18 +10,27 @@ from sim.scenario.draft import Draft
 
 
 def frameworks(d: Draft) -> Iterator[Problem]:
-    if d.framework in ("fsdp1", "fsdp2", "megatron"):
-        yield Problem(("framework",), f"framework {d.framework} is not simulated yet", "write ddp or deepspeed")
+    if d.framework in ("fsdp1", "fsdp2"):
+        yield Problem(("framework",), f"framework {d.framework} is not simulated yet", "write ddp, deepspeed or megatron")
 
 
 def axes(d: Draft) -> Iterator[Problem]:
     for axis in ("tp", "pp", "cp", "ep"):
-        if getattr(d, axis) > 1:
+        if getattr(d, axis) > 1 and not (d.framework in ("megatron", "deepspeed") and axis != "ep"):
             yield Problem(
                 ("parallelism", axis),
                 f"parallelism.{axis} = {getattr(d, axis)} is not simulated yet",
                 f"leave {axis} out: data parallelism with ZeRO is simulated",
             )
+
+
+def schedules(d: Draft) -> Iterator[Problem]:
+    if d.pp > 1 and d.schedule in ("v-half", "v-min", "dualpipe"):
+        yield Problem(
+            ("parallelism", "schedule"),
+            f"schedule {d.schedule} is not simulated yet",
+            "write schedule: zb-v" if d.schedule != "dualpipe" else "write schedule: dualpipev",
+        )
 
 
 def recompute(d: Draft) -> Iterator[Problem]:
@@ -54,7 +63,7 @@ def offload(d: Draft) -> Iterator[Problem]:
             )
 
 
-NOT_YET: tuple[Rule, ...] = (frameworks, axes, recompute, precision, compiled, experts, offload)
+NOT_YET: tuple[Rule, ...] = (frameworks, axes, schedules, recompute, precision, compiled, experts, offload)
 
 
 def unsupported(draft: Draft) -> Iterator[Problem]:
