@@ -61,6 +61,7 @@ class Host:
         self._prices = Prices(machine.cost, program.rank)
         self._shared = shared_storages(program)
         self._compiled: dict[int, BundledChunk] = {}
+        self._held_up = frozenset() if self._shared else self._waiting_streams()
         self._recorded: dict[str, Happening] = {}
         self._issued_at: list[int] = []
         """Ticks at which the host got through with each step that takes time; ascending."""
@@ -75,9 +76,21 @@ class Host:
         if found is None:
             steps: BundledChunk = compile_chunk(chunk, self._prices, self._shared)
             if not self._shared:  # else every tick at which the host issues counts (releases)
-                steps = bundle(steps, self._solo, self._prices.issue)  # type: ignore[arg-type]
+                steps = bundle(steps, self._solo, self._prices.issue, self._held_up)  # type: ignore[arg-type]
             found = self._compiled[id(chunk)] = steps
         return found
+
+    def _waiting_streams(self) -> frozenset[str]:
+        """Return the streams with transfers that others can hold up."""
+        names = dict.fromkeys(call.chunk for call in self.program.step)
+        chunks = {id(chunk): chunk for chunk in (self.program.chunks[name] for name in names)}
+        moves = (Collective, Send, Recv, Copy)
+        return frozenset(
+            step.stream
+            for chunk in chunks.values()
+            for step in chunk
+            if isinstance(step, moves) and (self.program.rank, id(step)) not in self._machine.solo
+        )
 
     def _solo(self, message: Collective) -> int:
         found = self._machine.solo.get((self.program.rank, id(message)))

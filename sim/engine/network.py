@@ -144,12 +144,43 @@ class Network:
         self._busy: dict[int, _Busy] = {}
         self._changed: list[int] = []
         self._counted: dict[int, tuple[Traffic, int]] = {}
+        self._kind: dict[int, int] = {}
+        self._alike: dict[int, list[int]] = {}
 
     def start(self, traffic: Traffic) -> simpy.Event:
         """Begin a transfer now; return the event of its end."""
         job = _Job(self._flows_of(traffic), self._env.event())
         self._next_phase(job)
         return job.done
+
+    def learn(self, traffics: Sequence[Traffic]) -> None:
+        """Take note of all traffic there will be: links that all of it loads alike are told apart no more.
+
+        Only the first link of each kind is looked at from here on; what all carried is told at the end.
+        """
+        kind: dict[int, int] = {}
+        numbers: dict[tuple[object, ...], int] = {}
+        phases = list(dict.fromkeys(phase for traffic in traffics for phase in traffic.phases))
+        links, number = self._links, numbers.setdefault
+        for at, phase in enumerate(phases):
+            for link, num_bytes in phase.loads:
+                old = kind.get(link)
+                if old is None:
+                    old = number((links[link].bytes_per_s,), len(numbers))
+                kind[link] = number((old, at, num_bytes), len(numbers))
+        alike: dict[int, list[int]] = {}
+        for link in sorted(kind):
+            alike.setdefault(kind[link], []).append(link)
+        self._kind, self._alike = kind, {found[0]: found for found in alike.values()}
+
+    def _seen(self, phase: Phase) -> Phase:
+        """Return a phase with one link of each kind."""
+        if not self._kind:
+            return phase
+        firsts, of = self._alike, self._kind
+        loads = {of[link]: (link, num_bytes) for link, num_bytes in reversed(phase.loads)}
+        assert all(link in firsts for link, _ in loads.values()), "links of one kind are loaded alike"
+        return replace(phase, loads=tuple(sorted(loads.values())))
 
     def links_of(self, traffic: Traffic) -> tuple[int, ...]:
         """Return the links that a transfer loads."""
@@ -169,7 +200,7 @@ class Network:
         if found is None:
             for phase in traffic.phases:
                 if phase not in self._phases:
-                    flow = flow_of(phase, self._links)
+                    flow = flow_of(self._seen(phase), self._links)
                     number = self._uses.setdefault(flow.uses, len(self._uses))
                     self._phases[phase] = replace(flow, number=number)
             # the traffic is kept as well: its id stays its own
@@ -321,11 +352,13 @@ class Network:
         busy: dict[tuple[int, ...], int] = {}
         use = []
         for link in sorted(num_bytes):
-            key = tuple(sorted(of_mask[mask] for mask in masks[link]))
+            key = tuple(sorted([of_mask[mask] for mask in masks[link]]))
             if key not in busy:
                 spans = sorted(span for mask in masks[link] for span in self._busy[mask].spans)
                 busy[key] = _covered(spans) + sum(self._busy[mask].alone for mask in masks[link])
-            use.append(LinkUse(link, fsum(num_bytes[link]), Ticks(busy[key])))
+            carried = fsum(num_bytes[link])
+            use += [LinkUse(alike, carried, Ticks(busy[key])) for alike in self._alike.get(link, (link,))]
+        use.sort(key=lambda one: one.link)
         return tuple(use)
 
 

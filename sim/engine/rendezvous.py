@@ -168,34 +168,31 @@ def solo_transfers(
     A class does them by itself, and their links carry nothing but what the same stream of the class issues, which
     comes one after the other.
     """
-    users: dict[int, tuple[int, str] | None] = {}
-    alone: list[tuple[tuple[int, str], Collective, Traffic]] = []
+    found: list[tuple[tuple[int, str], Message | Copy, Traffic, bool]] = []
     for program in world.programs:
         seen: dict[int, None] = {}
-        for chunk in {id(found): found for found in (program.chunks[call.chunk] for call in program.step)}.values():
+        names = dict.fromkeys(call.chunk for call in program.step)
+        for chunk in {id(program.chunks[name]): program.chunks[name] for name in names}.values():
             for step in chunk:
                 if step.__class__ not in _MOVES or id(step) in seen:
                     continue
                 seen[id(step)] = None
-                assert isinstance(step, (Collective, Send, Recv, Copy))
-                user = (program.rank, step.stream)
-                own = False
+                assert isinstance(step, _MOVES)
                 if isinstance(step, Copy):
-                    traffic = cost.copy(step, program.ranks)
-                else:
-                    communicator = world.communicators[program.axes[step.axis]]
-                    if communicator.num_ranks == 1:
-                        continue
-                    traffic = meetings.traffic_of(step, communicator)
+                    found.append(((program.rank, step.stream), step, cost.copy(step, program.ranks), False))
+                    continue
+                communicator = world.communicators[program.axes[step.axis]]
+                if communicator.num_ranks > 1:
                     own = isinstance(step, Collective) and len(communicator.classes) == 1
-                if own:
-                    assert isinstance(step, Collective)
-                    alone.append((user, step, traffic))
-                for link in network.links_of(traffic):
-                    if users.setdefault(link, user if own else None) != user:
-                        users[link] = None
+                    found.append(((program.rank, step.stream), step, meetings.traffic_of(step, communicator), own))
+    network.learn(tuple({id(traffic): traffic for _, _, traffic, _ in found}.values()))
+    users: dict[int, tuple[int, str] | None] = {}
+    for user, _, traffic, own in found:
+        for link in network.links_of(traffic):
+            if users.setdefault(link, user if own else None) != user:
+                users[link] = None
     return {
         (user[0], id(step)): (network.alone(traffic), traffic)
-        for user, step, traffic in alone
-        if all(users[link] == user for link in network.links_of(traffic))
+        for user, step, traffic, own in found
+        if own and all(users[link] == user for link in network.links_of(traffic))
     }

@@ -203,12 +203,15 @@ def compile_chunk(chunk: Chunk, prices: Prices, shared: frozenset[Storage]) -> C
     return tuple(steps)
 
 
-def bundle(steps: CompiledChunk, duration: Duration, issue: int) -> BundledChunk:
-    """Return the steps with those that can be worked out beforehand in stretches, as long ones as can be."""
+def bundle(steps: CompiledChunk, duration: Duration, issue: int, shared: frozenset[str] = frozenset()) -> BundledChunk:
+    """Return the steps with those that can be worked out beforehand in stretches, as long ones as can be.
+
+    ``shared`` streams carry other transfers too, which may hold them up: they are in no stretch but their own.
+    """
     found: list[tuple[int, Step | Stretch]] = []
     at = 0
     while at < len(steps):
-        draft = _Draft(duration, issue)
+        draft = _Draft(duration, issue, shared)
         end = at
         while end < len(steps) and draft.takes(steps[end][1]):
             end += 1
@@ -230,8 +233,8 @@ class _Draft:
     matter, before the base gets there.
     """
 
-    def __init__(self, duration: Duration, issue: int) -> None:
-        self._duration, self._issue = duration, issue
+    def __init__(self, duration: Duration, issue: int, shared: frozenset[str]) -> None:
+        self._duration, self._issue, self._shared = duration, issue, shared
         self._launches: dict[str, int] = {}
         self._streams: dict[str, None] = {}
         self._events: dict[str, None] = {}
@@ -248,10 +251,12 @@ class _Draft:
         if isinstance(step, Collective):
             return self._duration(step) >= 0 and self._launch(step.stream, 1)
         if isinstance(step, Record):
-            self._events[step.event] = None
-            return step.stream in self._streams
+            fits = step.stream in self._streams
+            if fits:
+                self._events[step.event] = None
+            return fits
         if isinstance(step, Wait):
-            fits = step.stream in self._streams or step.event in self._events
+            fits = step.stream in self._streams or (step.event in self._events and step.stream not in self._shared)
             if fits:
                 self._streams[step.stream] = None
             return fits
