@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from sim.ir.ledger import DTYPE_BYTES, DType, Layer, Parameter
 from sim.ir.program import COMPUTE, Alloc, Chunk, Copy, Free, HostCompute, HostWait, Instruction, Mark, Storage
+from sim.parallel.frameworks.exit import exit_module
 from sim.parallel.frameworks.flat import (
     Communicator,
     accumulate,
@@ -153,7 +154,7 @@ class Fsdp2:
         self.nccl_replicate = Communicator(plan.replicate_axis, plan.replicas)
         self.first = self.last = True
         self._make_groups()
-        self.exit = (len(self.layers) - 1, _exit_module(self.layers[-1]))
+        self.exit = (len(self.layers) - 1, exit_module(self.layers[-1]))
 
     # groups
 
@@ -643,11 +644,3 @@ class Fsdp2:
             out.append(wait(event, COMPUTE))
         out.append(pointwise("clip.scale", "elementwise", flat, flat))
         return out
-
-
-def _exit_module(layer: Layer) -> str:
-    """Return the outermost module of a layer that the model's output comes from: what follows is the loss."""
-    if layer.kind != "head":
-        return ""
-    modules = [op.module for op in layer.forward if op.module]
-    return modules[-1].partition(".")[0] if modules else ""

@@ -23,17 +23,22 @@ def torch_states(optimizer: str, parameters: Sequence[tuple[str, int]], dtype: D
 
 
 def torch_update(
-    optimizer: str, parameters: Sequence[tuple[str, int]], dtype: DType, implementation: Implementation
+    optimizer: str,
+    parameters: Sequence[tuple[str, int]],
+    dtype: DType,
+    implementation: Implementation,
+    gradient_dtype: DType | None = None,
 ) -> list[Instruction]:
-    """Return the step over (name, elements) parameters whose gradients and states have their dtype."""
+    """Return the step over (name, elements) parameters whose states have their dtype; gradients too, if not given."""
+    low = gradient_dtype or dtype
     held = [(name, count) for name, count in parameters if count]
     if implementation == "foreach":
-        return foreach_step(optimizer, held, dtype, dtype)
+        return foreach_step(optimizer, held, dtype, low)
     spec = OPTIMIZERS[optimizer]
     if implementation == "fused":  # one multi-tensor kernel without temporaries (_fused_adamw_)
-        one: Flat = (sum(count for _, count in held), dtype)
-        letters = len(spec.states)
-        return [pointwise(f"fused_{optimizer}", "optimizer", (one,) * (2 + letters), (one,) * (1 + letters))]
+        total = sum(count for _, count in held)
+        kept: tuple[Flat, ...] = ((total, dtype),) * (1 + len(spec.states))
+        return [pointwise(f"fused_{optimizer}", "optimizer", (*kept, (total, low)), kept)]
     out: list[Instruction] = []
     for name, count in held:
         flat: Flat = (count, dtype)
