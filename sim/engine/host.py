@@ -62,6 +62,8 @@ class Host:
         self._shared = shared_storages(program)
         self._compiled: dict[int, BundledChunk] = {}
         self._held_up = frozenset() if self._shared else self._waiting_streams()
+        self._messages: dict[Stretch, list[tuple[str, int]]] = {}
+        """Of each stretch, how many transfers on which communicator."""
         self._recorded: dict[str, Happening] = {}
         self._issued_at: list[int] = []
         """Ticks at which the host got through with each step that takes time; ascending."""
@@ -188,7 +190,7 @@ class Host:
             self._issue(stretch, streams, issued, clocks)
         else:
             self.clock = clock + stretch.host
-        instances = self._machine.meetings.numbers(stretch.messages, self.program) if stretch.messages else {}
+        instances = self._instances(stretch) if stretch.messages else {}
         recorded = self._recorded
         outputs = {event: Happening() for event in stretch.ahead.outputs}
         inputs = {event: recorded[event] for event in stretch.ahead.inputs if event in recorded}
@@ -199,6 +201,21 @@ class Host:
         for name in reversed(tuple(stretch.streams)):  # the base, which has the last word, comes last
             streams[name].put(joint)
         return True
+
+    def _instances(self, stretch: Stretch) -> dict[str, int]:
+        """Return the number of the first meeting of a stretch on each communicator."""
+        counts = self._messages.get(stretch)
+        if counts is None:
+            names = [self.program.axes[message.axis] for message in stretch.messages]
+            counts = self._messages[stretch] = [(name, names.count(name)) for name in dict.fromkeys(names)]
+        return self._machine.meetings.numbers(self.program, counts)
+
+    def count_replays(self) -> None:
+        """Tell the network of the transfers in stretches that went as planned."""
+        for stretch in self._messages:
+            times = self._machine.replays.get(stretch, 0)
+            for message in stretch.messages if times else ():
+                self._machine.network.count(self._machine.solo[self.program.rank, id(message)][1], times)
 
     def _issue(
         self, stretch: Stretch, streams: dict[str, Stream], issued: dict[str, list[int]], clocks: list[int]

@@ -190,10 +190,10 @@ class Network:
         """Return the ticks of a transfer that shares its links with nothing."""
         return sum(flow.latency + ticks(flow.alone_s) for flow in self._flows_of(traffic))
 
-    def count(self, traffic: Traffic) -> None:
-        """Note a transfer that shared its links with nothing and took ``alone`` ticks: it need not be run."""
-        _, times = self._counted.get(id(traffic), (traffic, 0))
-        self._counted[id(traffic)] = (traffic, times + 1)
+    def count(self, traffic: Traffic, times: int = 1) -> None:
+        """Note transfers that shared their links with nothing and took ``alone`` ticks: they need not be run."""
+        _, before = self._counted.get(id(traffic), (traffic, 0))
+        self._counted[id(traffic)] = (traffic, before + times)
 
     def _flows_of(self, traffic: Traffic) -> tuple[Flow, ...]:
         found = self._flows.get(id(traffic))

@@ -67,13 +67,13 @@ class Meetings:
         self._count[key] = found + 1
         return found
 
-    def numbers(self, messages: Sequence[Message], program: Program) -> dict[str, int]:
-        """Return which meeting on each communicator a class means with the first of some messages; count them all."""
+    def numbers(self, program: Program, counts: Sequence[tuple[str, int]]) -> dict[str, int]:
+        """Return which meeting on each communicator a class means with the first of so many collectives; count all."""
+        role = ("all", program.rank)
         found: dict[str, int] = {}
-        for message in messages:
-            name = program.axes[message.axis]
-            number = self.number(self._world.communicators[name], program, message)
-            found.setdefault(name, number)
+        for name, times in counts:
+            found[name] = first = self._count.get((name, role), 0)
+            self._count[name, role] = first + times
         return found
 
     def arrive(self, communicator: Communicator, program: Program, message: Message, instance: int) -> Meeting:

@@ -34,6 +34,8 @@ def run(world: World, cost: Cost) -> Timeline:
     for host in hosts:
         host.go()
     env.run()  # returns in silence when everyone waits
+    for host in hosts:
+        host.count_replays()
     streams = [list(host.streams.values()) for host in hosts]
     if not all(host.finished for host in hosts) or not all(stream.finished for stream in chain(*streams)):
         raise DeadlockError("\n".join(meetings.who_waits() + [host.held_up() for host in hosts if host.waits_for]))

@@ -133,7 +133,11 @@ Item = Run | Move | Reach | Await | Joint
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What all streams share. ``solo``: ticks of the transfers that nothing can slow down, by (rank, message's id)."""
+    """What all streams share.
+
+    ``solo``     ticks of the transfers that nothing can slow down, by (rank, message's id)
+    ``replays``  how often each stretch went as planned
+    """
 
     env: Any
     world: World
@@ -141,6 +145,7 @@ class Machine:
     network: Network
     meetings: Meetings
     solo: Mapping[tuple[int, int], tuple[int, Traffic]] = field(default_factory=dict)
+    replays: dict[Stretch, int] = field(default_factory=dict)
 
 
 class Stream:
@@ -274,8 +279,9 @@ class Stream:
                 place = joint.place
                 stream.spans.append(Repeat(spans[name], origin, place.microbatch, place.position[0], joint.instances))
             stream.held = None
-        for message in joint.stretch.messages:
-            self._machine.network.count(self._machine.solo[self._program.rank, id(message)][1])
+        if joint.stretch.messages:
+            replays = self._machine.replays
+            replays[joint.stretch] = replays.get(joint.stretch, 0) + 1
         for event, at in plan.outputs.items():
             joint.outputs[event].happen(origin + at)
         for stream in touched:
