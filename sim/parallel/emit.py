@@ -545,6 +545,7 @@ class Emitter:
         """
         owner = self.owners.get((index, parameter), (index, parameter))
         if owner != (index, parameter) and not gradient.num_bytes:
+            out.append(Free(gradient))
             return  # the kernel has added it to the owner's already
         if owner != (index, parameter):
             self._waiting[owner] = gradient

@@ -136,6 +136,7 @@ class Exchange:
         posted = -1
         self._pending: dict[str, tuple[Way, Pass]] = {}
         self._arrived: Pass | None = None
+        done_with: list[Pass] = []
         for index, pass_ in enumerate(order):
             calls: list[Call] = []
             groups.append(calls)
@@ -145,10 +146,20 @@ class Exchange:
                 self._arrive(calls, pass_, sync=True)
             elif self._arrived is not pass_:
                 self._arrive(calls, pass_, sync=False)
-            if following is not None and self._ahead(pass_, following):
+            if following is not None and not pass_.with_next and self._ahead(pass_, following):
                 self._post(calls, following)
                 posted = index + 1
+            if pass_.with_next and following is not None:  # both start when both can
+                self._post(calls, following)
+                self._arrive(calls, following, sync=False)
+                posted, self._arrived = index + 1, following
+                calls.append(Call(pass_name(pass_), pass_.microbatch))
+                done_with.append(pass_)
+                continue
             calls.append(Call(pass_name(pass_), pass_.microbatch))
+            for first in done_with:
+                self._after(calls, first, None)
+            done_with.clear()
             if self._after(calls, pass_, following):
                 posted = index + 1
         for axis in list(self._pending):

@@ -74,21 +74,26 @@ _Place = tuple[int, str]
 
 
 class _Handle:
-    """An all-gather under way. ``flat`` is its buffer, dropped when none of the ``waiting`` is to be asked for.
+    """An all-gather under way. ``held`` are its buffers, dropped when none of the ``waiting`` is to be asked for.
 
-    ``source`` is what it reads, where that is not the partition itself.
+    ``source`` is what it reads, where that is not the partition itself: dropped when it has arrived.
     """
 
-    __slots__ = ("alone", "complete", "event", "flat", "group", "source", "waiting")
+    __slots__ = ("alone", "complete", "event", "group", "held", "source", "waiting")
 
     def __init__(
-        self, group: list[int], flat: Storage | None, event: str, alone: bool, source: Storage | None = None
+        self,
+        group: list[int],
+        held: tuple[Storage, ...],
+        event: str,
+        alone: bool,
+        source: tuple[Storage, ...] = (),
     ) -> None:
         self.group = group
-        self.source = source
-        self.flat = flat
+        self.held = held
         self.event = event
         self.alone = alone
+        self.source = source
         self.waiting = len(group)
         self.complete = False
 
@@ -409,20 +414,28 @@ class Stage3(DeepSpeed):
     def _gather(self, group: list[int], out: list[Instruction]) -> None:
         """``all_gather_coalesced``: on the gather stream, into one flat buffer, or its own if it is alone."""
         self.num_available += sum(self.sizes[index] for index in group)
+        handle = self._launch(group, out)
+        for index in group:
+            self.status[index] = _IN_FLIGHT
+            self.handles[index] = handle
+
+    def _launch(self, group: list[int], out: list[Instruction]) -> _Handle:
         dp, stream = self.plan.dp, self.gather_stream
         event = f"gather.{self.num_gathers}"
         self.num_gathers += 1
         count = sum(self.partitions[index] for index in group)
         alone = len(group) == 1
-        flat = source = None
+        held: tuple[Storage, ...] = ()
+        source: tuple[Storage, ...] = ()
         if dp > 1:
             if alone:
                 out.append(self.allocs[group[0]])
                 if self.offload_param:
-                    source = self._from_host(group[0], out)
+                    source = (self._from_host(group[0], out),)
                     self.moved = True
             else:
                 flat = flat_storage("gathered", count * dp, self.dtype, "buffers", stream)
+                held = (flat,)
                 out.append(Alloc(flat))
                 sources = [self._from_host(index, out) for index in group] if self.offload_param else []
                 out.append(copy("gather.flatten", count, self.dtype, self.dtype, stream))
@@ -437,10 +450,7 @@ class Stage3(DeepSpeed):
             for index in group:
                 out.append(self.allocs[index])
                 out.append(to_gpu("parameter from host", self.partitions[index] * self.element, stream))
-        handle = _Handle(group, flat, event, alone, source)
-        for index in group:
-            self.status[index] = _IN_FLIGHT
-            self.handles[index] = handle
+        return _Handle(group, held, event, alone, source)
 
     def _from_host(self, index: int, out: list[Instruction], stream: str = "") -> Storage:
         """``ds_tensor.to(device)``: a blocking copy of a partition, on the gather stream; the host waits for it."""
@@ -459,27 +469,31 @@ class Stage3(DeepSpeed):
         handle.waiting -= 1
         if not handle.complete:
             handle.complete = True
-            if self.plan.dp > 1:
-                out.append(wait(handle.event, stream))
-                if not handle.alone:
-                    self.moved = True
-                    for each in handle.group:
-                        out.append(self.allocs[each])
-                        out.append(copy("gather.unflatten", self.sizes[each], self.dtype, self.dtype, stream))
-            else:
-                out.extend(host_sync("gathered", stream))  # NoGatherHandle.wait synchronises the stream
+            self._arrive(handle, out)
             for each in handle.group:
                 self.status[each] = _AVAILABLE
-            if handle.source is not None:
-                out.append(Free(handle.source))
-        if handle.waiting == 0 and handle.flat is not None:
-            out.append(Free(handle.flat))
+            out.extend(Free(s) for s in handle.source)
+        if handle.waiting == 0 and handle.held:
+            out.extend(Free(s) for s in handle.held)
         event = f"fetch.{self.num_fetches % (MAX_FETCH_EVENTS + 2)}"
         self.num_fetches += 1
         out.append(record(event, stream))
         self.fetch_events.append(event)
         if stream != COMPUTE:
             self.behind = event
+
+    def _arrive(self, handle: _Handle, out: list[Instruction]) -> None:
+        """``wait()`` of the handle, on the gather stream: each parameter is copied out of the flat buffer."""
+        stream = self.gather_stream
+        if self.plan.dp == 1:
+            out.extend(host_sync("gathered", stream))  # NoGatherHandle.wait synchronises the stream
+            return
+        out.append(wait(handle.event, stream))
+        if not handle.alone:
+            self.moved = True
+            for each in handle.group:
+                out.append(self.allocs[each])
+                out.append(copy("gather.unflatten", self.sizes[each], self.dtype, self.dtype, stream))
 
     def _release(self, place: _Place) -> list[Instruction]:
         """``release_sub_module``: keep what persists, was skipped by the prefetch, or is used again soon."""
@@ -545,7 +559,6 @@ class Stage3(DeepSpeed):
             out.append(HostWait(self.reduce_events.popleft()))
         dp, dtype = self.plan.dp, self.communication_dtype
         counts = [self.partitions[t.index] for t, _ in bucket]
-        scattered = sum(counts) * dp
         temporary: list[Storage] = []
         if (
             self.settings.contiguous_gradients
@@ -559,18 +572,7 @@ class Stage3(DeepSpeed):
                 temporary.append(flat_storage("bucket.scaled", total, dtype, "buffers", stream))
                 out += [Alloc(temporary[-1]), copy("bucket.scale", total, dtype, dtype, stream)]
         else:
-            whole = bucket[0][1] is not None
-            if whole and dtype != self.dtype:
-                cast = flat_storage("bucket.cast", total, dtype, "buffers", stream)
-                temporary.append(cast)
-                out += [Alloc(cast), copy("bucket.cast", total, self.dtype, dtype, stream)]
-            if len(bucket) > 1 or bucket[0][0].num_elements % dp:
-                flat = flat_storage("bucket.flat", scattered, dtype, "buffers", stream)
-                temporary.append(flat)
-                out += [Alloc(flat), copy("bucket.interleave", scattered, dtype, dtype, stream)]
-            out.append(in_place("bucket.average", scattered, dtype, stream))
-            size = scattered * DTYPE_BYTES[dtype]
-            out.extend(self.nccl.blocking("gradients", "reduce_scatter", size, dtype, stream))
+            self._scatter(bucket, total, temporary, out)
         if dtype != self.accumulation_dtype:
             cast = flat_storage("partition.cast", sum(counts), self.accumulation_dtype, "buffers", stream)
             temporary.append(cast)
@@ -587,6 +589,28 @@ class Stage3(DeepSpeed):
         out.append(record(event, stream))
         self.reduce_events.append(event)
         return out
+
+    def _scatter(
+        self,
+        bucket: Sequence[tuple[Trained, Storage | None]],
+        total: int,
+        temporary: list[Storage],
+        out: list[Instruction],
+    ) -> None:
+        """``__avg_scatter_grads``: one reduce-scatter of the bucket's gradients, interleaved by rank."""
+        dp, dtype, stream = self.plan.dp, self.communication_dtype, self.reduce_stream
+        scattered = sum(self.partitions[t.index] for t, _ in bucket) * dp
+        if bucket[0][1] is not None and dtype != self.dtype:
+            cast = flat_storage("bucket.cast", total, dtype, "buffers", stream)
+            temporary.append(cast)
+            out += [Alloc(cast), copy("bucket.cast", total, self.dtype, dtype, stream)]
+        if len(bucket) > 1 or bucket[0][0].num_elements % dp:
+            flat = flat_storage("bucket.flat", scattered, dtype, "buffers", stream)
+            temporary.append(flat)
+            out += [Alloc(flat), copy("bucket.interleave", scattered, dtype, dtype, stream)]
+        out.append(in_place("bucket.average", scattered, dtype, stream))
+        size = scattered * DTYPE_BYTES[dtype]
+        out.extend(self.nccl.blocking("gradients", "reduce_scatter", size, dtype, stream))
 
     def _partition(self, index: int) -> Sequence[Instruction]:
         """``partition_grads``: the first microbatch overwrites, later ones add."""

@@ -256,7 +256,7 @@ class MegatronChunk:
         out: list[Instruction] = []
         if gradient.num_bytes:
             out.append(accumulate("accumulate gradient", self.sizes[key], self.dtype, self.grad_dtype))
-            out.append(Free(gradient))
+        out.append(Free(gradient))
         if self.last and self.reduces_itself:
             bucket = self.bucket_of[key]
             self.missing[bucket] -= 1
