@@ -216,7 +216,7 @@ class Stage3(DeepSpeed):
         return tuple(out)
 
     def _setup_masters(self) -> list[Instruction]:
-        """``_create_fp32_partitions``: each sub group is converted, then cloned; the conversion stays until the next."""
+        """``_create_fp32_partitions``: each sub group is converted and cloned; the conversion stays until the next."""
         out: list[Instruction] = []
         converted: Storage | None = None
         for number, group in enumerate(self.groups):
