@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from sim.cluster.symmetry import Places
 from sim.ir.ledger import Layer, Ledger
-from sim.ir.program import Call, Chunk, Instruction, Program, Storage, World
+from sim.ir.program import Alloc, Call, Chunk, Instruction, Mark, Program, Storage, World
 from sim.parallel.cublas import workspaces
 from sim.parallel.emit import Emitter, Hooks, Recompute
 from sim.parallel.mesh import ORDERS, Mesh, mesh_of
@@ -108,6 +108,26 @@ class OfChunks:
     def _joined(self, chunks: Iterable[Chunk]) -> Chunk:
         found = tuple(chunks)
         return found[0] if len(found) == 1 else tuple(instruction for chunk in found for instruction in chunk)
+
+
+class _AfterSends:
+    """Hooks of a stage whose end of backward comes after the gradient has been sent on, as a chunk of its own.
+
+    DeepSpeed's pipeline engine reduces at the end of the batch (``ReduceGrads`` in deepspeed/runtime/pipe/schedule.py).
+    """
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.end: Chunk = ()
+        self._hooks = hooks
+        self.pre_forward = hooks.pre_forward
+        self.post_forward = hooks.post_forward
+        self.pre_backward = hooks.pre_backward
+        self.post_backward = hooks.post_backward
+        self.gradient_ready = hooks.gradient_ready
+
+    def end_of_backward(self) -> Iterable[Instruction]:
+        self.end = tuple(self._hooks.end_of_backward())
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +241,10 @@ def _axes(job: _Job) -> list[str]:
     axes += [axis for axis in ("tp", "cp") if getattr(parallelism, axis) > 1]
     if job.scenario.framework == "megatron":
         axes.append(_norm_axis(job.scenario))
+    if job.scenario.framework == "deepspeed":
+        from sim.parallel.frameworks.deepspeed import part_axes
+
+        axes += part_axes(job.scenario.deepspeed, job.dp_axis, job.dp, job.scenario.cluster.gpus_per_node)
     if parallelism.pp > 1 and any(stage.tied for stage in job.stages):
         axes.append("embedding")
     return axes
@@ -316,8 +340,12 @@ def _passes(
         for role in sorted(mine, key=_ROLES.index):
             place, _, halves = role.partition(".")
             framework.begin_microbatch(number, first=place in ("only", "first"), last=place in ("only", "last"))
-            passes = emitter.passes(framework.hooks(number), split=bool(halves))
             of = f"{number}.{role}" if several else role
+            hooks = framework.hooks(number)
+            after = _AfterSends(hooks) if exchange.p > 1 else None
+            passes = emitter.passes(after or hooks, split=bool(halves))
+            if after is not None and after.end:
+                chunks[f"{prefix}end.{of}"] = (Mark("backward", "end"), *after.end)
             chunks[f"{prefix}forward.{of}"] = passes.forward
             chunks[f"{prefix}backward.{of}"] = passes.backward
             if halves:
@@ -329,6 +357,10 @@ def _passes(
         return f"{prefix}{verb}.{pass_.chunk}.{role}" if several else f"{prefix}{verb}.{role}"
 
     groups = exchange.calls(order, name)
+    for pass_, group in zip(order, groups, strict=True):
+        end = name(pass_).replace(pass_.kind, "end")
+        if pass_.kind in ("backward", "weight_gradient") and end in chunks:
+            group.append(Call(end, pass_.microbatch))
     for number in range(len(emitters)):
         reductions = framework.start_reductions(number)
         if reductions:
@@ -347,8 +379,6 @@ def _receive_buffers(emitters: Sequence[Emitter], num_microbatches: int) -> Chun
 
     Source: torch/distributed/pipelining/stage.py. The tensors that passes read are these, so theirs have no bytes.
     """
-    from sim.ir.program import Alloc
-
     out: list[Instruction] = []
     for emitter in emitters:
         border = emitter.border
