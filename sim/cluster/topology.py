@@ -13,10 +13,10 @@ source; ``Cluster.graph`` draws it as a networkx graph, ``Cluster.route`` walks 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from sim.catalog.schema import LinkFacts, NodeFacts
 from sim.cluster import routing
@@ -148,22 +148,36 @@ class Cluster:
         domain, local = divmod(index, self.links_per_domain)
         if domain < self.num_domains:
             found = self._local_links[local]
-            return Link(f"node{domain}.{found.name}", found.kind, found.bytes_per_s)
+            return Link(f"node{domain}.{found.name}", found.kind, self.bytes_per_s(index))
         leaf, down = divmod(index - self.num_domains * self.links_per_domain, 2)
         assert leaf < self.num_leaves, f"no link {index}"
         name = f"spine>leaf{leaf}" if down else f"leaf{leaf}>spine"
-        return Link(name, "network", self.leaf_uplink_bytes_per_s)
+        return Link(name, "network", self.bytes_per_s(index))
 
     @cached_property
-    def links(self) -> tuple[Link, ...]:
-        """All links; routes and ``Phase.loads`` index into it."""
-        nodes = [
-            Link(f"node{domain}.{local.name}", local.kind, local.bytes_per_s)
-            for domain in range(self.num_domains)
-            for local in self._local_links
-        ]
-        first = self.num_domains * self.links_per_domain
-        return (*nodes, *(self.link(i) for i in range(first, self.num_links)))
+    def links(self) -> Sequence[Link]:
+        """All links; routes and ``Phase.loads`` index into it. Each is made when asked for."""
+        return _Links(self)
+
+    def links_between(self, a: str, b: str) -> tuple[int, ...]:
+        """Return the links, both ways, between two devices by the names that the graph gives them.
+
+        ``node3.gpu0`` and ``node3.nvswitch0``; a NIC and its ``leaf``; ``leaf2`` and the ``spine``. Nothing: no wire.
+        """
+        ends = {a, b}
+        if "spine" in ends:
+            leaf = next((int(end[4:]) for end in (a, b) if end.startswith("leaf") and end[4:].isdigit()), -1)
+            first = self.num_domains * self.links_per_domain + 2 * leaf
+            return (first, first + 1) if 0 <= leaf < self.num_leaves else ()
+        node, _, device = (b if a.startswith("leaf") else a).partition(".")
+        other = (a if a.startswith("leaf") else b).removeprefix(f"{node}.")
+        other = "leaf" if other.startswith("leaf") else other
+        domain = int(node[4:]) if node.startswith("node") and node[4:].isdigit() else -1
+        if not 0 <= domain < self.num_domains:
+            return ()
+        wanted = (f"{device}>{other}", f"{other}>{device}")
+        base = domain * self.links_per_domain
+        return tuple(base + i for i, link in enumerate(self._local_links) if link.name in wanted)
 
     @cached_property
     def _library_bytes_per_s(self) -> tuple[float, ...]:
@@ -188,7 +202,8 @@ class Cluster:
     def bytes_per_s(self, index: int) -> float:
         """Return the capacity of a link."""
         domain, local = divmod(index, self.links_per_domain)
-        return self._local_links[local].bytes_per_s if domain < self.num_domains else self.leaf_uplink_bytes_per_s
+        rate = self._local_links[local].bytes_per_s if domain < self.num_domains else self.leaf_uplink_bytes_per_s
+        return rate * self.degraded.get(index, 1.0) if self.degraded else rate
 
     # --- NICs ----------------------------------------------------------------------------------
 
@@ -337,6 +352,27 @@ class Cluster:
             graph.add_edge(
                 source, target, index=index, kind=link.kind, bytes_per_s=link.bytes_per_s, latency_s=0.0, count=1
             )
+
+
+class _Links(Sequence[Link]):
+    """The links of a cluster by index."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def __len__(self) -> int:
+        return self._cluster.num_links
+
+    @overload
+    def __getitem__(self, index: int) -> Link: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Link, ...]: ...
+    def __getitem__(self, index: int | slice) -> Link | tuple[Link, ...]:
+        if isinstance(index, slice):
+            return tuple(self._cluster.link(i) for i in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._cluster.link(index % len(self))
 
 
 def _switch_groups(facts: NodeFacts) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -195,7 +195,7 @@ class CostModel:
     # --- transfers -----------------------------------------------------------------------------
 
     @property
-    def links(self) -> tuple[Link, ...]:
+    def links(self) -> Sequence[Link]:
         """All links; ``Phase.loads`` index into it."""
         return self._cluster.links
 

@@ -835,10 +835,15 @@ def _message_channels(cluster: Cluster, pairs: Iterable[tuple[int, int]], num_by
 
 
 def _phase(
-    cluster: Cluster, latency_s: float, loads: Loads, stream_bytes: float = 0.0, max_bytes_per_s: float = 0.0
+    latency_s: float, loads: Loads, group_s: float, stream_bytes: float = 0.0, max_bytes_per_s: float = 0.0
 ) -> Phase:
-    entries = tuple((link, loads[link]) for link in sorted(loads) if loads[link] > 0)
-    return Phase(latency_s, entries, stream_bytes, max_bytes_per_s)
+    entries = tuple([(link, loads[link]) for link in sorted(loads) if loads[link] > 0])
+    return Phase(latency_s, entries, stream_bytes, max_bytes_per_s, group_s)
+
+
+def _links_s(cluster: Cluster, loads: Loads) -> float:
+    """Return the time that the links need for these loads, with nothing else on them."""
+    return max([num_bytes / cluster.bytes_per_s(link) for link, num_bytes in loads.items()], default=0.0)
 
 
 def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: str, tensor_bytes: int) -> Traffic:
@@ -854,18 +859,21 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
     wire_bytes = collective.wire_bytes(kind, n, tensor_bytes)
     loads: Loads = {}
     if kind == "all_to_all":
+        group_s = 0.0
         for group in groups:
             _all_to_all_loads(cluster, group, tensor_bytes, loads)
+            group_s = group_s or _links_s(cluster, loads)
         pairs = [(groups[0][0], other) for other in groups[0][1:]]
         latency_s = _message_latency_s(cluster, pairs)
         sms = _message_channels(cluster, pairs, tensor_bytes / n)
-        return Traffic("pairwise/Simple", (_phase(cluster, latency_s, loads),), wire_bytes, sms)
+        return Traffic("pairwise/Simple", (_phase(latency_s, loads, group_s),), wire_bytes, sms)
     if kind == "barrier":
         kind, tensor_bytes = "all_reduce", max(tensor_bytes, 4)
     graphs = [ring_graph(cluster, tuple(group)) for group in groups]
     choice = choose(cluster, graphs[0], kind, tensor_bytes)
     volume = tensor_bytes * WIRE_OVERHEAD[choice.protocol]
     cap = choice.algorithm_bw
+    group_s = 0.0
     for graph, group in zip(graphs, groups, strict=True):
         if choice.algorithm == "ring":
             _ring_loads(cluster, graph, collective.ring_hop_bytes(kind, n, volume), loads, kind, group[0])
@@ -875,10 +883,11 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
             _pat_loads(cluster, graph, volume, loads)
         else:
             _nvls_loads(cluster, graph, kind, volume, loads)
+        group_s = group_s or _links_s(cluster, loads)
     if choice.algorithm in ("nvls", "nvls_tree"):
         cap = _nvls_bytes_per_s(cluster, graphs[0], choice, kind)
     sms = _sms(cluster, graphs[0], choice, tensor_bytes)
-    phase = _phase(cluster, choice.latency_s, loads, float(tensor_bytes), cap)
+    phase = _phase(choice.latency_s, loads, group_s, float(tensor_bytes), cap)
     return Traffic(choice.name, (phase,), wire_bytes, sms)
 
 
@@ -902,10 +911,12 @@ def plan_point_to_point(cluster: Cluster, pairs: Sequence[tuple[int, int]], tens
     if not moving:
         return Traffic("none", (), 0)
     loads: Loads = {}
+    group_s = 0.0
     for source, target in moving:
         for link in cluster.route(source, target).links:
             loads[link] = loads.get(link, 0.0) + tensor_bytes
-    phase = _phase(cluster, _message_latency_s(cluster, moving), loads)
+        group_s = group_s or _links_s(cluster, loads)
+    phase = _phase(_message_latency_s(cluster, moving), loads, group_s)
     sms = _message_channels(cluster, moving, tensor_bytes)
     return Traffic("direct/Simple", (phase,), tensor_bytes, sms)
 
@@ -916,10 +927,11 @@ def plan_copy(cluster: Cluster, gpus: Sequence[int], direction: str, num_bytes: 
     The copy engines move pinned memory of the GPU's own socket; GPUs behind one switch or socket share its wires.
     """
     loads: Loads = {}
-    latency_s = 0.0
+    latency_s = group_s = 0.0
     for gpu in gpus:
         route = cluster.host_route(gpu, direction)
         latency_s = max(latency_s, route.latency_s)
         for link in route.links:
             loads[link] = loads.get(link, 0.0) + num_bytes
-    return Traffic("copy", (_phase(cluster, latency_s, loads),), num_bytes)
+        group_s = group_s or _links_s(cluster, loads)
+    return Traffic("copy", (_phase(latency_s, loads, group_s),), num_bytes)

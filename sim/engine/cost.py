@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from sim.ir.ledger import Kernel
@@ -16,7 +17,7 @@ class Cost(Protocol):
     """
 
     @property
-    def links(self) -> tuple[Link, ...]:
+    def links(self) -> Sequence[Link]:
         """All links; ``Phase.loads`` index into it."""
         ...
 

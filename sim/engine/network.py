@@ -1,7 +1,7 @@
 """Flows over shared links: each moving phase of a transfer is a job that drains as one fluid.
 
 Rates are max-min fair by progressive filling. The level that rises is a job's *share*: its rate as a fraction of what
-it would have with its links to itself. On one link between two jobs this gives both the same bytes per second, whatever
+it would have with its links to itself (of a communicator of several groups: one group would have). On one link between two jobs this gives both the same bytes per second, whatever
 their sizes; a job's own cap (``Phase.max_bytes_per_s``) stops its share without holding others back.
 
     sum over jobs j of  load_jl / links_s_j * share_j  <=  capacity_l,   links_s_j = max over l of load_jl / capacity_l
@@ -35,9 +35,9 @@ _LAST = 9
 class Flow:
     """A phase as the network needs it.
 
-    ``links_s``  its time with all its links to itself; 0 if it loads none
-    ``alone_s``  that, or longer if its own cap is the limit
-    ``cap``      the share that its own cap leaves it
+    ``links_s``  the time of one of its groups with all its links to itself; 0 if it loads none
+    ``alone_s``  the time of all its groups together, or longer if its own cap is the limit
+    ``cap``      the share that its own groups and its own cap leave it
     ``uses``     (link, fraction of the link it uses at share 1), to twelve digits: the same for all sizes of a message
     ``mask``     its links as bits
     ``number``   equal for flows of equal ``uses``
@@ -57,9 +57,10 @@ def flow_of(phase: Phase, links: Sequence[Link]) -> Flow:
     """Return the flow of a phase. A loaded link needs a capacity."""
     loads = tuple((link, num_bytes) for link, num_bytes in phase.loads if num_bytes > 0)
     times = [num_bytes / links[link].bytes_per_s for link, num_bytes in loads]
-    links_s = max(times, default=0.0)
+    most_s = max(times, default=0.0)
+    links_s = phase.group_s or most_s
     capped = phase.stream_bytes > 0 and phase.max_bytes_per_s > 0
-    alone_s = max(links_s, phase.stream_bytes / phase.max_bytes_per_s if capped else 0.0)
+    alone_s = max(most_s, phase.stream_bytes / phase.max_bytes_per_s if capped else 0.0)
     return Flow(
         latency=ticks(phase.latency_s),
         links_s=links_s,

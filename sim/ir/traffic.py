@@ -22,13 +22,15 @@ class Phase:
     It first waits ``latency_s``; then all its bytes flow together: when the phase is a fraction x
     done, each link has carried x times its load. ``loads`` are (index of the link, bytes), one entry
     a link; ``max_bytes_per_s`` of ``stream_bytes`` caps how fast it can go with idle links (a protocol's or a copy
-    engine's own limit); 0 bytes: no cap.
+    engine's own limit); 0 bytes: no cap. ``group_s``: of several equal groups, the time that the links of one need for
+    its own bytes; 0: there is one group. It says what the groups' fair part is where others use their links too.
     """
 
     latency_s: float
     loads: tuple[tuple[int, float], ...] = ()
     stream_bytes: float = 0.0
     max_bytes_per_s: float = 0.0
+    group_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

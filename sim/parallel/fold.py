@@ -16,11 +16,11 @@ O(|A| log2 |V|)", Theoretical Computer Science 19, 1982.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sim.cluster.symmetry import Places
-from sim.ir.program import Communicator
+from sim.ir.program import Communicator, World
 
 Group = tuple[int, ...]
 
@@ -83,6 +83,51 @@ def fold(
     else:
         of_rank = list(range(mesh.world_size))
     return _folding(of_rank, groups, pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The mesh of a world that is written already."""
+
+    world_size: int
+    of_axis: Mapping[str, tuple[Group, ...]]
+
+    def groups(self, axis: str) -> tuple[Group, ...]:
+        return self.of_axis[axis]
+
+
+def refold(world: World, *, speeds: Mapping[int, float], places: Places | None, folded: bool = True) -> World:
+    """Return a world with the classes that its ranks form in this machine.
+
+    ``world`` may fold all ranks of one program, wherever they are; ``speeds`` are of the ranks that are not like the
+    others. Not ``folded``: every rank by itself, every group a communicator, for those who want to compare.
+    """
+    program_of: dict[int, int] = {rank: i for i, p in enumerate(world.programs) for rank in p.ranks}
+    ranks = sorted(program_of)
+    assert ranks == list(range(world.world_size)), "every rank has a program"
+    groups: dict[str, list[Group]] = {}
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    named: dict[str, dict[str, bool]] = {}
+    for program in world.programs:
+        for axis, name in program.axes.items():
+            named.setdefault(axis.removesuffix(".send").removesuffix(".recv"), {})[name] = axis.endswith(_ENDS)
+    for axis, names in named.items():
+        for name, is_pair in names.items():
+            if is_pair:
+                pairs.setdefault(axis, []).extend((a, b) for a, b in world.communicators[name].groups)
+            else:
+                groups.setdefault(axis, []).extend(world.communicators[name].groups)
+    mesh = _Written(world.world_size, {axis: tuple(found) for axis, found in groups.items()})
+    colours = [(program_of[rank], speeds.get(rank, 1.0)) for rank in ranks]
+    folding = fold(mesh, colours, axes=tuple(groups), pairs=pairs, places=places, folded=folded)
+    programs = tuple(
+        replace(world.programs[program_of[ranks_[0]]], ranks=ranks_, axes=axes)
+        for ranks_, axes in zip(folding.classes, folding.axes, strict=True)
+    )
+    return World(world.world_size, programs, folding.communicators)
+
+
+_ENDS = (".send", ".recv")
 
 
 class _Lies:
