@@ -360,8 +360,8 @@ def _issue(op: Op) -> Iterator[Instruction]:
             # one grouped kernel in NCCL; here on two streams, since in a ring each receives what another sends
             beside = f"{stream}:send"
             yield Wait(f"{op.name} ready", beside)
-            yield Send(op.name, exchange.axis, tensor.num_bytes, beside)
-            yield Recv(op.name, exchange.axis, tensor.num_bytes, stream)
+            yield Send(op.name, f"{exchange.axis}.send", tensor.num_bytes, beside)
+            yield Recv(op.name, f"{exchange.axis}.recv", tensor.num_bytes, stream)
         else:
             yield Collective(op.name, exchange.kind, exchange.axis, tensor.num_bytes, tensor.dtype, stream)
         yield Record(op.name, stream)
