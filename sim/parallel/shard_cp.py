@@ -154,7 +154,8 @@ def _key(kernel: Attention, cp: int) -> Shape:
 def _ring_forward(call: _Call, op: Op) -> Iterator[Op]:
     """cp steps; while one is computed the next keys and values arrive. The last ones received are what is saved.
 
-    Each step's output is kept until all are there and are then weighted by their log-sum-exps.
+    Every step's output, and all that was received, is kept until the outputs are weighted by their log-sum-exps and
+    added, in fp32. Leaves out: that steps alternate between two streams, and a random state for each.
     """
     name, module, region = op.name, op.module, op.region
     kv = [call.tensor(f"kv{i}", pair=2) for i in range(call.cp)]
@@ -174,57 +175,57 @@ def _ring_forward(call: _Call, op: Op) -> Iterator[Op]:
             region=region, awaits=(f"{name}.ring{i - 1}",) if i else (),
         )  # fmt: skip
     saves = (call.query, kv[-1].name, call.out.name, call.lse.name, call.state.name)
-    weigh = Pointwise("elementwise", (*outs, *lses), (call.out, call.lse), 3)
+    total = Tensor(f"{name}.out_fp32", call.out.shape, "fp32")
+    kernels: tuple[Kernel, ...] = (Pointwise("elementwise", (*lses,), (call.lse,), 3),)
+    kernels += tuple(
+        Pointwise("elementwise", (out, lse, call.lse) + ((total,) if i else ()), (total,), 3)
+        for i, (out, lse) in enumerate(zip(outs, lses, strict=True))
+    )
+    kernels += (Pointwise("copy", (total,), (call.out,)),)
     yield Op(
-        name, (weigh,), (*(t.name for t in (*outs, *lses, kv[-1])), call.query), (call.out,), saves,
-        (call.lse, call.state), module=module, region=region,
+        name, kernels, (*(t.name for t in (*outs, *lses, *kv)), call.query), (call.out,), saves,
+        (call.lse, call.state), scratch=(total,), module=module, region=region,
     )  # fmt: skip
 
 
 def _ring_backward(call: _Call, op: Op) -> Iterator[Op]:
     """cp steps, from the keys and values that forward received last, so that the last step is at home.
 
-    Keys and values go round with the sum of their gradients: the first hop carries only the former, the last only the
-    latter: 2 (cp-1) messages of keys and values in all. Every op says what it is the last to need, so that recompute
-    gives all of them its own tensors; the last of them counts.
+    Keys and values go round with the sum of their gradients, in two buffers that take turns: the first hop carries only
+    the former, the last only the latter: 2 (cp-1) messages of keys and values in all. Every op says what it is the last
+    to need, so that recompute gives all of them its own tensors; the last of them counts.
     """
     name, module, region, cp = op.name, op.module, op.region, call.cp
     dq, dk, dv = (divide_seq(t, cp) for t in op.writes)
     scratch = tuple(divide_seq(t, cp) for t in op.scratch)
     extra = tuple(_divided_kernel(op, k, cp) for k in op.kernels[1:])
-    kv = [replace(call.tensor(f"kv{cp - 1}", pair=2))]
-    kv += [Tensor(f"{name}.kv{i}", kv[0].shape, call.dtype) for i in range(1, cp)]
-    own = [call.tensor(f"backward.grad_kv{i}", pair=2) for i in range(cp)]
-    passed = [own[0]] + [call.tensor(f"backward.grad_kv_sum{i}", pair=2) for i in range(1, cp)]
+    kv = call.tensor(f"kv{cp - 1}", pair=2)
+    buffers = [call.tensor(f"backward.buffer{i}", pair=4) for i in range(2)]
     saved = (op.reads[0], call.query, call.out.name, call.lse.name, call.state.name)
-    for i in range(cp):
-        ring = f"{name}.ring{i}"
-        sent = ([kv[i]] if i + 1 < cp else []) + ([passed[i - 1]] if i else [])
-        received = ([kv[i + 1]] if i + 1 < cp else []) + ([passed[i]] if i else [])
-        message = call.tensor(f"backward.message{i}", pair=2 * len(sent))
-        yield Op(
-            ring, (), tuple(t.name for t in sent), tuple(received), module=module, region=region,
-            releases=op.releases, exchange=Exchange("send_recv", CP_RING_AXIS, message, blocking=False),
-        )  # fmt: skip
-        kernels: tuple[Kernel, ...] = (call.part("backward", i), *extra)
-        step_scratch = scratch
-        if i:
-            part = replace(dq, name=f"{name}.dq{i}")
-            step_scratch = (*scratch, part)
-            kernels += (Pointwise("elementwise", (dq, part), (dq,)),)
-        yield Op(
-            f"{name}.step{i}", kernels, (*saved, kv[i].name) + ((dq.name,) if i else ()),
-            (own[i],) if i else (dq, own[0]), scratch=step_scratch, releases=op.releases, module=module, region=region,
-            awaits=(f"{name}.ring{i - 1}",) if i else (),
-        )  # fmt: skip
-        if i:
-            yield Op(
-                f"{name}.add{i}", (Pointwise("elementwise", (own[i], passed[i]), (passed[i],)),),
-                (own[i].name, passed[i].name), module=module, region=region, awaits=(ring,),
-            )  # fmt: skip
     yield Op(
-        name, (), (passed[-1].name, *saved, kv[0].name), (dk, dv), releases=op.releases, module=module, region=region
+        f"{name}.start", (Pointwise("copy", (kv,), (kv,)),), (kv.name,), (dq, *buffers), releases=op.releases,
+        module=module, region=region,
     )  # fmt: skip
+    for i in range(cp):
+        here, there = buffers[i % 2], buffers[(i + 1) % 2]
+        message = call.tensor(f"backward.message{i}", pair=2 if i in (0, cp - 1) else 4)
+        yield Op(
+            f"{name}.ring{i}", (), (here.name, there.name), releases=op.releases, module=module, region=region,
+            exchange=Exchange("send_recv", CP_RING_AXIS, message, blocking=False),
+        )  # fmt: skip
+        own = call.tensor(f"backward.grad_kv{i}", pair=2)
+        part = replace(dq, name=f"{name}.dq{i}")
+        add = Pointwise("elementwise", (dq, part) if i else (part,), (dq,))
+        yield Op(
+            f"{name}.step{i}", (call.part("backward", i), *extra, add), (*saved, here.name, dq.name), (own,),
+            scratch=(*scratch, part), releases=op.releases, module=module, region=region,
+        )  # fmt: skip
+        yield Op(
+            f"{name}.add{i}", (Pointwise("elementwise", (own, own) if i else (own,), (own,)),),
+            (own.name, here.name, there.name), module=module, region=region, awaits=(f"{name}.ring{i}",),
+        )  # fmt: skip
+    reads = (*saved, kv.name, *(t.name for t in buffers))
+    yield Op(name, (), reads, (dk, dv), releases=op.releases, module=module, region=region)
 
 
 # --- all-gather of keys and values (AttnFuncWithCPAndKVAllGather) -------------------------------

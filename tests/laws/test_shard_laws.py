@@ -205,7 +205,7 @@ def test_whoever_does_not_block_is_waited_for(ledger: Ledger, plan: ShardPlan) -
             for index, op in enumerate(ops):
                 if op.exchange is None or op.exchange.blocking:
                     continue
-                brings = {t.name for t in op.writes} or set(op.reads)
+                brings = {t.name for t in op.writes} or {op.reads[-1]}  # in place, or into the second buffer
                 for later in ops[index + 1 :]:
                     if op.name in later.awaits:
                         break

@@ -75,7 +75,7 @@ STATISTICS = 2 * 2 * 4 * B * S
 """Beside the table: mean and rstd of two LayerNorms, fp32."""
 
 
-# --- saved bytes: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", table 2 ---------
+# --- saved bytes: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", table 2 -----
 # 16-bit activations, one byte for an element of a dropout mask.
 
 
