@@ -51,6 +51,10 @@ class DeepSpeedSettings:
     offload_ratio: float = 1.0
     """Share of the sub groups whose states are on the CPU; the others are stepped on the GPU (Twin-Flow)."""
     offload_param_pin_memory: bool = True
+    zero_hpz_partition_size: int = 1
+    """ZeRO++: ranks that share a secondary partition of the parameters."""
+    zero_quantized_weights: bool = False
+    zero_quantized_gradients: bool = False
     grad_accum_dtype: str | None = None
     communication_data_type: str | None = None
     gradient_clipping: float = 1.0
@@ -77,6 +81,9 @@ _ZERO: dict[str, tuple[str, Key]] = {
     "stage3_max_reuse_distance": ("max_reuse_distance", integer(0, _SIZE_LIMIT, 1_000_000_000)),
     "sub_group_size": ("sub_group_size", integer(1, _SIZE_LIMIT, 1_000_000_000)),
     "memory_efficient_linear": ("memory_efficient_linear", boolean()),
+    "zero_hpz_partition_size": ("zero_hpz_partition_size", integer(1, _SIZE_LIMIT, 8)),
+    "zero_quantized_weights": ("zero_quantized_weights", boolean()),
+    "zero_quantized_gradients": ("zero_quantized_gradients", boolean()),
 }
 """Key of ``zero_optimization`` -> our field and how it is read."""
 for _name in ("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
@@ -90,12 +97,9 @@ _ZERO_SILENT = frozenset((
     "cpu_offload_use_pin_memory", "save_muon_momentum_buffer_in_memory", "compute_grad_norm",
 ))  # fmt: skip
 _ZERO_NOT_MODELLED = {
-    "zero_hpz_partition_size": (1, "backward gathers would stay inside the node, for a second partition in memory"),
-    "zero_quantized_weights": (False, "gathers would move half the bytes"),
     "zero_quantized_nontrainable_weights": (False, "frozen weights would take half the memory"),
-    "zero_quantized_gradients": (False, "gradients would be reduced with a quarter of the bytes"),
-    "mics_shard_size": (-1, "parameters would be gathered inside a group only, and more of them held"),
-    "mics_hierarchical_params_gather": (False, "gathers would run node by node"),
+    "mics_shard_size": (-1, "DeepSpeed has removed MiCS; zero_hpz_partition_size keeps gathers inside the node"),
+    "mics_hierarchical_params_gather": (False, "DeepSpeed has removed MiCS"),
     "stage3_module_granularity_threshold": (0, "small modules would be gathered together"),
     "module_granularity_threshold": (0, "small modules would be gathered together"),
     "stage3_use_all_reduce_for_fetch_params": (False, "parameters would be fetched by all-reduce"),

@@ -36,6 +36,16 @@ COMBINED: dict[str, tuple[str, ...]] = {
 ``model`` those that hold one replica together."""
 
 
+def within(axis: str, size: int) -> str:
+    """Return the name of the axis of ``size`` neighbours along another: "dp.within.8"."""
+    return f"{axis}.within.{size}"
+
+
+def across(axis: str, size: int) -> str:
+    """Return the name of the axis of those with the same place within ``size`` neighbours: "dp.across.8"."""
+    return f"{axis}.across.{size}"
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """``sizes`` of the axes, fastest varying first."""
@@ -69,16 +79,30 @@ class Mesh:
     def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """Return the process groups of an axis, each with its ranks in ascending order, by first rank.
 
-        ``axis`` is one of the mesh, one of ``COMBINED``, or ``embedding``: the first and the last pipeline stage, which
-        share tied embeddings.
+        ``axis`` is one of the mesh, one of ``COMBINED``, a part of these (``within``, ``across``), or ``embedding``:
+        the first and the last pipeline stage, which share tied embeddings.
         """
         if axis == "embedding":
             stages = self.size("pp")
             return tuple(tuple(sorted({group[0], group[stages - 1]})) for group in self.groups("pp"))
+        if axis.count(".") == 2:
+            return self._parts(*axis.split("."))
         own = {name for name, _ in self.sizes}
         along = (axis,) if axis in own else COMBINED.get(axis, ())
         offsets, starts = self._offsets(along), self._offsets([name for name, _ in self.sizes if name not in along])
         return tuple(tuple(start + offset for offset in offsets) for start in starts)
+
+    def _parts(self, axis: str, how: str, text: str) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of ``within`` or ``across``: stretches of an axis' groups, or one rank of each stretch."""
+        size = int(text)
+        parts: list[tuple[int, ...]] = []
+        for group in self.groups(axis):
+            assert len(group) % size == 0, f"groups of {size} do not divide {len(group)} ranks"
+            if how == "within":
+                parts.extend(group[at : at + size] for at in range(0, len(group), size))
+            else:
+                parts.extend(group[at::size] for at in range(size))
+        return tuple(sorted(parts))
 
     def _offsets(self, axes: Sequence[str]) -> list[int]:
         """Return the ranks that lie along some axes at the origin of the others, ascending."""

@@ -436,6 +436,17 @@ def offload_needs_stage(d: Draft) -> Iterator[Problem]:
         )
 
 
+def secondary_partitions_divide(d: Draft) -> Iterator[Problem]:
+    """deepspeed/utils/groups.py, ``_create_zero_param_parallel_group``: equal groups of all ranks."""
+    size = d.deepspeed.fields.get("zero_hpz_partition_size", 1) if d.framework == "deepspeed" and d.deepspeed else 1
+    if d.zero == 3 and size < d.dp and d.dp % size:
+        yield Problem(
+            ("deepspeed",),
+            f"DeepSpeed's zero_hpz_partition_size = {size} does not divide the {d.dp} data-parallel ranks",
+            "write the number of GPUs of a node",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     kv_heads_divide_heads,
     heads_have_a_width,
@@ -457,6 +468,7 @@ RULES: tuple[Rule, ...] = (
     framework_has_zero,
     framework_has_axes,
     offload_needs_stage,
+    secondary_partitions_divide,
 )
 
 

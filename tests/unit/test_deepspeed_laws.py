@@ -35,11 +35,14 @@ def jobs(draw: st.DrawFn) -> Job:
     if stage and draw(st.booleans()):
         options["offload_optimizer"] = "cpu"
         options["offload_ratio"] = draw(st.sampled_from([1.0, 0.4])) if stage == 3 else 1.0
+    dp = draw(st.sampled_from([1, 2, 3, 8]))
     if stage == 3 and draw(st.booleans()):
         options["offload_param"] = "cpu"
+    elif stage == 3:
+        options["zero_hpz_partition_size"] = draw(st.sampled_from([1, 1, 2 if dp % 2 == 0 else dp]))
     return Job(
         stage,
-        draw(st.sampled_from([1, 2, 3, 8])),
+        dp,
         draw(st.sampled_from(["bf16", "fp16", "fp32"])),
         draw(st.integers(1, 3)),
         draw(st.sampled_from(["none", "full"])),

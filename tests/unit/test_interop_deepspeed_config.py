@@ -113,14 +113,14 @@ def test_offload() -> None:
 
 def test_what_is_not_modelled_says_what_it_would_do() -> None:
     warnings = read(
-        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8, "mics_shard_size": -1},
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 8, "mics_hierarchical_params_gather": False},
          "amp": {"enabled": False}, "bf16": {"enabled": True, "bf16_optimizer_states": True},
          "activation_checkpointing": {"cpu_checkpointing": True}}
     ).warnings  # fmt: skip
     assert warnings == [
         "bf16.bf16_optimizer_states is not modelled: Adam's moments would take half the memory",
-        "zero_optimization.zero_hpz_partition_size is not modelled: backward gathers would stay inside the node, "
-        "for a second partition in memory",
+        "zero_optimization.mics_shard_size is not modelled: DeepSpeed has removed MiCS; zero_hpz_partition_size keeps "
+        "gathers inside the node",
         "activation_checkpointing is not modelled: recompute is what training.recompute says, whatever stands here",
     ]
 

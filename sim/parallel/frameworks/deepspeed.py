@@ -10,6 +10,7 @@ from sim.parallel.frameworks.deepspeed_base import Stage0
 from sim.parallel.frameworks.deepspeed_stage3 import Stage3
 from sim.parallel.frameworks.deepspeed_stage12 import Stage12
 from sim.parallel.frameworks.plan import Plan
+from sim.parallel.mesh import across, within
 
 
 def deepspeed(layers: Sequence[Layer], settings: DeepSpeedSettings, plan: Plan) -> Stage0 | Stage12 | Stage3:
@@ -22,8 +23,30 @@ def deepspeed(layers: Sequence[Layer], settings: DeepSpeedSettings, plan: Plan) 
     if settings.stage == 0:
         return Stage0(layers, settings, plan)
     if settings.stage == 3:
+        if is_plus(settings):
+            from sim.parallel.frameworks.deepspeed_plus import Stage3Plus
+
+            return Stage3Plus(layers, settings, plan)
         return Stage3(layers, settings, plan)
     return Stage12(layers, settings, plan)
+
+
+def is_plus(settings: DeepSpeedSettings) -> bool:
+    """Whether any part of ZeRO++ is on."""
+    return settings.stage == 3 and (
+        settings.zero_hpz_partition_size > 1 or settings.zero_quantized_weights or settings.zero_quantized_gradients
+    )
+
+
+def part_axes(settings: DeepSpeedSettings, axis: str, dp: int, num_gpus_per_node: int) -> tuple[str, ...]:
+    """Return the axes beside ``axis``, parts of it, whose groups ZeRO++ meets in."""
+    if not is_plus(settings):
+        return ()
+    near, per_node = min(settings.zero_hpz_partition_size, dp), min(num_gpus_per_node, dp)
+    found = [within(axis, near)] if near > 1 else []
+    if settings.zero_quantized_gradients and dp > per_node:
+        found += [within(axis, per_node), across(axis, per_node)]
+    return tuple(dict.fromkeys(found))
 
 
 def warnings(settings: DeepSpeedSettings, half: bool = True) -> tuple[str, ...]:
@@ -39,4 +62,6 @@ def warnings(settings: DeepSpeedSettings, half: bool = True) -> tuple[str, ...]:
     fp32 = (settings.grad_accum_dtype or "") in ("fp32", "float32", "float")
     if settings.stage == 1 and fp32 and half:
         found.append("deepspeed: fp32 gradient accumulation in stage 1 is not modelled; gradients accumulate in 16 bit")
+    if is_plus(settings) and settings.offload_param == "cpu":
+        found.append("deepspeed: with offload_param, what ZeRO++ gathers from is counted on the GPU and not copied")
     return tuple(found)
