@@ -91,6 +91,19 @@ CASES: dict[str, dict[str, Any]] = {
         "zero": {"stage": 3, "reduce_bucket_size": 500_000, "reduce_scatter": False},
     },
     "zero3-fp32": {"dtype": "fp32", "zero": {"stage": 3, "reduce_bucket_size": 400_000}},
+    "zero3-bf16-hpz": {
+        "dtype": "bf16",
+        "microbatches": 2,
+        "zero": {
+            "stage": 3,
+            "reduce_bucket_size": 500_000,
+            "zero_hpz_partition_size": 2,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 1_000,
+            "stage3_max_live_parameters": 1,
+            "stage3_max_reuse_distance": 0,
+        },
+    },
     # on a CPU the GPU's memory and the host's are one: their sum is what is seen
     "zero1-bf16-offload": {
         "dtype": "bf16",
