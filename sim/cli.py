@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from sim.errors import ScenarioError
+from sim.errors import Finding, ScenarioError
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -128,6 +128,97 @@ def explain(file: File, set_: Set = None, json: Json = False, quiet: Quiet = Fal
 
 
 @app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE FILE ...", help="Scenario files.", show_default=False)],
+    set_: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate several scenarios and show them side by side, relative to the first."""
+    from sim.pipeline import simulate
+    from sim.report.compare import comparison, print_comparison
+    from sim.scenario.load import load_scenario
+
+    findings: list[Finding] = []
+    scenarios = []
+    for file in files:
+        try:
+            scenarios.append(load_scenario(file, set_ or ()))
+        except ScenarioError as error:
+            findings += [finding for finding in error.findings if finding not in findings]
+    if findings:
+        raise ScenarioError(findings)
+    reports = []
+    with _progress("simulating", quiet) as step:
+        for scenario in scenarios:
+            step(scenario.name)
+            reports.append(simulate(scenario).report)
+    names = [file.stem if [f.stem for f in files].count(file.stem) == 1 else str(file) for file in files]
+    if json:
+        _print_json(comparison(reports, [str(file) for file in files]))
+    else:
+        print_comparison(_screen(), reports, names)
+    if not any(report.fits for report in reports):
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+@app.command()
+def validate(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE-or-DIR ...", help="Files of measured runs, or directories.", show_default=False),
+    ],
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Summaries only.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results", metavar="FILE.md", help="Write errors by source, GPU, strategy and size, and the worst."
+        ),
+    ] = None,
+    filter_: Annotated[
+        str, typer.Option("--filter", metavar="TEXT", help="Only runs whose file:id contains this.")
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="At most this many runs, evenly spread.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes; all cores if left out.")
+    ] = None,
+) -> None:
+    """Predict measured runs, and show measured, predicted and signed errors."""
+    from sim.validation.predict import select, validate
+    from sim.validation.runs import read_runs
+    from sim.validation.summary import result
+    from sim.validation.tables import print_validation
+
+    chosen = select(read_runs(files), filter_, limit)
+    if not any(file.runs for file in chosen):
+        raise ScenarioError([Finding("--filter", 0, f"no run's file:id contains {filter_!r}", "leave it out")])
+    with _progress("predicting", quiet) as step:
+        answered = validate(chosen, jobs, step)
+    if results is not None:
+        from sim.validation.results import results_markdown
+
+        words = [
+            *map(str, files),
+            *(["--filter", filter_] if filter_ else []),
+            *(["--limit", str(limit)] if limit else []),
+        ]
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(
+            results_markdown(answered, f"sim validate {' '.join(words)} --results {results}"), encoding="utf-8"
+        )
+    if json:
+        _print_json(result(answered))
+    else:
+        print_validation(_screen(), answered, quiet)
+    if defects := sum(row.failure.defect for row in answered.failed):
+        typer.echo(f"{defects} runs failed by a defect of sim; see them above\n{_DEFECT}", err=True)
+        raise typer.Exit(EXIT_DEFECT)
+
+
+@app.command()
 def catalog(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="gpu, node, network, link or model.")] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them.")] = None,
@@ -145,13 +236,18 @@ def catalog(
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(metavar="[scenario|topology]", help="Which schema.")] = "scenario",
+    kind: Annotated[str, typer.Argument(metavar="[scenario|topology|runs]", help="Which schema.")] = "scenario",
 ) -> None:
     """Print a JSON Schema, for editors and other programs."""
     from sim.catalog.json_schema import topology_schema
     from sim.scenario.load import scenario_json_schema
+    from sim.validation.runs import runs_schema
 
-    kinds: dict[str, Callable[[], dict[str, Any]]] = {"scenario": scenario_json_schema, "topology": topology_schema}
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {
+        "scenario": scenario_json_schema,
+        "topology": topology_schema,
+        "runs": lambda: runs_schema(scenario_json_schema()),
+    }
     if kind not in kinds:
         typer.echo(f"sim schema: there is no schema {kind!r}; write one of: {', '.join(kinds)}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT)

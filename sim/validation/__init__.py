@@ -1,0 +1,1 @@
+"""Measured runs against predicted ones: read, predict, compare, summarise."""

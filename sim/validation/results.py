@@ -1,0 +1,201 @@
+"""RESULTS.md: the errors by source, GPU, strategy and size, the worst, and what could not be predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sim.validation.predict import Comparison, Validation
+from sim.validation.summary import TIMES, Summary, by_quantity, grouped, reasons, sources_alike, summarise, time_errors
+from sim.validation.tables import grouped_failures, percent, show
+
+NUM_WORST = 10
+_SIZES = (
+    (1e9, "below 1 B"),
+    (5e9, "1 to 5 B"),
+    (2e10, "5 to 20 B"),
+    (1e11, "20 to 100 B"),
+    (float("inf"), "above 100 B"),
+)
+_HEADER = ("quantity", "number", "mean", "mean absolute", "median absolute", "worst")
+
+
+def results_markdown(validation: Validation, command: str) -> str:
+    """Return the page. The same bytes for the same validation; ``command`` is what makes it again."""
+    return "\n".join(_page(validation, command)).rstrip() + "\n"
+
+
+def _page(validation: Validation, command: str) -> Iterator[str]:
+    rows, failed = validation.comparisons, validation.failed
+    num_runs = sum(len(file.runs) for file in validation.files)
+    yield from (
+        "# Predicted against measured",
+        "",
+        "Errors are predicted / measured - 1: above zero is too slow, too large, or (of rates) too fast. No row is",
+        "tuned, none is left out; what a source leaves open is under `assumed` in its file.",
+        "",
+        f"{num_runs:,} measured runs of {sum(1 for file in validation.files if file.runs)} sources, "
+        f"{num_runs - len(failed):,} predicted, {len(failed):,} not (below, by reason). Made by",
+        "",
+        f"    {command}",
+        "",
+        "`time` is one figure for each run: its step time, or else the step time that its rate or MFU stands for.",
+        "For `fits` mean is the share of wrong answers and worst the number of runs that ran out of memory and are",
+        "predicted to fit.",
+        "",
+    )
+    yield from _section("All", rows, lambda row: "all")
+    alike = sources_alike(rows)
+    yield from ("### Each source weighing the same", "")
+    yield from _table(
+        ("quantity", "sources", "mean", "mean absolute", "median absolute"),
+        [
+            (name, str(m["sources"]), percent(m["mean_error"]), f"{m['mean_absolute_error']:.1%}",
+             f"{m['median_absolute_error']:.1%}")
+            for name, m in alike.items()
+        ],
+    )  # fmt: skip
+    yield from _section("By source", rows, lambda row: row.source, validation)
+    yield from _section("By GPU", rows, lambda row: row.prediction.gpu)
+    yield from _section("By framework and strategy", rows, lambda row: row.prediction.strategy)
+    yield from _section("By size of the model", rows, _size)
+    yield from _worst("time", [row for row in rows if row.quantity in TIMES])
+    yield from _worst("memory", [row for row in rows if row.quantity.endswith("_bytes")])
+    yield from _fits(rows)
+    yield from ("## Not predicted", "")
+    if failed:
+        by_file = grouped_failures(failed)
+        yield from _table(("source", "runs"), [(name, f"{len(found):,}") for name, found in by_file.items()])
+        yield from ("A run may have several reasons.", "")
+        yield from _table(("reason", "runs"), [(words, f"{count:,}") for words, count in reasons(failed)])
+    else:
+        yield from ("None.", "")
+    yield from ("## How figures were made comparable", "")
+    yield from (f"- {words}" for words in validation.assumptions)
+    yield from ("", "Sources:", "")
+    yield from (f"- `{file.name}`: {_cite(file.source)}" for file in validation.files if file.runs)
+
+
+def _section(
+    heading: str, rows: Sequence[Comparison], group: Callable[[Comparison], str], validation: Validation | None = None
+) -> Iterator[str]:
+    yield from (f"## {heading}", "")
+    groups = grouped(rows, group)
+    names = list(groups) if validation else sorted(groups, key=_order)
+    lines = []
+    for name in names:
+        for index, (quantity, summary) in enumerate(_summaries(groups[name]).items()):
+            lines.append((name if index == 0 else "", quantity, *_cells(quantity, summary)))
+    yield from _table((heading.removeprefix("By ").lower(), *_HEADER), lines)
+
+
+def _order(name: str) -> tuple[int, str]:
+    sizes = [words for _, words in _SIZES]
+    return (sizes.index(name) if name in sizes else 0, name)
+
+
+def _summaries(rows: Sequence[Comparison]) -> dict[str, Summary]:
+    """Return time first, then what the rows have of memory, then ``fits``."""
+    times = [error for error, _ in time_errors(rows)]
+    rest = {name: summary for name, summary in by_quantity(rows).items() if name not in TIMES}
+    return {**({"time": summarise(times)} if times else {}), **rest}
+
+
+def _cells(quantity: str, summary: Summary) -> tuple[str, ...]:
+    if quantity == "fits":
+        return f"{summary.count:,}", f"{summary.mean_error:.1%} wrong", "", "", f"{summary.optimistic} optimistic"
+    return (
+        f"{summary.count:,}",
+        percent(summary.mean_error),
+        f"{summary.mean_absolute_error:.1%}",
+        f"{summary.median_absolute_error:.1%}",
+        percent(summary.worst),
+    )
+
+
+def _size(row: Comparison) -> str:
+    return next(words for limit, words in _SIZES if row.prediction.parameters < limit)
+
+
+def _worst(words: str, rows: Sequence[Comparison]) -> Iterator[str]:
+    """The largest errors, one for each run; of time, by step time."""
+    if not rows:
+        return
+    yield from (f"## The {NUM_WORST} worst of {words}", "")
+    if words == "time":
+        candidates = time_errors(rows)
+    else:
+        by_run = grouped(rows, lambda row: f"{row.run.file}:{row.run.id}").values()
+        candidates = [(row.error, row) for row in (max(found, key=lambda row: abs(row.error)) for found in by_run)]
+    worst = sorted(candidates, key=lambda pair: (-abs(pair[0]), pair[1].source, pair[1].run.id))[:NUM_WORST]
+    yield from _table(
+        ("run", "scenario", "quantity", "measured", "predicted", f"error of {words}", "predicted step", "assumed"),
+        [
+            (
+                f"{row.source}:{row.run.id}",
+                _scenario(row),
+                row.quantity,
+                show(row.quantity, row.measured),
+                show(row.quantity, row.predicted),
+                percent(error),
+                _parts(row),
+                "; ".join(row.run.assumed),
+            )
+            for error, row in worst
+        ],
+    )
+
+
+def _scenario(row: Comparison) -> str:
+    parallelism, training = row.run.scenario.get("parallelism") or {}, row.run.scenario.get("training") or {}
+    axes = " ".join(f"{key}{value}" for key, value in parallelism.items() if isinstance(value, int) and value > 1)
+    return (
+        f"{row.prediction.parameters / 1e9:.3g} B, {row.prediction.num_gpus} x {row.prediction.gpu}, "
+        f"{row.prediction.strategy}, {axes}, microbatch {training.get('micro_batch_size')} x "
+        f"{training.get('sequence_length')}, batch {training.get('global_batch_size')}, {training.get('precision')}, "
+        f"recompute {training.get('recompute', 'none')}, {training.get('attention', 'sdpa')}"
+    )
+
+
+def _parts(row: Comparison) -> str:
+    total = sum(row.prediction.parts_s.values())
+    return ", ".join(
+        f"{part.replace('_', ' ')} {value / total:.0%}"
+        for part, value in row.prediction.parts_s.items()
+        if total and value >= 0.005 * total
+    )
+
+
+def _fits(rows: Sequence[Comparison]) -> Iterator[str]:
+    """Where the answer to the first question is wrong: measured runs that have a step count as runs that fit."""
+    ran = grouped(rows, lambda row: f"{row.run.file}:{row.run.id}")
+    wrong = [
+        found[0] for found in ran.values()
+        if found[0].run.measured.get("fits", True) != found[0].prediction.values["fits"]
+    ]  # fmt: skip
+    num_fit = sum(1 for found in ran.values() if found[0].run.measured.get("fits", True))
+    yield from (
+        "## Fits or not",
+        "",
+        f"Of {len(ran):,} predicted runs {num_fit:,} ran and {len(ran) - num_fit:,} ran out of memory. Wrong answers:",
+        "",
+    )
+    counted: dict[tuple[str, str], int] = {}
+    for row in wrong:
+        key = (row.source, "predicted to fit" if row.prediction.values["fits"] else "predicted not to fit")
+        counted[key] = counted.get(key, 0) + 1
+    yield from _table(("source", "wrong answer", "runs"), [(*key, f"{count:,}") for key, count in counted.items()])
+
+
+def _cite(source: dict[str, Any]) -> str:
+    return ", ".join(str(source[key]) for key in ("title", "url", "table", "commit", "date") if source.get(key))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    yield line(header)
+    yield "|" + "---|" * len(header)
+    yield from map(line, rows)
+    yield ""
