@@ -31,7 +31,7 @@ def outside_of(world: World, timeline: Timeline, cluster: Cluster, gpu: GpuFacts
 def _algorithms(timeline: Timeline) -> dict[tuple[int, str], list[str]]:
     """Return what each rank used on each axis: NCCL connects an algorithm when it first runs."""
     found: dict[tuple[int, str], dict[str, None]] = {}
-    for span in timeline.spans:
+    for span in timeline.distinct():
         if span.transfer is not None and span.kind == "collective" and span.transfer.num_ranks > 1:
             found.setdefault((span.rank, span.transfer.axis), {})[span.transfer.algorithm] = None
     return {key: list(names) for key, names in found.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sim.cluster.topology import Cluster, build_cluster
+from sim.cluster.topology import Cluster, build_cluster, degrade
 from sim.cost.model import CostModel, CostSettings
 from sim.engine.run import run
 from sim.ir.footprint import Footprint
@@ -37,13 +38,15 @@ class Simulation:
     report: Report
 
 
-def simulate(scenario: Scenario, *, record: bool = False) -> Simulation:
+def simulate(scenario: Scenario, *, record: bool = False, fold: bool = True) -> Simulation:
     """Answer one scenario. Pure: same scenario and catalogue, same report, byte for byte.
 
-    ``record`` keeps the allocator's history and the memory curve, for plots and snapshots.
+    ``record`` keeps the allocator's history and the memory curve, for plots and snapshots. Without ``fold`` every rank
+    is simulated by itself, which must not change the answer.
     """
     gpu = scenario.cluster.gpu
-    cluster = build_cluster(scenario.cluster)
+    faults = scenario.faults
+    cluster = degrade(build_cluster(scenario.cluster), faults.links)
     dtypes = dtypes_of(scenario)
     ledger = describe(
         scenario.model,
@@ -53,8 +56,9 @@ def simulate(scenario: Scenario, *, record: bool = False) -> Simulation:
         autocast=dtypes.autocast,
         flash=gpu.compute_capability >= (8, 0),
     )
-    world = lower(ledger, scenario)
-    cost = CostModel(cluster, gpu, CostSettings(compiled=scenario.training.compile))
+    slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
+    world = _folded(lower(ledger, scenario), cluster, slow, fold)
+    cost = CostModel(cluster, gpu, CostSettings(compiled=scenario.training.compile, slow=slow))
     timeline = run(world, cost)
     outside = outside_of(world, timeline, cluster, gpu)
     allocators = {rank: _allocator(scenario, beside) for rank, beside in outside.items()}
@@ -75,6 +79,16 @@ def simulate(scenario: Scenario, *, record: bool = False) -> Simulation:
         ),
     )
     return Simulation(scenario, cluster, ledger, world, timeline, held, report)
+
+
+def _folded(world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool) -> World:
+    """Return the world with the classes that its ranks form on this machine: one on one node without faults."""
+    if fold and len(world.programs) == 1 and cluster.num_nodes == 1 and not slow and not cluster.degraded:
+        return world
+    from sim.cluster.symmetry import places_of
+    from sim.parallel.fold import refold
+
+    return refold(world, speeds=slow, places=places_of(cluster, num_ranks=world.world_size), folded=fold)
 
 
 def _allocator(scenario: Scenario, outside: Outside) -> AllocatorSettings:

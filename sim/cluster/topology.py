@@ -26,7 +26,7 @@ from sim.ir.traffic import Link
 if TYPE_CHECKING:
     import networkx
 
-    from sim.scenario.schema import ClusterSpec
+    from sim.scenario.schema import ClusterSpec, DegradedLink
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +175,9 @@ class Cluster:
         domain = int(node[4:]) if node.startswith("node") and node[4:].isdigit() else -1
         if not 0 <= domain < self.num_domains:
             return ()
+        kinds = dict(self.spec.node.devices)
+        stands = {device.kind: device.name for device in self.node.devices if device.kind == "nvswitch"}
+        device, other = (stands.get(kinds.get(name, ""), name) for name in (device, other))
         wanted = (f"{device}>{other}", f"{other}>{device}")
         base = domain * self.links_per_domain
         return tuple(base + i for i, link in enumerate(self._local_links) if link.name in wanted)
@@ -471,6 +474,15 @@ def build_node(facts: NodeFacts, links: Mapping[str, LinkFacts], peer_to_peer: b
         gpu_peer_to_peer=peer_to_peer,
         p2p_across_sockets=facts.cpu_vendor == "amd" and len(gpus) <= 2,
     )
+
+
+def degrade(cluster: Cluster, links: Sequence[DegradedLink]) -> Cluster:
+    """Return the machine with some wires, both ways, at a part of their bytes per second."""
+    degraded = dict(cluster.degraded)
+    for fault in links:
+        for link in cluster.links_between(*fault.between):
+            degraded[link] = degraded.get(link, 1.0) * fault.factor
+    return replace(cluster, degraded=degraded, memo={}, _routes={})
 
 
 def build_cluster(spec: ClusterSpec, links: Mapping[str, LinkFacts] | None = None) -> Cluster:

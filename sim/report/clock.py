@@ -17,8 +17,8 @@ def clock_of(timeline: Timeline, rank: int) -> Callable[[Position], int]:
     the time of the kernel for which it was taken.
     """
     starts: list[tuple[Position, int]] = []
-    for span in timeline.spans:
-        if span.rank != rank or span.kind != "compute":
+    for span in timeline.of(rank):
+        if span.kind != "compute":
             continue
         call = span.position[0]
         if span.kernels:

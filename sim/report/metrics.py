@@ -48,9 +48,7 @@ def slowest_rank(timeline: Timeline) -> int:
 def step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
     """Return ticks by part for one rank; they add up to ``timeline.end``."""
     layers: list[list[Interval]] = [[] for _ in range(6)]
-    for span in timeline.spans:
-        if span.rank != rank:
-            continue
+    for span in timeline.of(rank):
         in_optimizer = span.phase == "optimizer"
         if span.kind == "compute":
             layers[_OPTIMIZER if in_optimizer else _COMPUTE].extend(busy(span))
@@ -79,10 +77,10 @@ def step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
 
 def communication(timeline: Timeline, rank: int) -> tuple[CommunicationTotal, ...]:
     """Return the totals by kind and axis, largest exposed time first."""
-    computing = merge(i for s in timeline.spans if s.rank == rank and s.kind == "compute" for i in busy(s))
+    computing = merge(i for s in timeline.of(rank) if s.kind == "compute" for i in busy(s))
     groups: dict[tuple[str, str], list[Span]] = defaultdict(list)
-    for span in timeline.spans:
-        if span.rank == rank and span.transfer is not None:
+    for span in timeline.of(rank):
+        if span.transfer is not None:
             groups[span.transfer.kind, span.transfer.axis].append(span)
     totals = []
     for (kind, axis), spans in groups.items():

@@ -447,6 +447,42 @@ def secondary_partitions_divide(d: Draft) -> Iterator[Problem]:
         )
 
 
+def faults_are_somewhere(d: Draft) -> Iterator[Problem]:
+    """A slow rank exists, and a degraded link is one of the machine's."""
+    for entry in d.faults.get("slow", ()):
+        if entry["rank"] >= d.num_gpus:
+            yield Problem(
+                ("faults",), f"faults.slow: there is no rank {entry['rank']}", f"ranks are 0 to {d.num_gpus - 1}"
+            )
+    kinds = dict(d.node.devices)
+    wired = {frozenset((_switch(kinds, a), _switch(kinds, b))) for a, b, _, _ in d.node.wires}
+    for entry in d.faults.get("links", ()):
+        a, b = entry["between"]
+        if not _is_link(a, b, kinds, wired, d.num_nodes) and not _is_link(b, a, kinds, wired, d.num_nodes):
+            yield Problem(
+                ("faults",),
+                f"faults.links: no wire leads from {a} to {b}",
+                "write two devices that a wire joins, as the node's file names them: [node0.gpu0, node0.nvswitch0], "
+                "[node0.nic0, leaf], or [leaf0, spine]",
+            )
+
+
+def _switch(kinds: dict[str, str], name: str) -> str:
+    """NVSwitches of a node act as one."""
+    return "nvswitch" if kinds.get(name) == "nvswitch" else name
+
+
+def _is_link(a: str, b: str, kinds: dict[str, str], wired: set[frozenset[str]], num_nodes: int) -> bool:
+    node, _, device = a.partition(".")
+    if b == "spine":
+        return a.startswith("leaf") and a[4:].isdigit()
+    if not (node.startswith("node") and node[4:].isdigit() and int(node[4:]) < num_nodes):
+        return False
+    if b == "leaf":
+        return kinds.get(device) == "nic"
+    return frozenset((_switch(kinds, device), _switch(kinds, b.removeprefix(f"{node}.")))) in wired
+
+
 RULES: tuple[Rule, ...] = (
     kv_heads_divide_heads,
     heads_have_a_width,

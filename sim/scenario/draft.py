@@ -87,5 +87,6 @@ class Draft(_Partial):
     compile: bool
     code: str
     deepspeed: DeepSpeedReading | None
+    faults: Any
     offload_optimizer: str
     offload_param: str

@@ -69,6 +69,9 @@ def plain(scenario: Scenario) -> dict[str, Any]:
     if (split := scenario.allocator.max_split_size_bytes) is not None:
         allocator["max_split_size"] = size_text(split)
     data["allocator"] = allocator
+    faults = {key: list(entries) for key, entries in scenario.faults.model_dump(mode="json").items() if entries}
+    if faults:
+        data["faults"] = faults
     data["sources"] = dict(scenario.sources)
     if scenario.warnings:
         data["warnings"] = list(scenario.warnings)

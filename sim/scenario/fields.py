@@ -62,6 +62,45 @@ def _axis_order(value: object) -> tuple[str, ...]:
     return axes
 
 
+_FACTOR = number(1e-6, 1.0, "0.8", "What is left of it: 0.8 is four fifths of its speed.")
+_SLOW: dict[str, Key] = {"rank": integer(0, 2**20, 17, "The rank.", required=True), "factor": _FACTOR}
+_LINK: dict[str, Key] = {
+    "between": _anything(
+        {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
+        "Two devices: [node0.gpu3, node0.nvswitch0], [node0.nic1, leaf], [leaf2, spine].",
+    ),
+    "factor": _FACTOR,
+}
+
+
+def _faults(value: object) -> dict[str, Any]:
+    """Return ``slow`` and ``links`` as lists of their entries."""
+    example = "write slow: [{rank: 17, factor: 0.8}] or links: [{between: [node0.nic1, leaf], factor: 0.5}]"
+    if not isinstance(value, Mapping) or any(key not in ("slow", "links") for key in value):
+        raise WrongValueError(f"{show(value)} are no faults", example)
+    found: dict[str, Any] = {}
+    for key, table in (("slow", _SLOW), ("links", _LINK)):
+        entries = value.get(key, [])
+        if not isinstance(entries, list):
+            raise WrongValueError(f"{key} is not a list", example)
+        found[key] = []
+        for entry in entries:
+            problems: list[Problem] = []
+            read, _ = read_mapping(entry, table, ("faults", key), problems)
+            if not problems and set(read) != set(table):
+                problems = [Problem((), f"an entry of {key} needs {' and '.join(table)}", example)]
+            if problems:
+                raise WrongValueError(problems[0].problem, problems[0].remedy)
+            if key == "links" and not _two_names(read["between"]):
+                raise WrongValueError(f"{show(read['between'])} are not two devices", example)
+            found[key].append(read)
+    return found
+
+
+def _two_names(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
+
+
 TOP: dict[str, Key] = {
     "name": text("a name", "a name for the report", "What the report calls it; the file's name if left out."),
     "model": _anything({}, "write a name such as llama-2-70b, the path of a config.json, or the config itself", True),
@@ -75,6 +114,14 @@ TOP: dict[str, Key] = {
     "allocator": _anything({}, "PyTorch's caching allocator, as PYTORCH_ALLOC_CONF sets it."),
     "parallelism": _anything({}, "What is left out is 1; dp, if left out, is what remains."),
     "training": _anything({}, "write at least sequence_length and micro_batch_size", True),
+    "faults": Key(
+        _faults,
+        {"type": "object", "properties": {
+            "slow": {"type": "array", "items": mapping_schema(_SLOW)},
+            "links": {"type": "array", "items": mapping_schema(_LINK)},
+        }, "additionalProperties": False},
+        "What is not as good as it should be: slow GPUs, degraded links.",
+    ),
     "sources": _anything({"type": "object"}, "Where values come from; written by sim into resolved scenarios."),
     "warnings": _anything({"type": "array"}, "What was assumed; written by sim into resolved scenarios."),
 }

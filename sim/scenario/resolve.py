@@ -22,6 +22,7 @@ from sim.scenario.schema import (
     AllocatorConfig,
     ClusterSpec,
     DdpSettings,
+    Faults,
     Fsdp1Settings,
     Fsdp2Settings,
     MegatronSettings,
@@ -617,7 +618,10 @@ class _Resolver:
             self.sources[path] = "sim's default"
         else:
             defaults = {
-                "deepspeed": (DeepSpeedSettings().gradient_clipping, "DeepSpeed's default (deepspeed/runtime/constants.py)"),
+                "deepspeed": (
+                    DeepSpeedSettings().gradient_clipping,
+                    "DeepSpeed's default (deepspeed/runtime/constants.py)",
+                ),
                 "megatron": (1.0, "Megatron's default (megatron/training/arguments.py)"),
             }
             value, self.sources[path] = defaults.get(framework or "", (0.0, "no clipping, as it is left out"))
@@ -845,6 +849,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     megatron = r.settings("megatron", fields.MEGATRON, top.get("megatron"), framework, "megatron")
     r.megatron(megatron, framework)
     allocator = _allocator(r, top.get("allocator"))
+    d.faults = top.get("faults", {})
     r.problems = [_sent_home(problem) for problem in r.problems]
     r.problems.extend(run_rules(d))
     if simulate:
@@ -984,6 +989,7 @@ def _scenario(
         fsdp1=Fsdp1Settings(**fsdp1),
         megatron=MegatronSettings(**megatron),
         allocator=AllocatorConfig(**allocator),
+        faults=Faults(**top.get("faults", {})),
         sources=dict(sorted(sources.items())),
         warnings=tuple(warnings),
     )

@@ -223,6 +223,28 @@ class AllocatorConfig(_Frozen):
     garbage_collection_threshold: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
+class SlowRank(_Frozen):
+    """A GPU that runs its kernels at ``factor`` of their speed."""
+
+    rank: int = Field(ge=0)
+    factor: float = Field(gt=0, le=1)
+
+
+class DegradedLink(_Frozen):
+    """A wire, both ways, that carries ``factor`` of its bytes per second. Devices by the names of the cluster's graph:
+    ``node0.gpu3`` and ``node0.nvswitch0``, ``node0.nic1`` and ``leaf``, ``leaf2`` and ``spine``."""
+
+    between: tuple[str, str]
+    factor: float = Field(gt=0, le=1)
+
+
+class Faults(_Frozen):
+    """What is not as good as the catalogue says."""
+
+    slow: tuple[SlowRank, ...] = ()
+    links: tuple[DegradedLink, ...] = ()
+
+
 class Scenario(_Frozen):
     """One resolved question."""
 
@@ -238,6 +260,7 @@ class Scenario(_Frozen):
     fsdp1: Fsdp1Settings = Fsdp1Settings()
     megatron: MegatronSettings = MegatronSettings()
     allocator: AllocatorConfig = AllocatorConfig()
+    faults: Faults = Faults()
     sources: dict[str, str] = Field(default_factory=dict)
     """dotted path of a resolved value -> where it comes from, for values that the file does not give."""
     warnings: tuple[str, ...] = ()
