@@ -1,4 +1,4 @@
-"""Train a small GPT under FSDP2 (``fully_shard``) on the CPU with gloo, and write down what it really did.
+"""Train a small GPT under FSDP2 (``fully_shard``) and FSDP1 on the CPU with gloo, and write down what they really did.
 
 ``python validation/real/fsdp2.py 2`` prints, for each case, the collectives of a steady step (kind, bytes, ranks) and
 the live bytes of every rank at its borders, as JSON. :func:`measure` is for tests.
@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,16 @@ CASES: dict[str, dict[str, Any]] = {
     "hsdp": {"replicas": 2, "param_dtype": "bf16", "reduce_dtype": "fp32", "microbatches": 2, "clipping": 1.0},
     "hsdp-fp32": {"replicas": 2, "sizes": UNEVEN},
     "reshard-to-2": {"reshard": 2, "param_dtype": "bf16", "reduce_dtype": "fp32"},
+    "fsdp1-full": {"strategy": "FULL_SHARD", "param_dtype": "bf16", "reduce_dtype": "fp32", "clipping": 1.0},
+    "fsdp1-full-uneven": {"strategy": "FULL_SHARD", "param_dtype": "bf16", "sizes": UNEVEN, "checkpoint": True},
+    "fsdp1-orig-uneven": {"strategy": "FULL_SHARD", "param_dtype": "bf16", "sizes": UNEVEN, "orig": True},
+    "fsdp1-accumulate": {"strategy": "FULL_SHARD", "microbatches": 3, "param_dtype": "bf16", "reduce_dtype": "fp32"},
+    "fsdp1-no-sync": {"strategy": "FULL_SHARD", "microbatches": 3, "sync": "last", "param_dtype": "bf16"},
+    "fsdp1-grad-op": {"strategy": "SHARD_GRAD_OP", "microbatches": 2, "param_dtype": "bf16", "reduce_dtype": "fp32"},
+    "fsdp1-post": {"strategy": "FULL_SHARD", "prefetch": "BACKWARD_POST", "forward_prefetch": True},
+    "fsdp1-hybrid": {"strategy": "HYBRID_SHARD", "replicas": 2, "param_dtype": "bf16", "reduce_dtype": "fp32"},
 }
-"""Cases with ``replicas`` or a number for ``reshard`` need four ranks."""
+"""Cases with ``replicas`` or a number for ``reshard`` need four ranks; those with a ``strategy`` are FSDP1's."""
 
 
 def cases(num_ranks: int) -> tuple[str, ...]:
@@ -147,37 +157,15 @@ def build(sizes: dict[str, int], checkpoint: bool) -> Any:
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps of one case; write down the last."""
     import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn import functional
 
     torch.manual_seed(0)
     gc.collect()
     before = set(storages())
     sizes = case.get("sizes", EVEN)
-    world = torch.distributed.get_world_size()
-    replicas = case.get("replicas", 1)
-    shape, names = ((replicas, world // replicas), ("replicate", "shard")) if replicas > 1 else ((world,), ("shard",))
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
-    settings = {
-        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=names),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=dtypes[case.get("param_dtype")], reduce_dtype=dtypes[case.get("reduce_dtype")]
-        ),
-    }
     model = build(sizes, case.get("checkpoint", False))
     shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
-    reshard = case.get("reshard", True)
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=reshard, **settings)
-    if case.get("separate"):  # as torchtitan does
-        fully_shard([model.wte, model.wpe], reshard_after_forward=reshard, **settings)
-        fully_shard([model.ln_f, model.head], reshard_after_forward=False, **settings)
-        fully_shard(model, **settings)
-    elif case.get("reshard_root"):
-        fully_shard(model, reshard_after_forward=True, **settings)
-    else:
-        fully_shard(model, **settings)
+    model = wrap1(case, model) if "strategy" in case else wrap2(case, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     collectives: list[tuple[str, int, int]] = []
     recorder = _recorder(collectives)
@@ -190,10 +178,12 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         marks.clear()
         live.clear()
         for microbatch in range(microbatches):
-            if case.get("sync") == "last":
-                model.set_requires_gradient_sync(microbatch == microbatches - 1)
+            last = microbatch == microbatches - 1
+            whole = case.get("sync") == "last" and not last
+            if "strategy" not in case:
+                model.set_requires_gradient_sync(not whole)
             tokens = torch.randint(sizes["vocabulary"], (BATCH, SEQUENCE))
-            with recorder():
+            with model.no_sync() if "strategy" in case and whole else nullcontext(), recorder():
                 logits = model(tokens)
                 marks.append(len(collectives))
                 functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()).backward()
@@ -201,7 +191,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             del logits, tokens
             live.append(live_bytes(before) if counts else 0)
         with recorder():
-            if case.get("clipping"):
+            if case.get("clipping") and "strategy" in case:
+                model.clip_grad_norm_(case["clipping"])
+            elif case.get("clipping"):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), case["clipping"])
             optimizer.step()
         live.append(live_bytes(before) if counts else 0)
@@ -213,8 +205,62 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def wrap1(case: dict[str, Any], model: Any) -> Any:
+    """Return the model with FSDP1 around each block and around it."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+    param, reduce = dtypes[case.get("param_dtype")], dtypes[case.get("reduce_dtype")]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if "replicas" in case else None
+    return FullyShardedDataParallel(
+        model,
+        device_mesh=mesh,
+        sharding_strategy=ShardingStrategy[case["strategy"]],
+        auto_wrap_policy=ModuleWrapPolicy({type(model.blocks[0])}),
+        mixed_precision=MixedPrecision(param_dtype=param, reduce_dtype=reduce),
+        backward_prefetch=BackwardPrefetch[case.get("prefetch", "BACKWARD_PRE")],
+        forward_prefetch=case.get("forward_prefetch", False),
+        use_orig_params=case.get("orig", False),
+        device_id=torch.device("cpu"),
+    )
+
+
+def wrap2(case: dict[str, Any], model: Any) -> Any:
+    """Return the model with ``fully_shard`` on each block and on it."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    world = torch.distributed.get_world_size()
+    replicas = case.get("replicas", 1)
+    shape, names = ((replicas, world // replicas), ("replicate", "shard")) if replicas > 1 else ((world,), ("shard",))
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+    settings = {
+        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtypes[case.get("param_dtype")], reduce_dtype=dtypes[case.get("reduce_dtype")]
+        ),
+    }
+    reshard = case.get("reshard", True)
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=reshard, **settings)
+    if case.get("separate"):  # as torchtitan does
+        fully_shard([model.wte, model.wpe], reshard_after_forward=reshard, **settings)
+        fully_shard([model.ln_f, model.head], reshard_after_forward=False, **settings)
+        fully_shard(model, **settings)
+    elif case.get("reshard_root"):
+        fully_shard(model, reshard_after_forward=True, **settings)
+    else:
+        fully_shard(model, **settings)
+    return model
+
+
 def live_bytes(before: set[int]) -> int:
     """Return the bytes of all storages that a Python object reaches, each counted once, without those from before."""
+    time.sleep(0.02)  # gloo's threads let go of their tensors a moment after the call returns
     gc.collect()
     return sum(num_bytes for pointer, num_bytes in storages().items() if pointer not in before)
 
@@ -226,7 +272,10 @@ def storages() -> dict[int, int]:
 
     found: dict[int, int] = {}
     for tensor in [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]:
-        for each in (tensor, tensor.grad if tensor.is_leaf else None):
+        gradient = None
+        with suppress(RuntimeError):  # FSDP1's views of a flat parameter that is gone
+            gradient = tensor.grad if tensor.is_leaf else None
+        for each in (tensor, gradient):
             local = each.to_local() if isinstance(each, DTensor) else each
             if local is not None and local.device.type == "cpu" and local.layout == torch.strided:
                 storage = local.untyped_storage()
@@ -243,14 +292,15 @@ def _recorder(collectives: list[tuple[str, int, int]]) -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     def size(value: Any) -> int:
-        while isinstance(value, (list, tuple)):
-            value = value[0]
+        if isinstance(value, (list, tuple)):
+            return sum(size(each) for each in value)
         return int(value.numel() * value.element_size())
 
     # which argument holds the tensor whose size counts: the output of an all-gather, the input of a reduce-scatter
     counted = {
         "allreduce_": ("all_reduce", 0),
         "_allgather_base_": ("all_gather", 0),
+        "allgather_": ("all_gather", 0),
         "_reduce_scatter_base_": ("reduce_scatter", 1),
         "broadcast_": ("broadcast", 0),
     }
