@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -228,3 +229,21 @@ def test_sequence_parallelism_moves_what_reductions_moved(ledger: Ledger, plan: 
         return sum(e.tensor.num_bytes for op in layer.forward if (e := op.exchange) is not None and e.kind == kind)
 
     assert volume(with_sp, "reduce_scatter") == volume(without, "all_reduce")
+
+
+def visits(ops: tuple[Op, ...]) -> list[str]:
+    """The modules that are entered, one after the other."""
+    return [
+        op.module for before, op in itertools.pairwise((None, *ops)) if before is None or before.module != op.module
+    ]
+
+
+@given(ledgers(("flash-2", "cudnn")), st.one_of(tensor_plans(), context_plans))
+def test_modules_are_entered_in_the_same_order(ledger: Ledger, plan: ShardPlan) -> None:
+    """An exchange belongs to a module that is entered anyway: hooks of ZeRO and FSDP see no other order."""
+    if not fits(ledger, plan):
+        return
+    for layer in ledger.layers:
+        local = shard(layer, plan)
+        assert visits(local.forward) == visits(layer.forward)
+        assert visits(local.backward) == visits(layer.backward)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
+from engine_world import UNIT_S, UnitCost
 
-from sim.ir.ledger import Attention, Layer, Op
-from sim.ir.program import Recv, Send, Wait
+from sim.engine.run import run
+from sim.ir.ledger import Attention, Kernel, Layer, Ledger, Op
+from sim.ir.program import Call, Communicator, Free, Instruction, Program, Recv, Send, Storage, Wait, World
 from sim.model.transformer import describe
-from sim.parallel.emit import Recompute, plan_layer
-from sim.parallel.shard import CP_AXIS, CP_RING_AXIS, ShardPlan, shard
+from sim.parallel.emit import Emitter, Recompute, plan_layer
+from sim.parallel.shard import CP_AXIS, CP_RING_AXIS, ShardPlan, shard, shard_ledger
 from sim.scenario.schema import ModelConfig, Training
 
 B, S, H, A, K = 1, 1024, 256, 8, 4
@@ -19,7 +22,7 @@ KV = 2 * 2 * B * S * K * (H // A)
 """Bytes of keys and values of the whole sequence, 16 bit."""
 
 
-def block(**more: Any) -> Layer:
+def ledger(**more: Any) -> Ledger:
     model = ModelConfig(
         hidden_size=H, intermediate_size=768, num_hidden_layers=1, num_attention_heads=A, num_key_value_heads=K,
         head_dim=H // A, vocab_size=1024,
@@ -31,7 +34,11 @@ def block(**more: Any) -> Layer:
         }
         | more
     )  # fmt: skip
-    return describe(model, training, parameter_dtype="bf16", compute_dtype="bf16", autocast=False).layers[1]
+    return describe(model, training, parameter_dtype="bf16", compute_dtype="bf16", autocast=False)
+
+
+def block(**more: Any) -> Layer:
+    return ledger(**more).layers[1]
 
 
 def messages(ops: tuple[Op, ...]) -> list[tuple[str, str, int]]:
@@ -76,7 +83,8 @@ def test_ring_sends_and_receives_at_once() -> None:
     steps = plan_layer(found, Recompute(), "bf16").forward
     (send,) = [s for s in steps if isinstance(s, Send)]
     (recv,) = [s for s in steps if isinstance(s, Recv)]
-    assert (send.axis, send.tensor_bytes) == (recv.axis, recv.tensor_bytes) == (CP_RING_AXIS, KV // 2)
+    assert (send.axis, send.tensor_bytes) == (f"{CP_RING_AXIS}.send", KV // 2)
+    assert (recv.axis, recv.tensor_bytes) == (f"{CP_RING_AXIS}.recv", KV // 2)
     assert send.stream != recv.stream
     assert any(isinstance(s, Wait) and s.stream == "compute" and s.event == send.name for s in steps)
 
@@ -140,3 +148,60 @@ def test_tensor_parallelism_divides_the_messages() -> None:
     assert ring == [KV // 4]
     gathers = [n for kind, axis, n in messages(found.forward) if kind == "all_gather"]
     assert gathers == [2 * B * (S // 2) * H] * 2
+
+
+class NoHooks:
+    """A framework that does nothing but free gradients."""
+
+    def pre_forward(self, layer: int, module: str, recomputing: bool) -> tuple[Instruction, ...]:
+        return ()
+
+    def post_forward(self, layer: int, module: str, recomputing: bool) -> tuple[Instruction, ...]:
+        return ()
+
+    def pre_backward(self, layer: int, module: str) -> tuple[Instruction, ...]:
+        return ()
+
+    def post_backward(self, layer: int, module: str) -> tuple[Instruction, ...]:
+        return ()
+
+    def gradient_ready(self, layer: int, parameter: str, gradient: Storage) -> tuple[Instruction, ...]:
+        return (Free(gradient),)
+
+    def end_of_backward(self) -> tuple[Instruction, ...]:
+        return ()
+
+
+class SameCost(UnitCost):
+    """One unit for every kernel."""
+
+    def kernel_s(self, kernel: Kernel, rank: int) -> float:
+        return UNIT_S
+
+    def launch_s(self, kernel: Kernel, rank: int) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("how", ["p2p", "all_gather", "a2a"])
+def test_ranks_meet(how: str) -> None:
+    """Four ranks, tp 2 and cp 2, run to the end, folded into one class."""
+    plan = ShardPlan(tp=2, sp=True, cp=2, cp_comm=how)  # type: ignore[arg-type]
+    found = shard_ledger(ledger(), plan)
+    emitter = Emitter(found.layers, found.batch_inputs, Recompute("full"), "bf16")
+    passes = emitter.passes(NoHooks())
+    calls = (Call("forward"), Call("backward"))
+    sides = {f"{CP_RING_AXIS}.{side}": CP_RING_AXIS for side in ("send", "recv")}
+    axes = {"tp": "tp", CP_AXIS: CP_AXIS} | sides
+    chunks = {"forward": passes.forward, "backward": passes.backward}
+    program = Program((0, 1, 2, 3), 0, chunks, (), calls, calls, axes)
+    groups = {
+        "tp": ((0, 1), (2, 3)),
+        CP_AXIS: ((0, 2), (1, 3)),
+        CP_RING_AXIS: ((0, 2), (2, 0), (1, 3), (3, 1)),
+    }
+    communicators = {axis: Communicator(axis, axis, pairs, (0,)) for axis, pairs in groups.items()}
+    timeline = run(World(4, (program,), communicators), SameCost())
+    sent = [span for span in timeline.spans if span.transfer is not None]
+    expected = [m for layer in found.layers for ops in (layer.forward, layer.backward) for m in messages(ops)]
+    again = messages(found.layers[1].forward)  # recomputed
+    assert Counter(span.name for span in sent if span.kind != "send").total() == len(expected) + len(again)
