@@ -12,10 +12,11 @@ from typing import Protocol, cast
 
 from sim.cluster.symmetry import Places
 from sim.ir.ledger import Layer, Ledger
-from sim.ir.program import Alloc, Call, Chunk, Instruction, Mark, Program, Storage, World
+from sim.ir.program import Alloc, Call, Chunk, Collective, Instruction, Mark, Program, Storage, World
 from sim.parallel.cublas import workspaces
 from sim.parallel.emit import Emitter, Hooks, Recompute
-from sim.parallel.mesh import ORDERS, Mesh, mesh_of
+from sim.parallel.frameworks.plan import Plan
+from sim.parallel.mesh import ORDERS, Mesh, across, mesh_of, within
 from sim.parallel.pipelining import (
     DEEPSPEED,
     MEGATRON,
@@ -160,16 +161,19 @@ def lower(ledger: Ledger, scenario: Scenario, places: Places | None = None, *, f
     from sim.parallel.fold import fold
 
     colours = [mesh.coordinates(rank)["pp"] for rank in range(mesh.world_size)]
-    pairs = _pairs(job)
-    folding = fold(mesh, colours, axes=_axes(job), pairs=pairs, places=places, folded=folded)
-    written: dict[int, Program] = {}
-    programs = []
-    for ranks, axes in zip(folding.classes, folding.axes, strict=True):
-        stage = colours[ranks[0]]
-        if stage not in written:
-            written[stage] = _program(job, stage, num_ranks)
-        programs.append(replace(written[stage], ranks=ranks, axes=dict(axes)))
-    return World(mesh.world_size, tuple(programs), folding.communicators)
+    written = [_program(job, stage, num_ranks) for stage in range(num_ranks)]
+    folding = fold(mesh, colours, axes=_axes(written), pairs=_pairs(job), places=places, folded=folded)
+    programs = tuple(
+        replace(written[colours[ranks[0]]], ranks=ranks, axes=dict(axes))
+        for ranks, axes in zip(folding.classes, folding.axes, strict=True)
+    )
+    return World(mesh.world_size, programs, folding.communicators)
+
+
+def _axes(programs: Sequence[Program]) -> list[str]:
+    """Return the axes on which the programs have collectives, in the order in which they come up."""
+    chunks = {id(chunk): chunk for program in programs for chunk in program.chunks.values()}
+    return list(dict.fromkeys(i.axis for chunk in chunks.values() for i in chunk if i.__class__ is Collective))
 
 
 def _job(ledger: Ledger, scenario: Scenario) -> _Job:
@@ -234,22 +238,6 @@ def _messages(scenario: Scenario, chunks: int) -> Messages:
     return DEEPSPEED if scenario.framework == "deepspeed" else TORCH
 
 
-def _axes(job: _Job) -> list[str]:
-    """Return the axes whose groups meet in collectives."""
-    parallelism = job.scenario.parallelism
-    axes = [job.dp_axis]
-    axes += [axis for axis in ("tp", "cp") if getattr(parallelism, axis) > 1]
-    if job.scenario.framework == "megatron":
-        axes.append(_norm_axis(job.scenario))
-    if job.scenario.framework == "deepspeed":
-        from sim.parallel.frameworks.deepspeed import part_axes
-
-        axes += part_axes(job.scenario.deepspeed, job.dp_axis, job.dp, job.scenario.cluster.gpus_per_node)
-    if parallelism.pp > 1 and any(stage.tied for stage in job.stages):
-        axes.append("embedding")
-    return axes
-
-
 def _norm_axis(scenario: Scenario) -> str:
     """Return the ranks over which Megatron adds up the norm: all of them where each has a shard of the gradients."""
     return "world" if scenario.megatron.use_distributed_optimizer else "model"
@@ -282,12 +270,12 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
         "workspaces": workspaces(scenario.cluster.gpu.compute_capability),
     }
     setup = [Call("setup")]
-    exchange = Exchange(
-        rank, num_ranks, job.num_chunks, job.placement, [emitter.border for emitter in emitters], job.messages
-    )
     if job.messages.buffers and num_ranks > 1:
         chunks["buffers"] = _receive_buffers(emitters, scenario.num_microbatches)
         setup.append(Call("buffers"))
+    exchange = Exchange(
+        rank, num_ranks, job.num_chunks, job.placement, [emitter.border for emitter in emitters], job.messages
+    )
     order = job.orders[rank]
     delay = rank if job.num_chunks > 1 else 0
     passes = _passes(chunks, "first." if framework.passes_differ else "", order, emitters, framework, exchange, delay)
@@ -462,19 +450,7 @@ def _of_stage(job: _Job, stage: Stage, emitter: Emitter) -> Framework:
             optimizer=training.optimizer,
             gradient_clipping=training.gradient_clipping,
         )
-    from sim.parallel.frameworks.plan import Plan
-
-    plan = Plan(
-        dp=job.dp,
-        parameter_dtype=job.ledger.parameter_dtype,
-        master=job.ledger.parameter_dtype != "fp32",
-        num_microbatches=scenario.num_microbatches,
-        optimizer=training.optimizer,
-        dp_axis=job.dp_axis,
-        num_gpus_per_node=scenario.cluster.gpus_per_node,
-        root_modules=2 if training.code == "huggingface" else 1,
-        gpu_memory_bytes=scenario.cluster.gpu.total_memory_bytes - scenario.cluster.gpu.cuda_context_bytes,
-    )
+    plan = _plan(job, scenario)
     if scenario.framework == "deepspeed":
         from sim.parallel.frameworks.deepspeed import deepspeed
         from sim.parallel.frameworks.deepspeed_stage3 import Stage3
@@ -483,4 +459,39 @@ def _of_stage(job: _Job, stage: Stage, emitter: Emitter) -> Framework:
         if isinstance(framework, Stage3):
             framework.use_trace(emitter)
         return framework
-    raise AssertionError(f"no lowering for framework {scenario.framework}")
+    if scenario.framework == "fsdp2":
+        from sim.parallel.frameworks.fsdp2 import fsdp2
+
+        return fsdp2(stage.layers, scenario.fsdp2, plan)
+    from sim.parallel.frameworks.fsdp1 import fsdp1
+
+    return fsdp1(stage.layers, scenario.fsdp1, plan)
+
+
+def _plan(job: _Job, scenario: Scenario) -> Plan:
+    """Return the plan of a framework that shards over the ranks with the same parameters, or over a part of them."""
+    training, axis = scenario.training, job.dp_axis
+    shard, resharded = job.dp, 0
+    if scenario.framework == "fsdp2":
+        shard = min(job.dp, scenario.fsdp2.shard_size or job.dp)
+        reshard = scenario.fsdp2.reshard_after_forward
+        resharded = 0 if isinstance(reshard, bool) else reshard
+    elif scenario.framework == "fsdp1" and "HYBRID" in scenario.fsdp1.sharding_strategy:
+        shard = min(job.dp, scenario.fsdp1.shard_size or scenario.cluster.gpus_per_node)
+    replicas = job.dp // shard
+    return Plan(
+        dp=shard,
+        parameter_dtype=job.ledger.parameter_dtype,
+        master=job.ledger.parameter_dtype != "fp32",
+        num_microbatches=scenario.num_microbatches,
+        optimizer=training.optimizer,
+        gradient_clipping=training.gradient_clipping,
+        dp_axis=axis if replicas == 1 else within(axis, shard),
+        replicas=replicas,
+        replicate_axis=across(axis, shard),
+        reshard_axis=within(axis, resharded or 1),
+        num_gpus_per_node=scenario.cluster.gpus_per_node,
+        root_modules=2 if training.code == "huggingface" else 1,
+        gpu_memory_bytes=scenario.cluster.gpu.total_memory_bytes - scenario.cluster.gpu.cuda_context_bytes,
+        pipeline=scenario.parallelism.pp > 1,
+    )
