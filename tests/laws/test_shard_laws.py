@@ -233,9 +233,7 @@ def test_sequence_parallelism_moves_what_reductions_moved(ledger: Ledger, plan: 
 
 def visits(ops: tuple[Op, ...]) -> list[str]:
     """The modules that are entered, one after the other."""
-    return [
-        op.module for before, op in itertools.pairwise((None, *ops)) if before is None or before.module != op.module
-    ]
+    return [module for module, _ in itertools.groupby(op.module for op in ops)]
 
 
 @given(ledgers(("flash-2", "cudnn")), st.one_of(tensor_plans(), context_plans))

@@ -153,7 +153,9 @@ def test_weight_gradient_is_made_of_what_was_gathered_again_meanwhile() -> None:
     by_name = {op.name: op for op in block.backward}
     assert by_name["mlp.linear_fc1.grad_weight"].awaits == ("normed2.gathered.again.all_gather",)
     assert "normed2.gathered.again" in by_name["mlp.linear_fc1.grad_weight"].reads
-    assert by_name["grad:normed2.reduce_scatter.wait"].awaits == ("grad:normed2.reduce_scatter",)
+    wait = by_name["grad:normed2.reduce_scatter.wait"]
+    assert wait.awaits == ("grad:normed2.reduce_scatter",)
+    assert wait.reads == ("grad:normed2.partial", "grad:normed2")  # neither is let go while NCCL works on it
 
 
 def test_one_exchange_for_a_modules_input_where_projections_are_apart() -> None:
