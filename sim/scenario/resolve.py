@@ -690,6 +690,42 @@ class _Resolver:
                 )
             )
 
+    def fsdp(self, values: dict[str, Any], framework: str | None) -> None:
+        """Shard groups divide the data-parallel ranks; what reshards keeps slices over a part of a group."""
+        d = self.draft
+        if framework not in ("fsdp1", "fsdp2") or not d.knows("dp"):
+            return
+        shard = values.get("shard_size")
+        if shard is not None and d.dp % shard:
+            self.problems.append(
+                Problem(
+                    (framework, "shard_size"),
+                    f"{framework}.shard_size = {shard} does not divide dp {d.dp}",
+                    f"write a divisor of {d.dp}",
+                )
+            )
+            return
+        strategy = values.get("sharding_strategy", "FULL_SHARD")
+        if framework == "fsdp1" and shard is not None and "HYBRID" not in strategy:
+            self.problems.append(
+                Problem(
+                    ("fsdp1", "shard_size"),
+                    f"fsdp1.shard_size is given, but {strategy} shards over all data-parallel ranks",
+                    "write sharding_strategy: HYBRID_SHARD, or leave shard_size out",
+                )
+            )
+        ranks = shard or d.dp
+        kept = values.get("reshard_after_forward", True)
+        # _get_post_forward_mesh_info in torch/distributed/fsdp/_fully_shard/_fsdp_init.py
+        if not isinstance(kept, bool) and (ranks % kept or kept >= ranks):
+            self.problems.append(
+                Problem(
+                    ("fsdp2", "reshard_after_forward"),
+                    f"fsdp2.reshard_after_forward = {kept} is no part of a shard group of {ranks} ranks",
+                    f"write true, false, or a divisor of {ranks} between 1 and it",
+                )
+            )
+
     # --- afterwards --------------------------------------------------------------------------
 
     def notices(self, resolved: bool) -> None:
@@ -848,6 +884,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     fsdp1 = r.settings("fsdp1", fields.FSDP1, top.get("fsdp1"), framework, "fsdp1")
     megatron = r.settings("megatron", fields.MEGATRON, top.get("megatron"), framework, "megatron")
     r.megatron(megatron, framework)
+    r.fsdp(fsdp2 if framework == "fsdp2" else fsdp1, framework)
     allocator = _allocator(r, top.get("allocator"))
     d.faults = top.get("faults", {})
     r.problems = [_sent_home(problem) for problem in r.problems]
