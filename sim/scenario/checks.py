@@ -14,6 +14,8 @@ from sim.scenario.draft import Draft, UnknownError
 Rule = Callable[[Draft], Iterator[Problem]]
 
 MAX_MICROBATCHES = 16_384
+TWO_CHUNKS = ("zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
+"""Schedules that give each rank two chunks of the model, whatever vpp says."""
 
 
 def divisors(number: int) -> list[int]:
@@ -178,6 +180,7 @@ def tensor_parallelism_divides(d: Draft) -> Iterator[Problem]:
 def pipeline_has_layers(d: Draft) -> Iterator[Problem]:
     """Each stage has a layer; the embedding and the head may stand for one each, as Megatron counts them."""
     pp, layers = d.pp, d.model.num_hidden_layers
+    chunks = 2 if d.schedule in TWO_CHUNKS else d.vpp
     if pp > layers + 2:
         yield Problem(
             ("parallelism", "pp"),
@@ -190,6 +193,12 @@ def pipeline_has_layers(d: Draft) -> Iterator[Problem]:
             f"pp {pp} * vpp {d.vpp} = {pp * d.vpp} virtual stages, but model.num_hidden_layers = {layers}",
             f"write vpp: {max(1, layers // pp)} or less",
         )
+    elif pp > 1 and d.layers_per_stage is None and pp * chunks > layers + 2:
+        yield Problem(
+            ("parallelism", "schedule"),
+            f"schedule {d.schedule} has two chunks a rank, {2 * pp} in all, but model.num_hidden_layers = {layers}",
+            f"write pp: {max(1, layers // 2)} or less, or another schedule",
+        )
 
 
 def layers_per_stage_adds_up(d: Draft) -> Iterator[Problem]:
@@ -197,11 +206,12 @@ def layers_per_stage_adds_up(d: Draft) -> Iterator[Problem]:
     given, layers = d.layers_per_stage, d.model.num_hidden_layers
     if given is None:
         return
-    if len(given) not in (d.pp, d.pp * d.vpp):
+    stages = d.pp * (2 if d.schedule in TWO_CHUNKS and d.pp > 1 else d.vpp)
+    if len(given) not in (d.pp, stages):
         yield Problem(
             ("parallelism", "layers_per_stage"),
-            f"parallelism.layers_per_stage has {len(given)} entries for {d.pp * d.vpp} stages",
-            f"write {d.pp * d.vpp} numbers that add up to {layers}",
+            f"parallelism.layers_per_stage has {len(given)} entries for {stages} stages",
+            f"write {stages} numbers that add up to {layers}",
         )
     elif sum(given) != layers:
         yield Problem(
@@ -211,12 +221,49 @@ def layers_per_stage_adds_up(d: Draft) -> Iterator[Problem]:
         )
 
 
+def inner_stages_have_layers(d: Draft) -> Iterator[Problem]:
+    """A stage without the embedding or the head needs a layer."""
+    given = d.layers_per_stage
+    if given is None or d.pp == 1 or 0 not in given:
+        return
+    if 0 in given[1:-1] or len(given) < d.pp * (2 if d.schedule in TWO_CHUNKS else d.vpp):
+        yield Problem(
+            ("parallelism", "layers_per_stage"),
+            "parallelism.layers_per_stage leaves a stage with nothing to do",
+            "give each stage a layer; only the first and the last, with embedding and head, may go without",
+        )
+
+
+def schedule_is_the_frameworks(d: Draft) -> Iterator[Problem]:
+    """DeepSpeed's pipeline engine has one order of passes (``TrainSchedule`` in deepspeed/runtime/pipe/schedule.py)."""
+    if d.framework == "deepspeed" and d.pp > 1 and d.schedule != "1f1b":
+        yield Problem(
+            ("parallelism", "schedule"),
+            f"schedule {d.schedule} is not DeepSpeed's: its pipeline engine runs 1f1b",
+            "write schedule: 1f1b, or framework: megatron",
+        )
+
+
+def dual_pipes_are_filled(d: Draft) -> Iterator[Problem]:
+    """DualPipeV starts with two microbatches a rank (deepseek-ai/DualPipe, dualpipe/dualpipev.py)."""
+    if d.schedule != "dualpipev" or d.pp == 1:
+        return
+    least = 2 * d.pp * d.dp * d.micro_batch_size
+    if d.global_batch_size < least:
+        yield Problem(
+            ("training", "global_batch_size"),
+            f"{d.global_batch_size // (d.dp * d.micro_batch_size)} microbatches a step are fewer than two a stage, "
+            f"{2 * d.pp}, as schedule dualpipev needs",
+            f"write global_batch_size: {least} or more",
+        )
+
+
 def virtual_stages_need_a_schedule(d: Draft) -> Iterator[Problem]:
     """Only some schedules give a rank more than one stage."""
-    if d.vpp > 1 and d.schedule in ("gpipe", "1f1b", "zb-h1", "zb-2p"):
+    if d.vpp > 1 and d.schedule != "interleaved":
         yield Problem(
             ("parallelism", "vpp"),
-            f"parallelism.vpp = {d.vpp}, but schedule {d.schedule} has one stage a rank",
+            f"parallelism.vpp = {d.vpp}, but schedule {d.schedule} has {'two chunks' if d.schedule in TWO_CHUNKS else 'one stage'} a rank",
             "write schedule: interleaved, or leave vpp out",
         )
     if d.vpp > 1 and d.pp == 1:
@@ -385,6 +432,12 @@ def framework_has_zero(d: Draft) -> Iterator[Problem]:
             f"parallelism.zero = {zero}, but framework {d.framework} shards gradients at least",
             "write zero: 2 or 3" + ("; or framework: ddp" if zero == 0 else "; or framework: deepspeed"),
         )
+    if d.framework == "megatron" and zero > 1:
+        yield Problem(
+            path,
+            f"parallelism.zero = {zero}, but Megatron's distributed optimizer shards optimizer states alone",
+            "write zero: 1; or framework: fsdp2 or deepspeed",
+        )
     # deepspeed/runtime/pipe/engine.py: "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism"
     if d.framework == "deepspeed" and d.pp > 1 and zero > 1:
         yield Problem(
@@ -492,6 +545,9 @@ RULES: tuple[Rule, ...] = (
     tensor_parallelism_divides,
     pipeline_has_layers,
     layers_per_stage_adds_up,
+    inner_stages_have_layers,
+    schedule_is_the_frameworks,
+    dual_pipes_are_filled,
     virtual_stages_need_a_schedule,
     interleaving_needs_full_groups,
     expert_parallelism_divides,

@@ -9,19 +9,11 @@ from sim.scenario.checks import Rule, run_rules
 from sim.scenario.draft import Draft
 
 
-def frameworks(d: Draft) -> Iterator[Problem]:
-    if d.framework in ("fsdp1", "fsdp2"):
-        yield Problem(("framework",), f"framework {d.framework} is not simulated yet", "write ddp, deepspeed or megatron")
-
-
-def axes(d: Draft) -> Iterator[Problem]:
-    for axis in ("tp", "pp", "cp", "ep"):
-        if getattr(d, axis) > 1 and not (d.framework in ("megatron", "deepspeed") and axis != "ep"):
-            yield Problem(
-                ("parallelism", axis),
-                f"parallelism.{axis} = {getattr(d, axis)} is not simulated yet",
-                f"leave {axis} out: data parallelism with ZeRO is simulated",
-            )
+def experts_axis(d: Draft) -> Iterator[Problem]:
+    if d.ep > 1:
+        yield Problem(
+            ("parallelism", "ep"), f"parallelism.ep = {d.ep} is not simulated yet", "leave ep out: dense models are"
+        )
 
 
 def schedules(d: Draft) -> Iterator[Problem]:
@@ -63,7 +55,7 @@ def offload(d: Draft) -> Iterator[Problem]:
             )
 
 
-NOT_YET: tuple[Rule, ...] = (frameworks, axes, schedules, recompute, precision, compiled, experts, offload)
+NOT_YET: tuple[Rule, ...] = (experts_axis, schedules, recompute, precision, compiled, experts, offload)
 
 
 def unsupported(draft: Draft) -> Iterator[Problem]:
