@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import fsum, inf
+from math import ceil, fsum, inf
 from typing import Any
 
 import simpy
@@ -38,7 +38,7 @@ class Flow:
     ``links_s``  the time of one of its groups with all its links to itself; 0 if it loads none
     ``alone_s``  the time of all its groups together, or longer if its own cap is the limit
     ``cap``      the share that its own groups and its own cap leave it
-    ``uses``     (link, fraction of the link it uses at share 1), to twelve digits: the same for all sizes of a message
+    ``uses``     (link, fraction of the link it uses at share 1), to fourteen digits: the same for all sizes of a message
     ``mask``     its links as bits
     ``number``   equal for flows of equal ``uses``
     """
@@ -67,9 +67,19 @@ def flow_of(phase: Phase, links: Sequence[Link]) -> Flow:
         alone_s=alone_s,
         cap=links_s / alone_s if alone_s else 1.0,
         loads=loads,
-        uses=tuple((link, round(time / links_s, 12)) for (link, _), time in zip(loads, times, strict=True)),
+        uses=tuple((link, round(time / links_s, 14)) for (link, _), time in zip(loads, times, strict=True)),
         mask=sum(1 << link for link in dict.fromkeys(link for link, _ in loads)),
     )
+
+
+def _whole(seconds: float, left: float = 1.0) -> int:
+    """Return whole ticks, rounded up, of what is left of so many seconds.
+
+    Shares and sums of loads carry errors of some 1e-14, which depend on how jobs are grouped: what is above a whole
+    tick by no more than 1e-11 of all is that tick.
+    """
+    whole = seconds * TICKS_PER_S
+    return max(0, ceil(left * whole - min(whole * 1e-11, 0.4)))
 
 
 def fair_shares(flows: Sequence[Flow]) -> list[float]:
@@ -189,7 +199,7 @@ class Network:
 
     def alone(self, traffic: Traffic) -> int:
         """Return the ticks of a transfer that shares its links with nothing."""
-        return sum(flow.latency + ticks(flow.alone_s) for flow in self._flows_of(traffic))
+        return sum(flow.latency + _whole(flow.alone_s) for flow in self._flows_of(traffic))
 
     def count(self, traffic: Traffic, times: int = 1) -> None:
         """Note transfers that shared their links with nothing and took ``alone`` ticks: they need not be run."""
@@ -224,7 +234,7 @@ class Network:
         job.next += 1
         job.left, job.since, job.share = 1.0, now, 0.0
         if not flow.loads:
-            self._finish_at(job, now + ticks(flow.alone_s))
+            self._finish_at(job, now + _whole(flow.alone_s))
             return
         busy = self._busy.setdefault(flow.mask, _Busy())
         if not busy.num_active:
@@ -326,7 +336,7 @@ class Network:
     def _set_share(self, job: _Job, flow: Flow, share: float) -> None:
         job.share = share
         whole_s = flow.alone_s if share == flow.cap else flow.links_s / share
-        self._finish_at(job, self._env.now + ticks(job.left * whole_s))
+        self._finish_at(job, self._env.now + _whole(whole_s, job.left))
 
     def link_use(self) -> tuple[LinkUse, ...]:
         """Return what each link carried, and for how long it carried anything; links that carried nothing are left out.
@@ -337,7 +347,7 @@ class Network:
             for flow in self._flows_of(traffic):
                 if flow.loads:
                     self._moved[flow] = self._moved.get(flow, 0) + times
-                    self._busy.setdefault(flow.mask, _Busy()).alone += times * ticks(flow.alone_s)
+                    self._busy.setdefault(flow.mask, _Busy()).alone += times * _whole(flow.alone_s)
         self._counted = {}
         num_bytes: dict[int, list[float]] = {}
         masks: dict[int, list[int]] = {}

@@ -1,0 +1,210 @@
+"""Folding changes nothing: not the partition that naive refinement finds, and not when anything happens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim.catalog import load
+from sim.cluster.symmetry import places_of
+from sim.cluster.topology import Cluster, build_cluster
+from sim.cost.model import CostModel, CostSettings
+from sim.engine.run import run
+from sim.ir.ledger import Dim, Pointwise, Tensor
+from sim.ir.program import (
+    Call,
+    Collective,
+    CollectiveKind,
+    Compute,
+    Instruction,
+    Program,
+    Record,
+    Recv,
+    Send,
+    Wait,
+    World,
+)
+from sim.ir.timeline import Timeline
+from sim.parallel.fold import fold, refold
+from sim.parallel.mesh import Mesh, mesh_of
+from sim.scenario.schema import ClusterSpec
+
+sizes = st.sampled_from((1, 2, 3, 4))
+
+
+def naive(mesh: Mesh, colours: Sequence[Hashable], pairs: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+    """Refine by the definition, rank by rank."""
+    of: list[Hashable] = list(colours)
+    while True:
+        keys: list[Hashable] = []
+        for rank in range(mesh.world_size):
+            around: list[Hashable] = [of[rank]]
+            for axis in ("tp", "dp"):
+                group = next(group for group in mesh.groups(axis) if rank in group)
+                around.append(frozenset(Counter(of[other] for other in group).items()))
+            around.append(frozenset(of[b] for a, b in pairs if a == rank))
+            around.append(frozenset(of[a] for a, b in pairs if b == rank))
+            keys.append(tuple(around))
+        if len(set(keys)) == len(set(of)):
+            break
+        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        of = [number[key] for key in keys]
+    classes: dict[Hashable, list[int]] = {}
+    for rank, key in enumerate(of):
+        classes.setdefault(key, []).append(rank)
+    return sorted(tuple(ranks) for ranks in classes.values())
+
+
+def next_stage(mesh: Mesh) -> list[tuple[int, int]]:
+    stride = mesh.world_size // mesh.sizes[-1][1]
+    return [(rank, rank + stride) for rank in range(mesh.world_size - stride)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes, sizes, sizes, st.data())
+def test_classes_are_those_of_naive_refinement(tp: int, dp: int, pp: int, data: st.DataObject) -> None:
+    mesh = mesh_of({"tp": tp, "dp": dp, "pp": pp})
+    odd = data.draw(st.lists(st.integers(0, mesh.world_size - 1), max_size=2))
+    colours = [(mesh.coordinates(rank)["pp"] // 2, rank in odd) for rank in range(mesh.world_size)]
+    pairs = next_stage(mesh)
+    folding = fold(mesh, colours, axes=("tp", "dp"), pairs={"forward": pairs})
+    assert sorted(folding.classes) == naive(mesh, colours, pairs)
+    assert [ranks[0] for ranks in folding.classes] == sorted(ranks[0] for ranks in folding.classes)
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes, sizes, sizes, st.integers(0, 63))
+def test_every_group_is_in_one_communicator_of_its_classes(tp: int, dp: int, pp: int, odd: int) -> None:
+    mesh = mesh_of({"tp": tp, "dp": dp, "pp": pp})
+    folding = fold(mesh, [rank == odd for rank in range(mesh.world_size)], axes=("tp", "dp"))
+    class_of = {rank: i for i, ranks in enumerate(folding.classes) for rank in ranks}
+    for axis in ("tp", "dp"):
+        named = [c for c in folding.communicators.values() if c.axis == axis]
+        assert sorted(group for c in named for group in c.groups) == sorted(mesh.groups(axis))
+        for communicator in named:
+            for group in communicator.groups:
+                assert {class_of[rank] for rank in group} == set(communicator.classes)
+                assert all(folding.axes[class_of[rank]][axis] == communicator.name for rank in group)
+
+
+# --- folded and unfolded worlds ---------------------------------------------------------------------
+
+
+def machine(node: str, num_nodes: int, gpus: int, network: str) -> Cluster:
+    facts = load.node(node)
+    spec = ClusterSpec(
+        node=facts,
+        gpu=load.gpu(facts.gpu),
+        network=load.network(network) if num_nodes > 1 else None,
+        num_nodes=num_nodes,
+        num_gpus=gpus,
+    )
+    return build_cluster(spec)
+
+
+def kernel(mebibytes: int) -> Compute:
+    return Compute("op", Pointwise("elementwise", (Tensor("x", (Dim("seq", mebibytes * 2**20),), "uint8"),), ()))
+
+
+class Job(NamedTuple):
+    """A small job on a small machine. ``broken``: a link, as a part of all; -1: none. ``slow``: a rank; -1: none."""
+
+    node: str
+    num_nodes: int
+    world_size: int
+    tp: int
+    pp: int
+    kind: CollectiveKind
+    overlaps: bool
+    tensor_bytes: int
+    slow: int
+    broken: float
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    num_nodes = draw(st.integers(1, 4))
+    world_size = 8 * num_nodes if num_nodes > 1 else draw(st.sampled_from((2, 4, 6, 8)))
+    tp = draw(st.sampled_from([d for d in (1, 2, 3, 4, 8) if world_size % d == 0]))
+    return Job(
+        draw(st.sampled_from(("dgx-h100", "dgx-a100", "pcie-8x-4090", "dgx-1"))),
+        num_nodes,
+        world_size,
+        tp,
+        draw(st.sampled_from([d for d in (1, 2, 3, 4) if world_size // tp % d == 0])),
+        draw(st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "all_to_all"))),
+        draw(st.booleans()),
+        draw(st.sampled_from((1000, 2**20, 30 * 2**20))),
+        draw(st.one_of(st.just(-1), st.integers(0, world_size - 1))),
+        draw(st.one_of(st.just(-1.0), st.floats(0, 0.999))),
+    )
+
+
+def build(job: Job) -> tuple[World, Cluster, dict[int, float]]:
+    """Return a world of three layers a stage, two microbatches, its machine, and what is slow."""
+    cluster = machine(job.node, job.num_nodes, job.world_size, "ib-ndr-400-4")
+    mesh = mesh_of({"tp": job.tp, "dp": job.world_size // job.tp // job.pp, "pp": job.pp})
+    stages = [mesh.coordinates(rank)["pp"] for rank in range(job.world_size)]
+    folding = fold(mesh, stages, axes=("tp", "dp"), pairs={"forward": next_stage(mesh)})
+    programs = []
+    for ranks, axes in zip(folding.classes, folding.axes, strict=True):
+        stage = stages[ranks[0]]
+        step: list[Instruction] = []
+        if stage > 0:
+            step += [Recv("recv", "forward.recv", 2**22, "recv"), Record("got", "recv"), Wait("got", "compute")]
+        for layer in range(3):
+            on = "tp" if job.overlaps else "compute"
+            step += [kernel(64), Record("in", "compute"), Wait("in", on)]
+            step.append(Collective("tp", job.kind, "tp", job.tensor_bytes, "bf16", on))
+            step += [Record("out", on), Wait("out", "compute"), kernel(16 + stage), Record("grad", "compute")]
+            step += [Wait("grad", "dp"), Collective(f"dp{layer}", "all_reduce", "dp", 2**23, "bf16", "dp")]
+        if stage < job.pp - 1:
+            step += [Record("made", "compute"), Wait("made", "send"), Send("send", "forward.send", 2**22, "send")]
+        calls = (Call("pass"), Call("pass", 1))
+        programs.append(Program(ranks, stage, {"pass": tuple(step)}, (), calls, calls, axes))
+    if job.broken >= 0:
+        cluster = replace(cluster, degraded={int(job.broken * cluster.num_links): 0.5}, memo={}, _routes={})
+    return World(job.world_size, tuple(programs), folding.communicators), cluster, {job.slow: 1.25}
+
+
+def happened(world: World, timeline: Timeline) -> dict[int, list[tuple[object, ...]]]:
+    """Return for every rank what its class did and when."""
+    found: dict[int, list[tuple[object, ...]]] = {}
+    for program in world.programs:
+        spans: list[tuple[object, ...]] = []
+        for s in timeline.of(program.rank):
+            t = s.transfer
+            moved = (
+                None if t is None else (t.kind, t.axis, t.num_ranks, t.tensor_bytes, t.wire_bytes, t.algorithm, t.start)
+            )
+            spans.append((s.stream, s.position, s.start, s.end, s.kernels, moved))
+        for rank in program.ranks:
+            found[rank] = spans
+    return found
+
+
+def difference(job: Job) -> tuple[object, ...]:
+    """Return the first thing that happens otherwise unfolded: (rank, folded, unfolded); empty if nothing does."""
+    world, cluster, slow = build(job)
+    places = places_of(cluster, num_ranks=world.world_size)
+    told = []
+    for folded in (True, False):
+        own = refold(world, speeds=slow, places=places, folded=folded)
+        cost = CostModel(cluster, cluster.spec.gpu, CostSettings(slow=slow))
+        told.append(happened(own, run(own, cost)))
+    for rank in range(world.world_size):
+        for ours, theirs in zip(told[0][rank], told[1][rank], strict=True):
+            if ours != theirs:
+                return rank, ours, theirs
+    return ()
+
+
+@settings(deadline=None, max_examples=60)
+@given(jobs())
+def test_folded_is_unfolded(job: Job) -> None:
+    assert difference(job) == ()
