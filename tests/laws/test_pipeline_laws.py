@@ -72,7 +72,7 @@ class OnlyBlocks:
         return Traffic("free", (), 0)
 
 
-def scenario(  # noqa: PLR0913
+def scenario(
     p: int,
     m: int,
     *,
@@ -272,7 +272,7 @@ def test_sends_match_receives(case: tuple[str, int, int, int]) -> None:
 @settings(max_examples=15, deadline=None)
 @given(cases(("zb-h1", "zb-2p", "zb-v")))
 def test_a_split_backward_computes_what_the_whole_one_does(case: tuple[str, int, int, int]) -> None:
-    name, p, m, v = case
+    name, p, m, _ = case
     split = world_of(scenario(p, m, schedule=name))
     whole = world_of(scenario(p, m, schedule="gpipe", num_layers=p * (2 if name == "zb-v" else 1)))
 
