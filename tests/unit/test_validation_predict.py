@@ -1,0 +1,162 @@
+"""Measured beside predicted: every run, once simulated, never dropped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sim.pipeline import simulate
+from sim.scenario.load import load_scenario_mapping
+from sim.validation import predict as module
+from sim.validation.predict import Failure, Prediction, predict, select, validate
+from sim.validation.results import results_markdown
+from sim.validation.runs import Run, RunsFile
+from sim.validation.summary import by_quantity, reasons, result, sources_alike, summarise, time_errors
+
+SCENARIO = {
+    "model": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 1024,
+    },
+    "cluster": {"node": "dgx-h100"},
+    "framework": "ddp",
+    "training": {"sequence_length": 128, "micro_batch_size": 1, "global_batch_size": 8, "precision": "bf16"},
+}
+TRUTH = simulate(load_scenario_mapping(SCENARIO, "small")).report.to_dict()
+STEP = TRUTH["step"]["time_s"]
+
+
+def run(name, measured, scenario=SCENARIO, formula="", file="a.yaml"):
+    return Run(name, file, 1, ".", scenario, measured, "", (), formula, "")
+
+
+def file(*runs, name="a"):
+    return RunsFile(f"{name}.yaml", name, {"title": name}, runs)
+
+
+def test_errors_are_predicted_over_measured_minus_one_with_their_sign():
+    rate = TRUTH["step"]["tokens_per_s_per_gpu"]
+    found = validate([file(run("x", {"step_time_s": STEP / 2, "tokens_per_s_per_gpu": rate * 2, "fits": False}))], 1)
+    assert [row.error for row in found.comparisons] == pytest.approx([1.0, -0.5, 1.0])
+    assert [row.predicted for row in found.comparisons] == [STEP, rate, True]
+
+
+def test_flops_are_compared_in_the_sources_formula():
+    """8 N a token by our step time is 8 N tokens / (step * GPUs), whatever we count ourselves."""
+    parameters = 2 * 1024 * 256 + 2 * (4 * 256**2 + 3 * 256 * 512 + 2 * 256) + 256
+    (row,) = validate([file(run("x", {"model_flops_per_s_per_gpu": 1e12}, formula="8 N"))], 1).comparisons
+    assert row.predicted == pytest.approx(8 * parameters * 128 * 8 / (STEP * 8))
+
+
+def test_an_unknown_formula_is_said_and_compared_as_it_is():
+    found = validate([file(run("x", {"mfu": 0.4}, formula="ours alone"))], 1)
+    assert found.comparisons[0].predicted == TRUTH["step"]["mfu"]
+    assert any('"ours alone": 1 figures compared as if' in words for words in found.assumptions)
+
+
+def test_what_cannot_be_simulated_stands_under_failed_with_every_reason():
+    bad = {**SCENARIO, "framework": "ddq", "cluster": {"node": "dgx-h1000"}}
+    found = validate([file(run("good", {"mfu": 0.4}), run("bad", {"mfu": 0.4}, bad))], 1)
+    assert [row.run.id for row in found.comparisons] == ["good"]
+    (failed,) = found.failed
+    assert failed.run.id == "bad"
+    assert len(failed.failure.reasons) == 2
+    assert not failed.failure.defect
+    assert result(found)["failed"][0]["why"] == "; ".join(failed.failure.reasons)
+
+
+def test_our_defect_is_a_failure_of_that_run_alone(monkeypatch):
+    def broken(_):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(module, "simulate", broken)
+    answer = predict(SCENARIO, "x", ".")
+    assert answer == Failure(("a defect of sim: KeyError: 'lost'",), defect=True)
+
+
+def test_like_scenarios_are_simulated_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "simulate", lambda scenario: asked.append(scenario.name) or simulate(scenario))
+    found = validate([file(*(run(f"r{i}", {"mfu": 0.1 + i / 10}) for i in range(3)))], 1)
+    assert asked == ["r0"]
+    assert [row.run.id for row in found.comparisons] == ["r0", "r1", "r2"]
+
+
+def test_processes_give_the_same_answer_in_the_same_order():
+    def of(size):
+        return {**SCENARIO, "training": {**SCENARIO["training"], "global_batch_size": 8 * size}}
+
+    files = [file(*(run(f"r{i}", {"step_time_s": 1.0}, of(i)) for i in range(1, 10)))]
+    assert len(files[0].runs) >= module.WORTH_A_POOL
+    assert json.dumps(result(validate(files, 2))) == json.dumps(result(validate(files, 1)))
+
+
+def test_runs_are_chosen_by_text_and_spread_evenly():
+    files = [file(*(run(f"r{i}", {"mfu": 0.4}) for i in range(10))), file(run("other", {"mfu": 0.4}), name="b")]
+    assert [r.id for f in select(files, "A:R") for r in f.runs] == [f"r{i}" for i in range(10)]
+    assert [r.id for f in select(files, "", 3) for r in f.runs] == ["r0", "r3", "r7"]
+    assert [r.id for f in select(files, "", 99) for r in f.runs][-1] == "other"
+
+
+# --- summaries -----------------------------------------------------------------------------------
+
+
+def test_a_summary_of_four_errors():
+    summary = summarise([0.1, -0.3, 0.0, 0.2])
+    assert summary.mean_error == pytest.approx(0.0)
+    assert summary.mean_absolute_error == pytest.approx(0.15)
+    assert summary.median_absolute_error == pytest.approx(0.15)
+    assert summary.worst == -0.3
+
+
+def comparison(source, quantity, measured, predicted):
+    prediction = Prediction({"fits": True}, "gpu", 8, "ddp dp only", 10**9, module.Counts(1, 1, 1, 1), {"compute": 1.0})
+    error = float(measured != predicted) if quantity == "fits" else predicted / measured - 1
+    row = run(f"{source}{measured}", {quantity: measured}, file=source)
+    return module.Comparison(row, source, quantity, measured, predicted, error, prediction)
+
+
+def test_sources_weigh_alike_however_many_rows_they_have():
+    rows = [comparison("a", "mfu", 1.0, 1.2)] * 3 + [comparison("b", "mfu", 1.0, 0.9)]
+    assert by_quantity(rows)["mfu"].mean_error == pytest.approx((3 * 0.2 - 0.1) / 4)
+    assert sources_alike(rows)["mfu"]["mean_error"] == pytest.approx((0.2 - 0.1) / 2)
+
+
+def test_wrong_hopes_are_counted():
+    rows = [
+        comparison("a", "fits", False, True),
+        comparison("a", "fits", True, False),
+        comparison("a", "fits", True, True),
+    ]
+    summary = by_quantity(rows)["fits"]
+    assert (summary.count, summary.mean_error, summary.optimistic) == (3, pytest.approx(2 / 3), 1)
+
+
+def test_a_rate_is_a_time_upside_down():
+    """Twice the measured rate is half the time."""
+    assert [error for error, _ in time_errors([comparison("a", "mfu", 0.2, 0.4)])] == pytest.approx([-0.5])
+
+
+def test_reasons_fall_together_whatever_their_figures():
+    failed = [
+        module.Failed(
+            run("x", {"mfu": 1.0}), "a", Failure((f"parallelism.pp = {n} is not simulated yet",), defect=False)
+        )
+        for n in (2, 16)
+    ]
+    assert reasons(failed) == [("parallelism.pp = ... is not simulated yet", 2)]
+
+
+def test_the_page_names_every_run_that_is_worst_and_each_reason():
+    bad = {**SCENARIO, "framework": "ddq"}
+    found = validate([file(run("slow", {"step_time_s": STEP * 3}), run("bad", {"mfu": 0.4}, bad))], 1)
+    page = results_markdown(found, "sim validate a.yaml")
+    assert "a:slow" in page
+    assert "-66.7%" in page
+    assert "framework: 'ddq'" in page
+    assert page == results_markdown(found, "sim validate a.yaml")
