@@ -7,7 +7,7 @@ stands, and gives the figures that stand beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sim.errors import ScenarioError
 from sim.pipeline import Simulation, simulate
 from sim.scenario.load import load_scenario
 from sim.scenario.schema import Scenario
+from sim.units import format_bytes
 
 MAX_REMEDIES = 5
 
@@ -29,6 +30,8 @@ class Remedy:
     peak_device_bytes: int
     time_s: float
     tokens_per_s: float
+    host_short_bytes: int = 0
+    """What a node's host memory lacks."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -57,7 +60,15 @@ def remedies_for(
     enough = [remedy for remedy in tried if remedy.fits]
     if not enough:
         enough = _together(file, overrides, tried, step)
-    return tuple(sorted(enough, key=lambda r: (-r.tokens_per_s, r.words))[:MAX_REMEDIES])
+    return tuple(map(_with_host, sorted(enough, key=lambda r: (-r.tokens_per_s, r.words))[:MAX_REMEDIES]))
+
+
+def _with_host(remedy: Remedy) -> Remedy:
+    """Say where it is the host's memory that does not suffice."""
+    if not remedy.host_short_bytes:
+        return remedy
+    short = format_bytes(remedy.host_short_bytes)
+    return replace(remedy, words=f"{remedy.words}; host memory lacks {short}")
 
 
 def _together(
@@ -93,6 +104,7 @@ def _try(file: Path, overrides: Sequence[str], change: Change, step: Callable[[s
         report.fullest.peak_device_bytes,
         report.time_s,
         report.tokens_per_step / report.time_s,
+        0 if report.fits_host else report.host_bytes_per_node - report.host_capacity_bytes,
     )
 
 
