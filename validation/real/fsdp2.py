@@ -97,8 +97,13 @@ def measure(num_ranks: int, timeout_s: float = 300) -> dict[str, dict[str, Any]]
 def worker(folder: str) -> None:
     """What each process runs."""
     import torch
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what the imports made is not looked through again
     torch.distributed.init_process_group("gloo")
     found = {name: run(CASES[name]) for name in cases(torch.distributed.get_world_size())}
     rank = torch.distributed.get_rank()
