@@ -72,9 +72,28 @@ def _layer(job: Job, backward: bool) -> list[Kernel | tuple[str, int]]:
     if not backward:
         qkv, out = Gemm(seq, split, hidden, "bf16"), Gemm(seq, hidden, split, "bf16")
         up, down = Gemm(seq, width, hidden, "bf16"), Gemm(seq, hidden, width, "bf16")
-        return [norm, gather, qkv, qkv, qkv, act, attention, out, scatter, add, norm, gather, up, act, down, scatter, add]
+        return [
+            norm,
+            gather,
+            qkv,
+            qkv,
+            qkv,
+            act,
+            attention,
+            out,
+            scatter,
+            add,
+            norm,
+            gather,
+            up,
+            act,
+            down,
+            scatter,
+            add,
+        ]
     products = [
-        [Gemm(seq, wide, hidden, "bf16"), Gemm(wide, hidden, seq, "bf16"), gather] for wide in (width, width, split, split)
+        [Gemm(seq, wide, hidden, "bf16"), Gemm(wide, hidden, seq, "bf16"), gather]
+        for wide in (width, width, split, split)
     ]
     return [
         add, gather, *products[0], act, *products[1], scatter, norm, add, gather, *products[2], attention, act,
@@ -115,8 +134,10 @@ def _optimizer(job: Job) -> Chunk:
     size = job.num_layers // job.pp * (4 * job.hidden**2 + 2 * job.hidden * job.width) // job.tp * 2
     found: list[Instruction] = [Mark("optimizer", "gradients"), Record("done", COMPUTE), Wait("done", "dp")]
     for kind in ("reduce_scatter", "all_gather"):
-        for bucket in range(4):
-            found.append(Collective(f"{kind}.{bucket}", kind, "dp", size // 4, "bf16", "dp"))  # type: ignore[arg-type]
+        found += [
+            Collective(f"{kind}.{bucket}", kind, "dp", size // 4, "bf16", "dp")  # type: ignore[arg-type]
+            for bucket in range(4)
+        ]
     return tuple(found)
 
 

@@ -110,7 +110,6 @@ class Host:
 
     def _issue_all(self) -> Process:
         phase = module = ""
-        stream_of, recorded = self._stream, self._recorded
         for number, call in enumerate(self.program.step):
             microbatch = call.microbatch
             for index, step in self._chunk(call.chunk):
@@ -120,14 +119,9 @@ class Host:
                     place = Place(phase, module, microbatch, (number, index))
                     if not (yield from self._joint(step, place)):
                         yield from self._one_by_one(step, place)
-                    if step.last_mark is not None:
-                        phase, module = step.last_mark.phase, step.last_mark.module
-                elif isinstance(step, Record):
-                    happening = recorded[step.event] = Happening()
-                    stream_of(step.stream).put(Reach(happening, self.clock))
-                elif isinstance(step, Wait):
-                    if (awaited := recorded.get(step.event)) is not None:
-                        stream_of(step.stream).put(Await(awaited, self.clock))
+                    phase, module = (phase, module) if step.last_mark is None else step.last_mark
+                elif isinstance(step, (Record, Wait)):
+                    self._event(step)
                 elif isinstance(step, Mark):
                     phase, module = step.phase, step.module
                 elif isinstance(step, HostWait):
@@ -140,6 +134,13 @@ class Host:
                     yield from self._transfer(step, Place(phase, module, microbatch, (number, index)))
         self.finished = True
 
+    def _event(self, step: Record | Wait) -> None:
+        if isinstance(step, Record):
+            happening = self._recorded[step.event] = Happening()
+            self._stream(step.stream).put(Reach(happening, self.clock))
+        elif (awaited := self._recorded.get(step.event)) is not None:
+            self._stream(step.stream).put(Await(awaited, self.clock))
+
     def _one_by_one(self, stretch: Stretch, place: Place) -> Process:
         """Issue the steps of a stretch as if they were no stretch."""
         phase, module = place.phase, place.module
@@ -147,12 +148,8 @@ class Host:
             where = Place(phase, module, place.microbatch, (place.position[0], index))
             if isinstance(step, Segment):
                 yield from self._launch(step, where)
-            elif isinstance(step, Record):
-                happening = self._recorded[step.event] = Happening()
-                self._stream(step.stream).put(Reach(happening, self.clock))
-            elif isinstance(step, Wait):
-                if (awaited := self._recorded.get(step.event)) is not None:
-                    self._stream(step.stream).put(Await(awaited, self.clock))
+            elif isinstance(step, (Record, Wait)):
+                self._event(step)
             elif isinstance(step, Mark):
                 phase, module = step.phase, step.module
             elif isinstance(step, Collective):

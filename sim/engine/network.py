@@ -1,8 +1,9 @@
 """Flows over shared links: each moving phase of a transfer is a job that drains as one fluid.
 
 Rates are max-min fair by progressive filling. The level that rises is a job's *share*: its rate as a fraction of what
-it would have with its links to itself (of a communicator of several groups: one group would have). On one link between two jobs this gives both the same bytes per second, whatever
-their sizes; a job's own cap (``Phase.max_bytes_per_s``) stops its share without holding others back.
+it would have with its links to itself (of a communicator of several groups: of what one group would have). On one link
+between two jobs this gives both the same bytes per second, whatever their sizes; a job's own cap
+(``Phase.max_bytes_per_s``) stops its share without holding others back.
 
     sum over jobs j of  load_jl / links_s_j * share_j  <=  capacity_l,   links_s_j = max over l of load_jl / capacity_l
 
@@ -38,7 +39,7 @@ class Flow:
     ``links_s``  the time of one of its groups with all its links to itself; 0 if it loads none
     ``alone_s``  the time of all its groups together, or longer if its own cap is the limit
     ``cap``      the share that its own groups and its own cap leave it
-    ``uses``     (link, fraction of the link it uses at share 1), to fourteen digits: the same for all sizes of a message
+    ``uses``     (link, fraction of the link it uses at share 1): to fourteen digits the same for all sizes of a message
     ``mask``     its links as bits
     ``number``   equal for flows of equal ``uses``
     """

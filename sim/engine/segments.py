@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, cast
 
 from sim.engine.cost import Cost
@@ -92,8 +91,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """Steps that nothing else can hold up once stream ``base`` gets to them: kernels, events, transfers of its own class
-    that share no link with another stream. Worked out once for all calls.
+    """Steps that nothing else can hold up once stream ``base`` gets to them, worked out once for all calls.
+
+    Kernels, events, and transfers of its own class that share no link with another stream.
 
     ``ahead``     what happens if the host is ahead throughout; its origin is when ``base`` gets here
     ``behind``    what happens if all streams wait for the host; its origin is when the host begins to issue it
@@ -112,7 +112,7 @@ class Stretch:
     ahead: Plan
     behind: Plan
     messages: tuple[Collective, ...]
-    last_mark: Mark | None
+    last_mark: tuple[str, str] | None
 
     @property
     def streams(self) -> Mapping[str, int]:
@@ -285,7 +285,7 @@ class _Draft:
             ahead=ahead.plan(),
             behind=behind.plan(),
             messages=tuple(step for _, step in steps if isinstance(step, Collective)),
-            last_mark=next((step for _, step in reversed(steps) if isinstance(step, Mark)), None),
+            last_mark=next(((step.phase, step.module) for _, step in reversed(steps) if isinstance(step, Mark)), None),
         )
 
 

@@ -1,0 +1,110 @@
+"""Print how long sim takes: ``python -m benchmarks.run``. Whole processes on one core; nothing here is a test.
+
+1. ``sim run scenarios/70b_zero3.yaml`` beside a bare import of what it stands on, interleaved, so that a busy machine
+   weighs on both.
+2. Synthetic worlds of the size of the largest real jobs.
+3. Time by the number of GPUs, by data parallelism at a fixed tensor and pipeline size.
+
+Times are of the CPU (user and system), medians; memory is the peak of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from benchmarks.worlds import LLAMA_405B, ONE_TRILLION, build
+from sim.catalog import load
+from sim.cluster.topology import build_cluster
+from sim.cost.model import CostModel
+from sim.engine.run import run
+from sim.scenario.schema import ClusterSpec
+
+ROOT = Path(__file__).parent.parent
+BARE = ("-c", "import numpy, pydantic, simpy, networkx")
+RUN = ("-m", "sim", "run", "scenarios/70b_zero3.yaml")
+
+
+def spent(arguments: tuple[str, ...]) -> tuple[float, float, int]:
+    """Return (seconds of wall clock, seconds of CPU, peak bytes) of a Python process."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, f"{arguments} failed"
+    return time.perf_counter() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def against_imports(times: int) -> None:
+    pairs = [(spent(BARE), spent(RUN)) for _ in range(times)]
+    print(f"\n{'whole process, median of ' + str(times):46}{'wall':>9}{'CPU':>9}{'peak':>10}")
+    for name, index in (("import numpy, pydantic, simpy, networkx", 0), ("sim run scenarios/70b_zero3.yaml", 1)):
+        wall, cpu, peak = (median(pair[index][what] for pair in pairs) for what in range(3))
+        print(f"{name:46}{wall:8.3f}s{cpu:8.3f}s{peak / 2**20:7.0f} MiB")
+    print(f"{'ratio, of CPU time':46}{median(b[1] / a[1] for a, b in pairs):9.2f}")
+
+
+def synthetic(name: str, dp: int) -> None:
+    """Run one world in this process; print what it took as JSON."""
+    gc.disable()
+    job = {"405b": LLAMA_405B, "1t": ONE_TRILLION}[name]
+    job = replace(job, dp=dp or job.dp)
+    facts = load.node("dgx-h100" if name == "405b" else "dgx-a100")
+    spec = ClusterSpec(
+        node=facts,
+        gpu=load.gpu(facts.gpu),
+        network=load.network("ib-ndr-400-rail" if name == "405b" else "ib-hdr-200-rail"),
+        num_nodes=job.num_gpus // 8,
+        num_gpus=job.num_gpus,
+    )
+    cluster = build_cluster(spec)
+    world = build(job, cluster)
+    timeline = run(world, CostModel(cluster, spec.gpu))
+    print(json.dumps({
+        "gpus": job.num_gpus,
+        "classes": len(world.programs),
+        "cpu_s": time.process_time(),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "step_s": timeline.end / 1e12,
+    }))  # fmt: skip
+
+
+def told(name: str, dp: int = 0) -> None:
+    arguments = [sys.executable, "-m", "benchmarks.run", "--world", name, "--dp", str(dp)]
+    found = json.loads(subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    print(
+        f"{name:>8}{found['gpus']:10,}{found['classes']:9,}{found['cpu_s']:9.2f}s"
+        f"{found['peak_bytes'] / 2**20:9.0f} MiB{found['step_s']:10.2f}s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--world", choices=("405b", "1t"))
+    parser.add_argument("--dp", type=int, default=0)
+    given = parser.parse_args()
+    if given.world:
+        synthetic(given.world, given.dp)
+        return
+    against_imports(given.times)
+    print(f"\n{'world':>8}{'GPUs':>10}{'classes':>9}{'CPU':>10}{'peak':>13}{'a step':>11}")
+    told("405b")
+    told("1t")
+    print("\nby data parallelism, tp 8, pp 16")
+    for dp in (1, 4, 16, 64, 128, 256, 512):
+        told("405b", dp)
+
+
+if __name__ == "__main__":
+    main()
