@@ -191,7 +191,8 @@ def _job(ledger: Ledger, scenario: Scenario) -> _Job:
         )
         whole = ledger.layers
         ledger = shard_ledger(ledger, plan)
-        names = {id(ours): partial_gradients(theirs, plan) for ours, theirs in zip(ledger.layers, whole, strict=True)}
+        of = {id(ours): theirs for ours, theirs in zip(ledger.layers, whole, strict=True)}
+        names = {key: partial_gradients(theirs, plan) for key, theirs in of.items()}
         by_name = {ours.name: names[id(ours)] for ours in ledger.layers}
         partial = lambda layer: names.get(id(layer), by_name[layer.name])  # noqa: E731
     p, m = parallelism.pp, scenario.num_microbatches

@@ -1,11 +1,10 @@
 """The mesh: rank <-> coordinates on the axes, and the process groups along one axis or several.
 
-Two orders are named. ``megatron`` is Megatron-Core's "tp-cp-ep-dp-pp", fastest varying first
-(``initialize_model_parallel`` in megatron/core/parallel_state.py). ``torch`` is torch's DeviceMesh as torchtitan lays it
-out: (pp, dp_replicate, dp_shard, cp, tp), last fastest (torchtitan/distributed/parallel_dims.py). On the axes that both
-have they agree: tensor groups are neighbours, pipeline neighbours are furthest apart. What differs is ``deepspeed``:
-DeepSpeed's own topology (pipe, data, model), last fastest (``PipeModelDataParallelTopology`` in
-deepspeed/runtime/pipe/topology.py), with cp inside dp. A scenario may write any order of its own, fastest first.
+``megatron`` is Megatron-Core's order "tp-cp-ep-dp-pp", fastest varying first (``initialize_model_parallel`` in
+megatron/core/parallel_state.py). ``torch`` is torch's DeviceMesh as torchtitan lays it out: (pp, dp_replicate,
+dp_shard, cp, tp), last fastest (torchtitan/distributed/parallel_dims.py). ``deepspeed`` is its own topology, (pipe,
+data, model), last fastest (``PipeModelDataParallelTopology`` in deepspeed/runtime/pipe/topology.py). On the axes that
+they share they agree: tensor groups are neighbours, pipeline neighbours furthest apart. A scenario may write any other.
 """
 
 from __future__ import annotations

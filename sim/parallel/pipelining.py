@@ -32,6 +32,8 @@ from sim.parallel.emit import Border
 from sim.parallel.schedule import LOOPED, Order, Pass, Placement
 
 Way = Literal["forward", "backward"]
+_UNBOUND = (Wait, Record, HostWait)
+"""Instructions that are of no microbatch in particular."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ class Exchange:
         self.borders = borders
         self.messages = messages
         self.chunks: dict[str, Chunk] = {}
+        self._bound: dict[str, bool] = {}
 
     def calls(self, order: Order, pass_name: Callable[[Pass], str]) -> list[list[Call]]:
         """Return the calls of each pass of the order, with what belongs to it before and after."""
@@ -164,7 +167,40 @@ class Exchange:
                 posted = index + 1
         for axis in list(self._pending):
             self._settle(groups[-1], axis)
-        return groups
+        return [self._joined(group) for group in groups]
+
+    def _joined(self, calls: Sequence[Call]) -> list[Call]:
+        """Return the calls with neighbours made one where they are of one microbatch, or of none in particular."""
+        found: list[Call] = []
+        names: list[str] = []
+        of: int | None = None
+
+        def close() -> None:
+            nonlocal of
+            if names:
+                name = " ".join(names)
+                if name not in self.chunks:
+                    self.chunks[name] = tuple(i for part in names for i in self.chunks[part])
+                found.append(Call(name, 0 if of is None else of))
+            names.clear()
+            of = None
+
+        for call in calls:
+            if call.chunk not in self.chunks:  # a pass
+                close()
+                found.append(call)
+                continue
+            bound = self._bound.get(call.chunk)
+            if bound is None:
+                bound = any(not isinstance(i, _UNBOUND) for i in self.chunks[call.chunk])
+                self._bound[call.chunk] = bound
+            if bound:
+                if of is not None and of != call.microbatch:
+                    close()
+                of = call.microbatch
+            names.append(call.chunk)
+        close()
+        return found
 
     def _ahead(self, pass_: Pass, following: Pass) -> bool:
         if self.messages.ahead == "never" or way_of(following) is None:

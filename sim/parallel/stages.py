@@ -32,8 +32,8 @@ class Stage:
 def blocks_per_stage(num_blocks: int, num_stages: int, given: Sequence[int] | None = None) -> tuple[int, ...]:
     """Return the blocks of each virtual stage, in the order of the model.
 
-    ``given`` has an entry for each virtual stage, or for each rank, whose virtual stages (rank, rank + p, ...) then share
-    them as evenly as they go.
+    ``given`` has an entry for each virtual stage, or for each rank, whose virtual stages (rank, rank + p, ...) then
+    share them as evenly as they go.
     """
     if given is not None:
         ranks = len(given)
