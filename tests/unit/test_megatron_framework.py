@@ -1,0 +1,223 @@
+"""Megatron-Core: bytes a parameter, buckets, and which collectives carry what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.ir.program import Alloc, Collective, Program, World
+from sim.model.transformer import describe
+from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
+from sim.parallel.lower import lower
+from sim.parallel.precision import dtypes_of
+from sim.scenario.load import load_scenario_text
+from sim.scenario.schema import Scenario
+
+HIDDEN, FFN, VOCAB, LAYERS = 256, 1024, 512, 2
+
+
+def asked(
+    parallelism: dict[str, Any] | None = None,
+    megatron: dict[str, Any] | None = None,
+    *,
+    num_gpus: int = 4,
+    tied: bool = False,
+    num_microbatches: int = 2,
+    **training: Any,
+) -> Scenario:
+    parallelism = parallelism or {}
+    replicas = num_gpus // (parallelism.get("pp", 1) * parallelism.get("tp", 1))
+    text: dict[str, Any] = {
+        "model": {
+            "num_hidden_layers": LAYERS,
+            "hidden_size": HIDDEN,
+            "intermediate_size": FFN,
+            "num_attention_heads": 8,
+            "vocab_size": VOCAB,
+            "tie_word_embeddings": tied,
+            "hidden_act": "gelu",
+        },
+        "cluster": {"node": "dgx-h100", "num_gpus": num_gpus},
+        "framework": "megatron",
+        "parallelism": parallelism,
+        "training": {
+            "sequence_length": 64,
+            "micro_batch_size": 1,
+            "global_batch_size": replicas * num_microbatches,
+            "precision": "bf16",
+            **training,
+        },
+    }
+    if megatron:
+        text["megatron"] = megatron
+    return load_scenario_text(yaml.safe_dump(text), "megatron.yaml")
+
+
+def world_of(scenario: Scenario) -> World:
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model,
+        scenario.training,
+        parameter_dtype=dtypes.parameter,
+        compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+    )
+    return lower(ledger, scenario)
+
+
+def parameters_of(scenario: Scenario) -> int:
+    return describe(
+        scenario.model, scenario.training, parameter_dtype="bf16", compute_dtype="bf16", autocast=False
+    ).num_parameters
+
+
+STATES = ("parameters", "gradients", "optimizer")
+
+
+def state_bytes(program: Program) -> int:
+    """Return the bytes of states after a step: those of the setup, and what the optimizer makes in the first step."""
+    found = 0
+    for calls, categories in ((program.setup, STATES), (program.first_step, ("optimizer",))):
+        for call in calls:
+            for i in program.chunks[call.chunk]:
+                if isinstance(i, Alloc) and i.storage.category in categories:
+                    found += i.storage.num_bytes
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "whole", "fixed", "shared"),
+    [("bf16", 18, 6, 12), ("fp16", 16, 4, 12), ("fp32", 16, 8, 8)],
+)
+def test_bytes_a_parameter(precision: str, whole: int, fixed: int, shared: int) -> None:
+    """Megatron's table of its distributed optimizer over d ranks (docs dist_optimizer.md).
+
+    18 and 6 + 12/d for bf16 with fp32 gradients; 16 and 8 + 8/d for fp32; 20 and 4 + 16/d for fp16, of which 4 are
+    gradients cast to fp32 for the step alone.
+    """
+    scenario = asked(precision=precision)
+    (program,) = world_of(scenario).programs
+    count = parameters_of(scenario)
+    assert state_bytes(program) == whole * count
+    (sharded,) = world_of(asked({"zero": 1}, precision=precision)).programs
+    padding = 4 * (fixed + shared) * PARAM_ALIGNMENT * BUCKET_ALIGNMENT
+    assert 0 <= state_bytes(sharded) - (fixed + shared / 4) * count < padding
+
+
+SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
+
+
+@given(SIZES, st.sampled_from([1, 2, 3, 8, 96]), st.one_of(st.none(), st.integers(1, 20_000)), st.booleans())
+def test_buckets_hold_every_parameter_once_last_first(
+    sizes: list[int], dp: int, bucket_size: int | None, aligned: bool
+) -> None:
+    keyed = [((0, f"p{i}"), count) for i, count in enumerate(sizes)]
+    buckets = buckets_of(keyed, dp, bucket_size, aligned=aligned)
+    assert [key for bucket in buckets for key in bucket.keys] == [key for key, _ in reversed(keyed)]
+    counts = dict(keyed)
+    for bucket in buckets:
+        own = sum(counts[key] for key in bucket.keys)
+        if aligned:
+            assert bucket.num_elements % dp == bucket.num_elements % BUCKET_ALIGNMENT == 0
+            assert 0 <= bucket.num_elements - own < len(bucket.keys) * PARAM_ALIGNMENT + dp * BUCKET_ALIGNMENT
+        else:
+            assert bucket.num_elements == own
+    for bucket in buckets[:-1]:
+        assert bucket_size is not None
+        assert bucket.num_elements >= bucket_size
+    assert bucket_size is not None or len(buckets) == 1
+
+
+def test_a_weight_of_two_stages_has_a_bucket_of_its_own() -> None:
+    keyed = [((0, name), 64) for name in "abc"]
+    buckets = buckets_of(keyed, 2, None, aligned=True, alone=[(0, "b")])
+    assert [bucket.keys for bucket in buckets] == [((0, "c"),), ((0, "b"),), ((0, "a"),)]
+
+
+def collectives(program: Program) -> Counter[tuple[str, str]]:
+    """Return bytes by (kind, axis) in a step."""
+    found: Counter[tuple[str, str]] = Counter()
+    for call in program.step:
+        for i in program.chunks[call.chunk]:
+            if isinstance(i, Collective):
+                found[i.kind, i.axis] += i.tensor_bytes
+    return found
+
+
+def test_gradients_are_reduced_once_a_step_in_fp32() -> None:
+    scenario = asked()
+    (program,) = world_of(scenario).programs
+    assert collectives(program) == {("all_reduce", "dp"): 4 * parameters_of(scenario)}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_distributed_optimizer_scatters_gradients_and_gathers_parameters(overlap: bool) -> None:
+    """fp32 gradients are twice the bytes of bf16 parameters; the norm is 4 bytes over all ranks."""
+    settings = {"overlap_grad_reduce": True, "overlap_param_gather": True} if overlap else {}
+    (program,) = world_of(asked({"zero": 1}, settings)).programs
+    found = collectives(program)
+    assert found["reduce_scatter", "dp"] == 2 * found["all_gather", "dp"] > 0
+    assert found["all_reduce", "world"] == 4
+    assert len(found) == 3
+
+
+def test_a_tied_embedding_is_summed_over_both_ends_in_fp32() -> None:
+    """VOCAB x HIDDEN gradients of 4 bytes, by the first and the last stage alone."""
+    world = world_of(asked({"pp": 2}, tied=True))
+    assert [collectives(program)["all_reduce", "embedding"] for program in world.programs] == [4 * VOCAB * HIDDEN] * 2
+    untied = world_of(asked({"pp": 2}))
+    assert all(("all_reduce", "embedding") not in collectives(program) for program in untied.programs)
+
+
+def test_sequence_parallelism_leaves_norms_to_be_summed_over_tp() -> None:
+    """Two norms a block and the last one: RMSNorm weights, 4 bytes of gradient each."""
+    (program,) = world_of(asked({"tp": 2, "sp": True}, code="torch")).programs
+    whole = collectives(program)["all_reduce", "tp"]
+    (without,) = world_of(asked({"tp": 2, "sp": True}, num_microbatches=1, code="torch")).programs
+    chunk = [i for i in program.chunks["optimizer"] if isinstance(i, Collective) and i.axis == "tp"]
+    assert [(i.kind, i.tensor_bytes) for i in chunk] == [("all_reduce", 4 * HIDDEN * (2 * LAYERS + 1))]
+    assert whole >= chunk[0].tensor_bytes
+    assert collectives(without)["all_reduce", "tp"] <= whole
+
+
+def test_only_the_first_rank_of_a_pipeline_hides_reductions_behind_its_last_backward() -> None:
+    """Later ranks start theirs after it, together (align_grad_reduce)."""
+    world = world_of(asked({"pp": 2, "zero": 1}, {"overlap_grad_reduce": True, "bucket_size": 100_000}))
+    first, last = world.programs
+    in_backward = [
+        sum(isinstance(i, Collective) and i.kind == "reduce_scatter" for i in program.chunks["backward.last"])
+        for program in (first, last)
+    ]
+    assert in_backward[0] > 1
+    assert in_backward[1] == 0
+    assert sum(isinstance(i, Collective) for i in last.chunks["reduce.0"]) == 1
+
+
+def test_matmuls_add_weight_gradients_to_the_buffer() -> None:
+    """With the fusion no gradient of a linear weight is a tensor; without it each is, in bf16."""
+    largest = 2 * HIDDEN * FFN
+
+    def made(fusion: bool) -> int:
+        (program,) = world_of(asked(None, {"gradient_accumulation_fusion": fusion})).programs
+        return sum(
+            i.storage.num_bytes
+            for i in program.chunks["backward.first"]
+            if isinstance(i, Alloc) and i.storage.category == "gradients"
+        )
+
+    assert made(False) - made(True) >= 2 * LAYERS * largest
+
+
+def test_receives_are_the_hidden_tensor() -> None:
+    """[1, 64, HIDDEN] in bf16, one a microbatch; divided by tp with sequence parallelism."""
+    from sim.ir.program import Recv
+
+    for parallelism, parts in (({"pp": 2}, 1), ({"pp": 2, "tp": 2, "sp": True}, 2), ({"pp": 2, "tp": 2}, 1)):
+        last = world_of(asked(parallelism)).programs[-1]
+        sizes = [i.tensor_bytes for call in last.step for i in last.chunks[call.chunk] if isinstance(i, Recv)]
+        assert sizes == [2 * 64 * HIDDEN // parts] * 2
