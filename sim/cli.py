@@ -134,7 +134,7 @@ def compare(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate several scenarios and show them side by side, relative to the first."""
+    """Simulate several scenarios and show them side by side."""
     from sim.pipeline import simulate
     from sim.report.compare import comparison, print_comparison
     from sim.scenario.load import load_scenario
@@ -172,9 +172,7 @@ def validate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Summaries only.")] = False,
     results: Annotated[
         Path | None,
-        typer.Option(
-            "--results", metavar="FILE.md", help="Write errors by source, GPU, strategy and size, and the worst."
-        ),
+        typer.Option("--results", metavar="FILE.md", help="Write errors by source, GPU, strategy, size."),
     ] = None,
     filter_: Annotated[
         str, typer.Option("--filter", metavar="TEXT", help="Only runs whose file:id contains this.")
@@ -186,7 +184,7 @@ def validate(
         int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes; all cores if left out.")
     ] = None,
 ) -> None:
-    """Predict measured runs, and show measured, predicted and signed errors."""
+    """Predict measured runs; show the signed errors."""
     from sim.validation.predict import select, validate
     from sim.validation.runs import read_runs
     from sim.validation.summary import result

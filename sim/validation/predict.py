@@ -190,11 +190,23 @@ def _assumptions(comparisons: Sequence[Comparison]) -> Iterator[str]:
             yield f"{source}: FLOP formula {said}: {count} figures compared as if it were {OURS.words}"
         elif formula is not OURS:
             yield f"{source}: FLOP formula {said}: {count} figures compared in {formula.words}"
+    for row in comparisons:
+        if row.quantity == "step_time_s" and _above_peak(row):
+            yield (
+                f"{row.source}: {row.run.id}: its step time needs more FLOP/s than the GPU has: the source's batch or "
+                "time cannot be what stands in its table; compared as it is"
+            )
     if lost := len({(r.source, r.run.id) for r in comparisons if not r.prediction.values["fits"] and _ran(r.run)}):
         yield (
             f"{lost} runs that were measured are predicted not to fit; the memory predicted for them ends where the "
             "allocator gives up"
         )
+
+
+def _above_peak(row: Comparison) -> bool:
+    """Whether a measured time would need more than the GPU's peak: then the scenario is not what was measured."""
+    time_s, values = row.run.measured.get("step_time_s"), row.prediction.values
+    return bool(time_s) and values["mfu"] * values["step_time_s"] / float(time_s or 1) > 1
 
 
 def _ran(run: Run) -> bool:
@@ -226,8 +238,8 @@ def _answers(
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
     futures: dict[str, Future[Prediction | Failure]] = {}
     try:
-        for key, task in tasks.items():
-            futures[key] = pool.submit(_work, task)
+        for key in sorted(tasks, key=lambda key: -_work_of(tasks[key][0])):  # what takes longest does not come last
+            futures[key] = pool.submit(_work, tasks[key])
         for key, future in futures.items():
             try:
                 answers[key] = future.result()
@@ -239,6 +251,17 @@ def _answers(
         raise
     pool.shutdown()
     return answers
+
+
+def _work_of(scenario: Mapping[str, Any]) -> float:
+    """Return what a simulation costs, roughly: calls of chunks, which are passes of microbatches through stages."""
+    parallelism, training = scenario.get("parallelism"), scenario.get("training")
+    try:
+        stages = parallelism.get("pp", 1) * parallelism.get("vpp", 1)  # type: ignore[union-attr]
+        replicas = parallelism.get("dp", 1)  # type: ignore[union-attr]
+        return float(stages * training["global_batch_size"] / (training["micro_batch_size"] * replicas))  # type: ignore[index]
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return 0.0  # its mistake is found where it is read
 
 
 def _after(key: str, answers: Mapping[str, object], tasks: Mapping[str, Task], progress: Callable[[str], None]) -> None:

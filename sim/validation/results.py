@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from sim.validation.predict import Comparison, Validation
@@ -52,7 +53,8 @@ def _page(validation: Validation, command: str) -> Iterator[str]:
         [
             (name, str(m["sources"]), percent(m["mean_error"]), f"{m['mean_absolute_error']:.1%}",
              f"{m['median_absolute_error']:.1%}")
-            for name, m in alike.items()
+            for name, m in {"time": _time_alike(rows), **alike}.items()
+            if m
         ],
     )  # fmt: skip
     yield from _section("By source", rows, lambda row: row.source, validation)
@@ -74,6 +76,20 @@ def _page(validation: Validation, command: str) -> Iterator[str]:
     yield from (f"- {words}" for words in validation.assumptions)
     yield from ("", "Sources:", "")
     yield from (f"- `{file.name}`: {_cite(file.source)}" for file in validation.files if file.runs)
+
+
+def _time_alike(rows: Sequence[Comparison]) -> dict[str, float]:
+    """Return the means of the sources' means of time."""
+    found = [summarise([e for e, _ in times]) for times in
+             (time_errors(own) for own in grouped(rows, lambda row: row.source).values()) if times]  # fmt: skip
+    if not found:
+        return {}
+    return {
+        "sources": len(found),
+        "mean_error": fmean(s.mean_error for s in found),
+        "mean_absolute_error": fmean(s.mean_absolute_error for s in found),
+        "median_absolute_error": fmean(s.median_absolute_error for s in found),
+    }
 
 
 def _section(

@@ -47,7 +47,13 @@ def _lines(validation: Validation, width: int, quiet: bool) -> Iterator[Line]:
                 [
                     [(cell, "dim") for cell in ("", "files", "mean", "mean abs", "median abs")],
                     *(
-                        (name, str(means["sources"]), *(percent(means[key]) for key in _MEANS))
+                        (
+                            name,
+                            str(means["sources"]),
+                            percent(means["mean_error"]),
+                            f"{means['mean_absolute_error']:.1%}",
+                            f"{means['median_absolute_error']:.1%}",
+                        )
                         for name, means in alike.items()
                     ),
                 ],
@@ -61,9 +67,6 @@ def _lines(validation: Validation, width: int, quiet: bool) -> Iterator[Line]:
         yield from grid([(f"{count:,}", words) for words, count in counted[:MAX_REASONS]], "rl", width)
         if more := len(counted) - MAX_REASONS:
             yield ((f"  and {more} more reasons (--json has all)" if more > 0 else "", "dim"),)
-
-
-_MEANS = ("mean_error", "mean_absolute_error", "median_absolute_error")
 
 
 def grouped_failures(failed: Iterable[Failed]) -> dict[str, list[Failed]]:
