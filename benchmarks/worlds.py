@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sim.cluster.symmetry import places_of
 from sim.cluster.topology import Cluster
@@ -91,7 +92,7 @@ def _layer(job: Job, backward: bool) -> list[Kernel | tuple[str, int]]:
             scatter,
             add,
         ]
-    products = [
+    products: list[list[Kernel | tuple[str, int]]] = [
         [Gemm(seq, wide, hidden, "bf16"), Gemm(wide, hidden, seq, "bf16"), gather]
         for wide in (width, width, split, split)
     ]
@@ -103,7 +104,7 @@ def _layer(job: Job, backward: bool) -> list[Kernel | tuple[str, int]]:
 
 def _pass(job: Job, layers: int, backward: bool, receives: bool, sends: bool) -> Chunk:
     """Return the instructions of one pass through ``layers`` layers, with its messages."""
-    way = "backward" if backward else "forward"
+    way: Literal["forward", "backward"] = "backward" if backward else "forward"
     message = job.sequence * job.hidden * 2 // job.tp
     found: list[Instruction] = [Mark(way, "exchange")]
     if receives:
@@ -134,10 +135,7 @@ def _optimizer(job: Job) -> Chunk:
     size = job.num_layers // job.pp * (4 * job.hidden**2 + 2 * job.hidden * job.width) // job.tp * 2
     found: list[Instruction] = [Mark("optimizer", "gradients"), Record("done", COMPUTE), Wait("done", "dp")]
     for kind in ("reduce_scatter", "all_gather"):
-        found += [
-            Collective(f"{kind}.{bucket}", kind, "dp", size // 4, "bf16", "dp")  # type: ignore[arg-type]
-            for bucket in range(4)
-        ]
+        found += [Collective(f"{kind}.{bucket}", kind, "dp", size // 4, "bf16", "dp") for bucket in range(4)]
     return tuple(found)
 
 

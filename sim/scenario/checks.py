@@ -561,6 +561,7 @@ RULES: tuple[Rule, ...] = (
     framework_has_axes,
     offload_needs_stage,
     secondary_partitions_divide,
+    faults_are_somewhere,
 )
 
 

@@ -86,7 +86,7 @@ def _faults(value: object) -> dict[str, Any]:
         found[key] = []
         for entry in entries:
             problems: list[Problem] = []
-            read, _ = read_mapping(entry, table, ("faults", key), problems)
+            read, _ = read_mapping(entry, table, (key,), problems)
             if not problems and set(read) != set(table):
                 problems = [Problem((), f"an entry of {key} needs {' and '.join(table)}", example)]
             if problems:
