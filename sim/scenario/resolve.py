@@ -679,14 +679,22 @@ class _Resolver:
                         f"write zero: {int(sharded)}, or leave zero out",
                     )
                 )
-        if values.get("overlap_param_gather") and not (
-            values.get("use_distributed_optimizer") and values.get("overlap_grad_reduce")
-        ):
+        if not values.get("overlap_param_gather"):
+            return
+        if d.knows("zero") and not d.zero:
             self.problems.append(
                 Problem(
                     ("megatron", "overlap_param_gather"),
-                    "megatron.overlap_param_gather needs the distributed optimizer and overlap_grad_reduce",
-                    "write parallelism.zero: 1 and megatron.overlap_grad_reduce: true",
+                    "megatron.overlap_param_gather needs the distributed optimizer, but parallelism.zero is 0",
+                    "write parallelism.zero: 1",
+                )
+            )
+        if not values.get("overlap_grad_reduce"):
+            self.problems.append(
+                Problem(
+                    ("megatron", "overlap_param_gather"),
+                    "megatron.overlap_param_gather needs overlap_grad_reduce",
+                    "write megatron.overlap_grad_reduce: true",
                 )
             )
 

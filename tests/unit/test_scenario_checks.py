@@ -118,7 +118,7 @@ def test_nearest_takes_one_from_each_side() -> None:
         ("parallelism.pp=3", "parallelism needs a multiple of"),
         ("training.sequence_length=2049", "does not divide over tp 4 with sp"),
         ("model.num_key_value_heads=3", "does not divide model.num_attention_heads"),
-        ("framework=deepspeed", ""),
+        ("framework=deepspeed", "schedule interleaved is not DeepSpeed's"),
         ("framework=fsdp1", "data parallelism alone"),
         ("parallelism.ep=2", "the model has no experts"),
     ],
