@@ -33,7 +33,7 @@ def _page(validation: Validation, command: str) -> Iterator[str]:
         "# Predicted against measured",
         "",
         "Errors are predicted / measured - 1: above zero is too slow, too large, or (of rates) too fast. No row is",
-        "tuned, none is left out; what a source leaves open is under `assumed` in its file.",
+        "tuned, and none that the command chose is left out; what a source leaves open is under `assumed` in its file.",
         "",
         f"{num_runs:,} measured runs of {sum(1 for file in validation.files if file.runs)} sources, "
         f"{num_runs - len(failed):,} predicted, {len(failed):,} not (below, by reason). Made by",
