@@ -260,10 +260,11 @@ def dual_pipes_are_filled(d: Draft) -> Iterator[Problem]:
 
 def virtual_stages_need_a_schedule(d: Draft) -> Iterator[Problem]:
     """Only some schedules give a rank more than one stage."""
+    chunks = "two chunks" if d.schedule in TWO_CHUNKS else "one stage"
     if d.vpp > 1 and d.schedule != "interleaved":
         yield Problem(
             ("parallelism", "vpp"),
-            f"parallelism.vpp = {d.vpp}, but schedule {d.schedule} has {'two chunks' if d.schedule in TWO_CHUNKS else 'one stage'} a rank",
+            f"parallelism.vpp = {d.vpp}, but schedule {d.schedule} has {chunks} a rank",
             "write schedule: interleaved, or leave vpp out",
         )
     if d.vpp > 1 and d.pp == 1:

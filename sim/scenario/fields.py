@@ -58,7 +58,9 @@ def _whole_numbers(doc: str) -> Key:
 def _axis_order(value: object) -> tuple[str, ...]:
     axes = tuple(value.split("-")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
     if sorted(map(str, axes)) != ["cp", "dp", "pp", "tp"]:
-        raise WrongValueError(f"{show(value)} is not an order of the axes", "write tp, cp, dp and pp, each once: tp-cp-dp-pp")
+        raise WrongValueError(
+            f"{show(value)} is not an order of the axes", "write tp, cp, dp and pp, each once: tp-cp-dp-pp"
+        )
     return axes
 
 

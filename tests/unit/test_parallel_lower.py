@@ -1,0 +1,158 @@
+"""Programs of pipeline ranks: who sends what when, what stays, and one class a pipeline rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from sim.ir.program import Alloc, Collective, Free, HostWait, Program, Recv, Send, World
+from sim.model.transformer import describe
+from sim.parallel.lower import lower
+from sim.parallel.precision import dtypes_of
+from sim.parallel.schedule import SCHEDULES
+from sim.scenario.load import load_scenario_text
+
+HIDDEN_BYTES = 2 * 32 * 64
+"""A microbatch's hidden tensor: 32 tokens of width 64, bf16."""
+
+
+def world_of(
+    framework: str, parallelism: dict[str, Any], num_gpus: int = 4, num_microbatches: int = 4, **sections: Any
+) -> World:
+    ranks = parallelism.get("pp", 1) * parallelism.get("tp", 1) * parallelism.get("cp", 1)
+    asked = {
+        "model": {
+            "num_hidden_layers": 8,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "vocab_size": 256,
+            "tie_word_embeddings": False,
+        },
+        "cluster": {"node": "dgx-h100", "num_gpus": num_gpus},
+        "framework": framework,
+        "parallelism": parallelism,
+        "training": {
+            "sequence_length": 32,
+            "micro_batch_size": 1,
+            "global_batch_size": num_gpus // ranks * num_microbatches,
+            "precision": "bf16",
+        },
+        **sections,
+    }
+    scenario = load_scenario_text(yaml.safe_dump(asked), "lower.yaml")
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model,
+        scenario.training,
+        parameter_dtype=dtypes.parameter,
+        compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+    )
+    return lower(ledger, scenario)
+
+
+def passes(program: Program) -> list[tuple[str, int]]:
+    """Return (forward or backward, microbatch) in the order of calls."""
+    return [
+        (call.chunk.split(".")[0], call.microbatch)
+        for call in program.step
+        if call.chunk.startswith(("forward.", "backward.", "weight_gradient."))
+    ]
+
+
+@pytest.mark.parametrize("framework", ["megatron", "deepspeed", "fsdp2"])
+def test_passes_are_in_the_order_of_the_schedule(framework: str) -> None:
+    world = world_of(framework, {"pp": 4})
+    orders = SCHEDULES["1f1b"].orders(4, 4, 1)
+    for program, order in zip(world.programs, orders, strict=True):
+        assert passes(program) == [(pass_.kind, pass_.microbatch) for pass_ in order]
+
+
+def test_ranks_of_one_stage_are_one_class() -> None:
+    """Rank r of 8 with tp 2, dp 2, pp 2: the first stage has the lower half of the ranks."""
+    world = world_of("megatron", {"tp": 2, "pp": 2}, num_gpus=8)
+    assert [program.ranks for program in world.programs] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert [program.stage for program in world.programs] == [0, 1]
+    pair = world.communicators[world.programs[0].axes["pp_forward.send"]]
+    assert pair.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert world.programs[1].axes["pp_forward.recv"] == pair.name
+
+
+@pytest.mark.parametrize(
+    ("framework", "parallelism"),
+    [
+        ("fsdp2", {"pp": 2}),
+        ("fsdp2", {"pp": 2, "vpp": 2}),
+        ("fsdp2", {"pp": 2, "schedule": "zb-v"}),
+        ("fsdp2", {"tp": 2, "sp": True}),
+        ("fsdp2", {"cp": 2}),
+        ("fsdp1", {}),
+        ("deepspeed", {"pp": 2, "zero": 1}),
+        ("deepspeed", {"pp": 2, "tp": 2}),
+        ("megatron", {"pp": 2, "cp": 2, "zero": 1}),
+        ("megatron", {"pp": 2, "tp": 2, "sp": True, "schedule": "zb-h1"}),
+    ],
+)
+def test_nothing_of_a_step_is_held_when_it_ends(framework: str, parallelism: dict[str, Any]) -> None:
+    for program in world_of(framework, parallelism).programs:
+        live: set[tuple[int, int]] = set()
+        after = []
+        for calls in (program.setup, program.first_step, program.step):
+            for call in calls:
+                for i in program.chunks[call.chunk]:
+                    if isinstance(i, (Alloc, Free)) and i.storage.num_bytes:
+                        key = (id(i.storage), call.microbatch if i.storage.per_microbatch else 0)
+                        assert (key in live) == isinstance(i, Free), (i.storage.name, call)
+                        live ^= {key}
+            after.append(set(live))
+        assert after[1] == after[2]
+
+
+def test_torch_keeps_a_receive_buffer_for_each_microbatch_and_direction() -> None:
+    """Ends of the pipeline receive one way, its middle both: 4 microbatches of a hidden tensor."""
+    world = world_of("fsdp2", {"pp": 4})
+    sizes = [
+        sum(i.storage.num_bytes for i in program.chunks["buffers"] if isinstance(i, Alloc))
+        for program in world.programs
+    ]
+    assert sizes == [4 * HIDDEN_BYTES, 8 * HIDDEN_BYTES, 8 * HIDDEN_BYTES, 4 * HIDDEN_BYTES]
+
+
+def test_megatrons_batched_messages_end_in_a_synchronisation() -> None:
+    """torch.cuda.synchronize() after each exchange of 1F1B; none with interleaving, whose messages overlap."""
+
+    def waits(world: World) -> int:
+        return sum(
+            isinstance(i, HostWait) and i.event == "exchanged"
+            for program in world.programs
+            for call in program.step
+            for i in program.chunks[call.chunk]
+        )
+
+    assert waits(world_of("megatron", {"pp": 2})) > 0
+    assert waits(world_of("megatron", {"pp": 2, "vpp": 2})) == 0
+    assert waits(world_of("deepspeed", {"pp": 2})) == 0
+
+
+def test_deepspeed_reduces_when_all_has_been_sent() -> None:
+    """ReduceGrads is the last command of the batch."""
+    last = world_of("deepspeed", {"pp": 2, "zero": 1}, num_gpus=4).programs[1]
+    issued = [i for call in last.step for i in last.chunks[call.chunk] if isinstance(i, (Collective, Send, Recv))]
+    first = next(k for k, i in enumerate(issued) if isinstance(i, Collective))
+    assert not any(isinstance(i, (Send, Recv)) for i in issued[first:])
+
+
+def test_messages_are_of_the_hidden_tensor_whatever_is_sharded_by_data() -> None:
+    world = world_of("megatron", {"pp": 4}, num_gpus=8)
+    sent = [i for p in world.programs for call in p.step for i in p.chunks[call.chunk] if isinstance(i, Send)]
+    assert {i.tensor_bytes for i in sent} == {HIDDEN_BYTES}
+    assert len(sent) == 2 * 3 * 4  # both ways over three borders, four microbatches
+
+
+def test_an_order_of_axes_moves_the_neighbours() -> None:
+    world = world_of("megatron", {"pp": 2, "tp": 2, "order": "pp-tp-cp-dp"})
+    pair = world.communicators[world.programs[0].axes["pp_forward.send"]]
+    assert pair.groups == ((0, 1), (2, 3))
