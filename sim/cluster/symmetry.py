@@ -95,6 +95,21 @@ class Places:
         key = (several, ordered, tuple([self._local(tuple(at), several, ordered) for at in domains.values()]), leaves)
         return self._signatures.setdefault(key, len(self._signatures))
 
+    def pair_signatures(self, pairs: Sequence[tuple[int, int]]) -> list[int]:
+        """Return a number for how each pair (sender, receiver) lies: equal for equal routes, as many pairs on each link.
+
+        Where all go to the same place on another node, one by one, their places say as much.
+        """
+        domains, locals_ = self.domains, self.locals
+        if all(locals_[a] == locals_[b] and domains[a] != domains[b] for a, b in pairs):
+            return [self.signature(pair, ordered=True) for pair in pairs]
+        cluster, size = self.cluster, self.cluster.gpus_per_domain
+        gpu = [domain * size + local for domain, local in zip(domains, locals_, strict=True)]
+        routes = [cluster.route(gpu[a], gpu[b]) for a, b in pairs]
+        users = Counter(link for route in routes for link in dict.fromkeys(route.links))
+        keys = [(r.kind, tuple([(cluster.bytes_per_s(link), users[link]) for link in r.links])) for r in routes]
+        return [self._signatures.setdefault(key, len(self._signatures)) for key in keys]
+
     def _local(self, gpus: tuple[int, ...], several: bool, ordered: bool) -> Hashable:
         key = (gpus if ordered else tuple(sorted(gpus)), several, ordered)
         found = self._local_signatures.get(key)

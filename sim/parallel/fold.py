@@ -75,6 +75,9 @@ def fold(
     pairs = pairs or {}
     if folded:
         lies = _Lies(groups, pairs, places)
+        meeting = sum(any(len(group) > 1 for group in of_axis) for of_axis in groups.values()) + len(pairs)
+        if places is not None and meeting > 1:
+            colours = list(zip(colours, _on_rings(groups, places), strict=True))
         of_rank = _numbered(colours)
         num_colours = -1
         while num_colours != max(of_rank) + 1:
@@ -144,7 +147,23 @@ class _Lies:
             self.pairs = {axis: [0] * len(of_axis) for axis, of_axis in pairs.items()}
         else:
             self.groups = {axis: [places.signature(g) for g in of_axis] for axis, of_axis in groups.items()}
-            self.pairs = {axis: [places.signature(p, ordered=True) for p in of_axis] for axis, of_axis in pairs.items()}
+            self.pairs = {axis: places.pair_signatures(of_axis) for axis, of_axis in pairs.items()}
+
+
+def _on_rings(groups: Mapping[str, Sequence[Group]], places: Places) -> list[int]:
+    """Return the places of ranks whose groups have several GPUs on each of several nodes; -1 for the others.
+
+    NCCL's rings enter and leave a node at certain GPUs, so that their wires carry more than others': it matters to
+    what else these GPUs send meanwhile.
+    """
+    found = [-1] * len(places.domains)
+    for of_axis in groups.values():
+        for group in of_axis:
+            num_domains = len({places.domains[rank] for rank in group})
+            if 1 < num_domains < len(group):
+                for rank in group:
+                    found[rank] = places.locals[rank]
+    return found
 
 
 def _numbered(keys: Sequence[Hashable]) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,9 @@ from sim.ir.program import (
 from sim.ir.timeline import Timeline
 from sim.parallel.fold import fold, refold
 from sim.parallel.mesh import Mesh, mesh_of
+from sim.pipeline import simulate
+from sim.report.report import Report
+from sim.scenario.load import load_scenario
 from sim.scenario.schema import ClusterSpec
 
 sizes = st.sampled_from((1, 2, 3, 4))
@@ -208,3 +212,40 @@ def difference(job: Job) -> tuple[object, ...]:
 @given(jobs())
 def test_folded_is_unfolded(job: Job) -> None:
     assert difference(job) == ()
+
+
+LAYOUTS = (
+    ("framework=ddp",),
+    ("framework=deepspeed", "parallelism={zero: 2}"),
+    ("framework=deepspeed", "parallelism={zero: 3}", "cluster.num_nodes=2", "cluster.num_gpus=16"),
+    ("framework=megatron", "parallelism={tp: 2, pp: 2}"),
+)
+FAULTS = ("{}", "{slow: [{rank: 5, factor: 0.8}]}", "{links: [{between: [node0.gpu1, node0.nvswitch0], factor: 0.5}]}")
+
+
+def answer(report: Report) -> tuple[object, ...]:
+    """What a report says, rank by rank."""
+    held = {
+        rank: (f.stage, f.peak_allocated_bytes, f.peak_reserved_bytes, f.peak_device_bytes, f.at_peak, f.out_of_memory)
+        for f in report.footprints
+        for rank in f.ranks
+    }
+    return (
+        held,
+        report.time_ticks,
+        report.step_ticks,
+        report.communication,
+        report.executed_flops,
+        report.pipeline,
+        report.warnings,
+    )
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_folded_and_unfolded_reports_are_the_same(layout: tuple[str, ...], faults: str) -> None:
+    small = "model={config: llama-2-7b, num_hidden_layers: 2, vocab_size: 512}"
+    scenario = load_scenario("scenarios/7b_ddp.yaml", [*layout, f"faults={faults}", small])
+    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
+    assert len(unfolded.world.programs) == scenario.parallelism.world_size
+    assert answer(folded.report) == answer(unfolded.report)
