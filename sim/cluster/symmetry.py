@@ -118,6 +118,10 @@ class Places:
         return found
 
 
+def _around(name: dict[Hashable, int], colours: Sequence[int], ends: Sequence[tuple[Hashable, int]]) -> tuple[int, ...]:
+    return tuple(sorted(_named(name, (wire, colours[end])) for wire, end in ends))
+
+
 def _named(name: dict[Hashable, int], what: Hashable) -> int:
     return name.setdefault(what, len(name))
 
