@@ -96,7 +96,7 @@ class Places:
         return self._signatures.setdefault(key, len(self._signatures))
 
     def pair_signatures(self, pairs: Sequence[tuple[int, int]]) -> list[int]:
-        """Return a number for how each pair (sender, receiver) lies: equal for equal routes, as many pairs on each link.
+        """Return a number for how each pair (sender, receiver) lies: equal for routes and links shared alike.
 
         Where all go to the same place on another node, one by one, their places say as much.
         """
@@ -116,10 +116,6 @@ class Places:
         if found is None:
             found = self._local_signatures[key] = _paths(self.cluster, key[0], several, ordered)
         return found
-
-
-def _around(name: dict[Hashable, int], colours: Sequence[int], ends: Sequence[tuple[Hashable, int]]) -> tuple[int, ...]:
-    return tuple(sorted(_named(name, (wire, colours[end])) for wire, end in ends))
 
 
 def _named(name: dict[Hashable, int], what: Hashable) -> int:
