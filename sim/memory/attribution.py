@@ -27,14 +27,18 @@ def account(owners: Iterable[Owner], allocated_bytes: int) -> dict[str, int]:
 
 
 def holders(owners: Iterable[Owner]) -> tuple[Holder, ...]:
-    """Return the names that hold most, largest first; equal ones by name."""
-    found: dict[tuple[str, str, str, str], list[int]] = {}
+    """Return the names that hold most, largest first; equal ones by name.
+
+    Storages of one name, category and phase are one holder; its module is theirs if they share it, else "".
+    """
+    found: dict[tuple[str, str, str], tuple[list[int], set[str]]] = {}
     for storage, phase, module in owners:
-        entry = found.setdefault((storage.name, storage.category, module, phase), [0, 0])
-        entry[0] += 1
-        entry[1] += storage.num_bytes
-    largest = sorted(found.items(), key=lambda item: (-item[1][1], item[0]))[:MAX_HOLDERS]
+        sums, modules = found.setdefault((storage.name, storage.category, phase), ([0, 0], set()))
+        sums[0] += 1
+        sums[1] += storage.num_bytes
+        modules.add(module)
+    largest = sorted(found.items(), key=lambda item: (-item[1][0][1], item[0]))[:MAX_HOLDERS]
     return tuple(
-        Holder(name, category, module, phase, count, num_bytes)
-        for (name, category, module, phase), (count, num_bytes) in largest
+        Holder(name, category, min(modules) if len(modules) == 1 else "", phase, *sums)
+        for (name, category, phase), (sums, modules) in largest
     )

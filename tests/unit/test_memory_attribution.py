@@ -14,13 +14,12 @@ def test_rounding_is_what_blocks_hold_beyond_the_requests() -> None:
     assert tuple(parts) == CATEGORIES
 
 
-def test_holders_are_grouped_by_name_and_place_largest_first() -> None:
+def test_storages_of_one_name_are_one_holder_largest_first() -> None:
     same = [(Storage("hidden", 100, "activations"), "forward", f"layers.{i % 2}") for i in range(4)]
-    one = [(Storage("flat", 200, "optimizer"), "setup", "")]
+    one = [(Storage("flat", 300, "optimizer"), "setup", "model")]
     assert [(h.name, h.module, h.count, h.num_bytes) for h in holders(same + one)] == [
-        ("flat", "", 1, 200),
-        ("hidden", "layers.0", 2, 200),
-        ("hidden", "layers.1", 2, 200),
+        ("hidden", "", 4, 400),
+        ("flat", "model", 1, 300),
     ]
 
 
