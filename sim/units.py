@@ -135,11 +135,12 @@ def format_flops(flops_per_s: float) -> str:
 def format_si(value: float) -> str:
     """Return a number with a decimal prefix and a space: "362 G", "1.05 k", "12 "."""
     magnitude = abs(value)
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if magnitude < 1000:
-            break
+    prefixes = ("", "k", "M", "G", "T", "P")
+    index = 0
+    while magnitude >= 1000 and index < len(prefixes) - 1:
         magnitude /= 1000
-    return f"{'-' if value < 0 else ''}{_three(magnitude)} {prefix}"
+        index += 1
+    return f"{'-' if value < 0 else ''}{_three(magnitude)} {prefixes[index]}"
 
 
 def _three(value: float) -> str:

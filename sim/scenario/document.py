@@ -275,9 +275,7 @@ def _plain(
 ) -> Any:
     budget[0] -= 1
     if budget[0] < 0:
-        raise UnreadableError(
-            Finding(file, 0, f"holds more than {budget[1]} values", "write fewer aliases and values")
-        )
+        raise UnreadableError(Finding(file, 0, f"holds more than {budget[1]} values", "write fewer aliases and values"))
     if len(path) > MAX_DEPTH:
         raise UnreadableError(Finding(file, node.line, f"is nested more than {MAX_DEPTH} deep", "write fewer aliases"))
     if path not in lines:

@@ -118,10 +118,14 @@ TOP: dict[str, Key] = {
     "training": _anything({}, "write at least sequence_length and micro_batch_size", True),
     "faults": Key(
         _faults,
-        {"type": "object", "properties": {
-            "slow": {"type": "array", "items": mapping_schema(_SLOW)},
-            "links": {"type": "array", "items": mapping_schema(_LINK)},
-        }, "additionalProperties": False},
+        {
+            "type": "object",
+            "properties": {
+                "slow": {"type": "array", "items": mapping_schema(_SLOW)},
+                "links": {"type": "array", "items": mapping_schema(_LINK)},
+            },
+            "additionalProperties": False,
+        },
         "What is not as good as it should be: slow GPUs, degraded links.",
     ),
     "sources": _anything({"type": "object"}, "Where values come from; written by sim into resolved scenarios."),

@@ -143,8 +143,8 @@ def test_one_mistake_one_problem() -> None:
 def test_what_is_written_reads_back() -> None:
     settings = DeepSpeedSettings(
         stage=3, overlap_comm=False, reduce_bucket_size=7, prefetch_bucket_size=8, param_persistence_threshold=9,
-        offload_optimizer="cpu", pin_memory=False, offload_ratio=0.25, grad_accum_dtype="fp32", communication_data_type="bf16",
-        gradient_clipping=0.5,
+        offload_optimizer="cpu", pin_memory=False, offload_ratio=0.25, grad_accum_dtype="fp32",
+        communication_data_type="bf16", gradient_clipping=0.5,
     )  # fmt: skip
     reading = read(write_deepspeed_config(settings))
     assert settings_of(reading, 3, 0.5) == settings
@@ -156,8 +156,10 @@ def test_defaults_are_deepspeeds_own(stage: int) -> None:
     zero = pytest.importorskip("deepspeed.runtime.zero.config")
     theirs = zero.DeepSpeedZeroConfig(stage=stage)
     ours = asdict(settings_of(read({"zero_optimization": {"stage": stage}}), stage, 0.0))
-    elsewhere = {"offload_optimizer", "offload_param", "pin_memory", "offload_ratio", "offload_param_pin_memory", 
-                 "grad_accum_dtype", "communication_data_type", "gradient_clipping"}  # fmt: skip
+    elsewhere = {
+        "offload_optimizer", "offload_param", "pin_memory", "offload_ratio", "offload_param_pin_memory",
+        "grad_accum_dtype", "communication_data_type", "gradient_clipping",
+    }  # fmt: skip
     for name in ours.keys() - elsewhere:
         assert ours[name] == getattr(theirs, name), name
     constants = pytest.importorskip("deepspeed.runtime.constants")
