@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-
 from fsdp_world import Job, collectives, layers_of, live_bytes
 
 from sim.parallel.frameworks.fsdp1 import fsdp1
 from sim.parallel.frameworks.fsdp2 import fsdp2
 from sim.parallel.frameworks.plan import Plan
 from sim.scenario.schema import Fsdp1Settings, Fsdp2Settings
-
-
-def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "validation" / "real" / "fsdp2.py"
-    spec = importlib.util.spec_from_file_location("fsdp2_real", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fsdp2_real"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-REAL = script()
+from validation.real import fsdp2 as torch_fsdp
 
 
 @cache
 def measured(num_ranks: int) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = REAL.measure(num_ranks)
+    found: dict[str, dict[str, Any]] = torch_fsdp.measure(num_ranks)
     return found
 
 
@@ -76,10 +57,10 @@ def job(case: dict[str, Any], shapes: Any, num_ranks: int, rank: int) -> Job:
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    ("num_ranks", "name"), [(num_ranks, name) for num_ranks in (2, 4) for name in REAL.cases(num_ranks)]
+    ("num_ranks", "name"), [(num_ranks, name) for num_ranks in (2, 4) for name in torch_fsdp.cases(num_ranks)]
 )
 def test_collectives_and_state_bytes_are_those_of_torch(num_ranks: int, name: str) -> None:
-    case, real = REAL.CASES[name], measured(num_ranks)[name]
+    case, real = torch_fsdp.CASES[name], measured(num_ranks)[name]
     ranks = {"dp": num_ranks // case.get("replicas", 1), "dp_replicate": case.get("replicas", 1), "dp_reshard": 2}
     for rank in range(num_ranks):
         ours = job(case, real["parameters"], num_ranks, rank)

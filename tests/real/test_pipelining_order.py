@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from sim.parallel.schedule import SCHEDULES
+from validation.real import pipelining
 
 pytestmark = pytest.mark.real
 
 
 @cache
-def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "validation" / "real" / "pipelining.py"
-    spec = importlib.util.spec_from_file_location("pipelining", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@cache
 def measured(num_ranks: int) -> dict[str, list[list[tuple[str, int, int]]]]:
-    found: dict[str, list[list[tuple[str, int, int]]]] = script().measure(num_ranks)
+    found: dict[str, list[list[tuple[str, int, int]]]] = pipelining.measure(num_ranks)
     return found
 
 
-@pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n, cases in script().CASES.items() for name in cases])
+@pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n, cases in pipelining.CASES.items() for name in cases])
 def test_order_of_passes(num_ranks: int, name: str) -> None:
     """Each rank, all passes: kind, stage of the model, microbatch."""
-    _, chunks, num_microbatches, _ = script().CASES[num_ranks][name]
+    _, chunks, num_microbatches, _ = pipelining.CASES[num_ranks][name]
     schedule = SCHEDULES[name]
     assert schedule.refusal(num_ranks, num_microbatches, chunks) is None
     ours = [

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from sim.model.transformer import describe
 from sim.parallel.emit import LayerPlan, Recompute, plan_layer
 from sim.parallel.shard import ShardPlan, shard_ledger
 from sim.scenario.schema import ModelConfig, Training
+from validation.real import tensor_parallel
 
 pytestmark = pytest.mark.real
 CPU_HAS_NO_RANDOM_STATE = 16
@@ -23,23 +21,13 @@ CPU_HAS_NO_RANDOM_STATE = 16
 
 
 @cache
-def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "validation" / "real" / "tensor_parallel.py"
-    spec = importlib.util.spec_from_file_location("tensor_parallel", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@cache
 def measured(num_ranks: int) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = script().measure(num_ranks)
+    found: dict[str, dict[str, Any]] = tensor_parallel.measure(num_ranks)
     return found
 
 
 def ledger(case: dict[str, bool], num_ranks: int) -> Ledger:
-    real = script()
+    real = tensor_parallel
     model = ModelConfig(
         hidden_size=real.HIDDEN, intermediate_size=real.FFN, num_hidden_layers=real.NUM_LAYERS,
         num_attention_heads=real.HEADS, num_key_value_heads=real.KV_HEADS, head_dim=real.HIDDEN // real.HEADS,
@@ -71,22 +59,22 @@ def saved_bytes(layer: Layer) -> int:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("name", script().CASES)
+@pytest.mark.parametrize("name", tensor_parallel.CASES)
 def test_collectives_in_order(name: str, num_ranks: int) -> None:
-    found = plans(script().CASES[name], num_ranks)
+    found = plans(tensor_parallel.CASES[name], num_ranks)
     forward = [s for plan in found for s in plan.forward]
     backward = [s for plan in reversed(found) for s in plan.backward]
     for what, steps in (("forward", forward), ("backward", backward)):
-        ours = [[s.kind, s.tensor_bytes] for s in steps if isinstance(s, Collective)]
+        ours = [[s.kind, s.tensor_bytes, num_ranks] for s in steps if isinstance(s, Collective)]
         assert measured(num_ranks)[name][what] == ours
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("name", [name for name, case in script().CASES.items() if not case.get("checkpoint")])
+@pytest.mark.parametrize("name", [name for name, case in tensor_parallel.CASES.items() if not case.get("checkpoint")])
 def test_saved_and_parameter_bytes(name: str, num_ranks: int) -> None:
     """What each linear gathered is kept by it; token ids and labels are kept whole, by embedding and loss."""
-    found = ledger(script().CASES[name], num_ranks)
+    found = ledger(tensor_parallel.CASES[name], num_ranks)
     ids = sum(t.num_bytes for t in found.batch_inputs)
-    ours = sum(map(saved_bytes, found.layers)) + ids - script().NUM_LAYERS * CPU_HAS_NO_RANDOM_STATE
+    ours = sum(map(saved_bytes, found.layers)) + ids - tensor_parallel.NUM_LAYERS * CPU_HAS_NO_RANDOM_STATE
     assert measured(num_ranks)[name]["saved_bytes"] == ours
     assert measured(num_ranks)[name]["parameter_bytes"] == 4 * found.num_parameters

@@ -1,6 +1,6 @@
 """Train a small GPT under FSDP2 (``fully_shard``) and FSDP1 on the CPU with gloo, and write down what they really did.
 
-``python validation/real/fsdp2.py 2`` prints, for each case, the collectives of a steady step (kind, bytes, ranks) and
+``python -m validation.real.fsdp2 2`` prints, for each case, the collectives of a steady step (kind, bytes, ranks) and
 the live bytes of every rank at its borders, as JSON. :func:`measure` is for tests.
 """
 
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
+
+from validation.real.processes import first_with_all_live_bytes, launch, write
 
 NUM_LAYERS, SEQUENCE, BATCH = 4, 16, 1
 EVEN = {"hidden": 64, "heads": 4, "vocabulary": 256}
@@ -59,39 +55,9 @@ def cases(num_ranks: int) -> tuple[str, ...]:
     return narrow if num_ranks < 4 else (*wide, "bf16-fp32-reduce", "checkpoint-uneven")
 
 
-def measure(num_ranks: int, timeout_s: float = 300) -> dict[str, dict[str, Any]]:
+def measure(num_ranks: int) -> dict[str, dict[str, Any]]:
     """Run the cases with so many processes: case -> what rank 0 wrote down, ``live_bytes`` of all ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        workers = []
-        for rank in range(num_ranks):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [sys.executable, str(Path(__file__).resolve()), "worker", folder]
-            workers.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        outputs = []
-        try:
-            for worker in workers:
-                outputs.append(worker.communicate(timeout=timeout_s)[0])  # noqa: PERF401
-        finally:
-            for worker in workers:
-                worker.kill()
-        if any(worker.returncode for worker in workers):
-            raise RuntimeError("\n".join(f"--- rank {rank}\n{text[-4000:]}" for rank, text in enumerate(outputs)))
-        written = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-    return {
-        name: written[0][name] | {"live_bytes": [each[name]["live_bytes"] for each in written]} for name in written[0]
-    }
+    return first_with_all_live_bytes(launch(__file__, (), num_ranks))
 
 
 def worker(folder: str) -> None:
@@ -106,57 +72,8 @@ def worker(folder: str) -> None:
     gc.freeze()  # what the imports made is not looked through again
     torch.distributed.init_process_group("gloo")
     found = {name: run(CASES[name]) for name in cases(torch.distributed.get_world_size())}
-    rank = torch.distributed.get_rank()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
+    write(folder, found)
     torch.distributed.destroy_process_group()
-
-
-def build(sizes: dict[str, int], checkpoint: bool) -> Any:
-    """Return the model: 12 parameters in a block, 53 in all."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
-    from torch.utils.checkpoint import checkpoint as run_again
-
-    hidden, heads, vocabulary = sizes["hidden"], sizes["heads"], sizes["vocabulary"]
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ln1 = nn.LayerNorm(hidden)
-            self.qkv = nn.Linear(hidden, 3 * hidden)
-            self.proj = nn.Linear(hidden, hidden)
-            self.ln2 = nn.LayerNorm(hidden)
-            self.fc1 = nn.Linear(hidden, 4 * hidden)
-            self.fc2 = nn.Linear(4 * hidden, hidden)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return run_again(self.body, x, use_reentrant=False) if checkpoint else self.body(x)
-
-        def body(self, x: torch.Tensor) -> torch.Tensor:
-            b, s, h = x.shape
-            q, k, v = (t.view(b, s, heads, -1).transpose(1, 2) for t in self.qkv(self.ln1(x)).chunk(3, -1))
-            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.proj(mixed.transpose(1, 2).reshape(b, s, h))
-            return x + self.fc2(functional.gelu(self.fc1(self.ln2(x))))
-
-    class Gpt(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wte = nn.Embedding(vocabulary, hidden)
-            self.wpe = nn.Embedding(SEQUENCE, hidden)
-            self.blocks = nn.ModuleList(Block() for _ in range(NUM_LAYERS))
-            self.ln_f = nn.LayerNorm(hidden)
-            self.head = nn.Linear(hidden, vocabulary, bias=False)
-
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            x = self.wte(tokens) + self.wpe(torch.arange(SEQUENCE).expand_as(tokens))
-            for block in self.blocks:
-                x = block(x)
-            return self.head(self.ln_f(x))
-
-    return Gpt()
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -164,16 +81,21 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.nn import functional
 
+    from validation.real.gpt import Gpt
+    from validation.real.recorder import Recorder, live_bytes, storages
+
     torch.manual_seed(0)
     gc.collect()
-    before = set(storages())
+    before = set(storages(SMALLEST_BYTES))
     sizes = case.get("sizes", EVEN)
-    model = build(sizes, case.get("checkpoint", False))
+    model = Gpt(
+        **sizes, num_layers=NUM_LAYERS, sequence=SEQUENCE, checkpoint="inside" if case.get("checkpoint") else ""
+    )
     shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
     model = wrap1(case, model) if "strategy" in case else wrap2(case, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     collectives: list[tuple[str, int, int]] = []
-    recorder = _recorder(collectives)
+    recorder = Recorder(collectives)
     marks: list[int] = []
     live: list[int] = []
     microbatches = case.get("microbatches", 1)
@@ -188,22 +110,22 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             if "strategy" not in case:
                 model.set_requires_gradient_sync(not whole)
             tokens = torch.randint(sizes["vocabulary"], (BATCH, SEQUENCE))
-            with model.no_sync() if "strategy" in case and whole else nullcontext(), recorder():
+            with model.no_sync() if "strategy" in case and whole else nullcontext(), recorder:
                 logits = model(tokens)
                 marks.append(len(collectives))
                 functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()).backward()
             marks.append(len(collectives))
             del logits, tokens
-            live.append(live_bytes(before) if counts else 0)
-        with recorder():
+            live.append(live_bytes(before, SMALLEST_BYTES) if counts else 0)
+        with recorder:
             if case.get("clipping") and "strategy" in case:
                 model.clip_grad_norm_(case["clipping"])
             elif case.get("clipping"):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), case["clipping"])
             optimizer.step()
-        live.append(live_bytes(before) if counts else 0)
+        live.append(live_bytes(before, SMALLEST_BYTES) if counts else 0)
         optimizer.zero_grad()
-        live.append(live_bytes(before) if counts else 0)
+        live.append(live_bytes(before, SMALLEST_BYTES) if counts else 0)
     found = {"parameters": shapes, "collectives": list(collectives), "marks": list(marks), "live_bytes": list(live)}
     del model, optimizer, recorder
     gc.collect()
@@ -261,69 +183,6 @@ def wrap2(case: dict[str, Any], model: Any) -> Any:
     else:
         fully_shard(model, **settings)
     return model
-
-
-def live_bytes(before: set[int]) -> int:
-    """Return the bytes of all storages that a Python object reaches, each counted once, without those from before."""
-    time.sleep(0.02)  # gloo's threads let go of their tensors a moment after the call returns
-    gc.collect()
-    return sum(num_bytes for pointer, num_bytes in storages().items() if pointer not in before)
-
-
-def storages() -> dict[int, int]:
-    """Return address -> bytes of the storages that are no scalars. A DTensor has none but its local tensor's."""
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    found: dict[int, int] = {}
-    for tensor in [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]:
-        gradient = None
-        with suppress(RuntimeError):  # FSDP1's views of a flat parameter that is gone
-            gradient = tensor.grad if tensor.is_leaf else None
-        for each in (tensor, gradient):
-            local = each.to_local() if isinstance(each, DTensor) else each
-            if local is not None and local.device.type == "cpu" and local.layout == torch.strided:
-                storage = local.untyped_storage()
-                if storage.nbytes() >= SMALLEST_BYTES:
-                    found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
-def _recorder(collectives: list[tuple[str, int, int]]) -> Any:
-    """Return a dispatch mode that writes down (kind, bytes as nccl-tests count them, ranks) of every collective."""
-    import torch
-    from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
-    from torch.distributed.tensor import DTensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    def size(value: Any) -> int:
-        if isinstance(value, (list, tuple)):
-            return sum(size(each) for each in value)
-        return int(value.numel() * value.element_size())
-
-    # which argument holds the tensor whose size counts: the output of an all-gather, the input of a reduce-scatter
-    counted = {
-        "allreduce_": ("all_reduce", 0),
-        "_allgather_base_": ("all_gather", 0),
-        "allgather_": ("all_gather", 0),
-        "_reduce_scatter_base_": ("reduce_scatter", 1),
-        "broadcast_": ("broadcast", 0),
-    }
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if any(issubclass(each, DTensor) for each in types):
-                return NotImplemented  # it takes itself apart first, with this mode still on
-            namespace, _, name = str(func._schema.name).partition("::")
-            if namespace == "c10d" and name in counted:
-                kind, argument = counted[name]
-                group = next(ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-                collectives.append((kind, size(args[argument]), group.size()))
-            elif namespace == "_c10d_functional" and name.startswith("all_reduce"):
-                collectives.append(("all_reduce", size(args[0]), int(_resolve_process_group(args[-1]).size())))
-            return func(*args, **(kwargs or {}))
-
-    return Recorder
 
 
 if __name__ == "__main__":

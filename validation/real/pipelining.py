@@ -1,6 +1,6 @@
 """Run torch's pipeline schedules in real processes on the CPU with gloo, and write down the order of their passes.
 
-``python validation/real/pipelining.py 4`` prints, for each case of 4 ranks, the passes of each rank as JSON, each
+``python -m validation.real.pipelining 4`` prints, for each case of 4 ranks, the passes of each rank as JSON, each
 as (kind, stage, microbatch). :func:`measure` is for tests. What is written down is what a stage was asked to do, not
 ``pipeline_order``: that of ``Schedule1F1B`` differs from what it runs (torch 2.13, last rank).
 """
@@ -8,14 +8,11 @@ as (kind, stage, microbatch). :func:`measure` is for tests. What is written down
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from validation.real.processes import launch, write
 
 WIDTH, ROWS = 4, 1
 
@@ -48,35 +45,9 @@ CASES: dict[int, dict[str, Case]] = {
 """Ranks -> our name of the schedule -> what torch is asked."""
 
 
-def measure(num_ranks: int, timeout_s: float = 120) -> dict[str, list[list[tuple[str, int, int]]]]:
+def measure(num_ranks: int) -> dict[str, list[list[tuple[str, int, int]]]]:
     """Run the cases with so many processes; return case -> passes of each rank, in the order in which they ran."""
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        workers = []
-        for rank in range(num_ranks):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [sys.executable, str(Path(__file__).resolve()), "worker", folder]
-            workers.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        outputs = []
-        try:
-            for worker in workers:
-                outputs.append(worker.communicate(timeout=timeout_s)[0])  # noqa: PERF401
-        finally:
-            for worker in workers:
-                worker.kill()
-        if any(worker.returncode for worker in workers):
-            raise RuntimeError("\n".join(f"--- rank {rank}\n{text[-4000:]}" for rank, text in enumerate(outputs)))
-        written = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    written = launch(__file__, (), num_ranks)
     return {name: [[tuple(q) for q in each[name]] for each in written] for name in CASES[num_ranks]}
 
 
@@ -88,8 +59,7 @@ def worker(folder: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {name: run(case, rank, num_ranks) for name, case in CASES[num_ranks].items()}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
+    write(folder, found)
     torch.distributed.destroy_process_group()
 
 

@@ -1,19 +1,16 @@
 """Train a small Llama under DTensor tensor parallelism on the CPU with gloo, and write down what it really did.
 
-``python validation/real/tensor_parallel.py 2`` prints, for each case, the collectives of forward and of backward (kind,
+``python -m validation.real.tensor_parallel 2`` prints, for each case, the collectives of forward and of backward (kind,
 bytes of the whole tensor) and the bytes that autograd saved on rank 0, as JSON. :func:`measure` is for tests.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
+
+from validation.real.processes import launch, write
 
 NUM_LAYERS, SEQUENCE, BATCH = 2, 16, 2
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 64, 96, 8, 4, 256
@@ -30,32 +27,9 @@ CASES: dict[str, dict[str, bool]] = {
 }
 
 
-def measure(num_ranks: int, timeout_s: float = 120) -> dict[str, dict[str, Any]]:
+def measure(num_ranks: int) -> dict[str, dict[str, Any]]:
     """Run the cases with so many processes: case -> what rank 0 wrote down; all ranks must have done the same."""
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        workers = []
-        for rank in range(num_ranks):
-            environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = [sys.executable, str(Path(__file__).resolve()), "worker", folder]
-            workers.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        outputs = []
-        try:
-            for worker in workers:
-                outputs.append(worker.communicate(timeout=timeout_s)[0])  # noqa: PERF401
-        finally:
-            for worker in workers:
-                worker.kill()
-        if any(worker.returncode for worker in workers):
-            raise RuntimeError("\n".join(f"--- rank {rank}\n{text[-4000:]}" for rank, text in enumerate(outputs)))
-        written = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    written = launch(__file__, (), num_ranks)
     if any(each != written[0] for each in written):
         raise RuntimeError("the ranks differ")
     found: dict[str, dict[str, Any]] = written[0]
@@ -69,9 +43,7 @@ def worker(folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     found = {name: run(case) for name, case in CASES.items()}
-    rank = torch.distributed.get_rank()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
+    write(folder, found)
     torch.distributed.destroy_process_group()
 
 
@@ -146,11 +118,13 @@ def run(case: dict[str, bool]) -> dict[str, Any]:
     from torch.distributed.tensor.parallel import loss_parallel
     from torch.nn import functional
 
+    from validation.real.recorder import Recorder
+
     torch.manual_seed(0)
     num_ranks = torch.distributed.get_world_size()
     model = build(case.get("checkpoint", False), num_ranks)
     divide(model, init_device_mesh("cpu", (num_ranks,)), case)
-    collectives: list[tuple[str, int]] = []
+    collectives: list[tuple[str, int, int]] = []
     saved: dict[int, int] = {}
     kept: list[torch.Tensor] = []
     parameters = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
@@ -165,11 +139,11 @@ def run(case: dict[str, bool]) -> dict[str, Any]:
     tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE))
     labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE))
     with loss_parallel() if case.get("loss_parallel") else contextlib.nullcontext():
-        with _recorder(collectives), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with Recorder(collectives), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             logits = model(tokens)
             loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         num_forward = len(collectives)
-        with _recorder(collectives):
+        with Recorder(collectives):
             loss.backward()
     return {
         "forward": collectives[:num_forward],
@@ -224,39 +198,6 @@ def local(tensor: Any) -> Any:
     while hasattr(tensor, "to_local") or hasattr(tensor, "_local_tensor"):
         tensor = tensor._local_tensor
     return tensor.elem if hasattr(tensor, "elem") else tensor  # what an AsyncCollectiveTensor holds
-
-
-KINDS = {
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "all_to_all_single": "all_to_all",
-    "broadcast": "broadcast",
-}
-
-
-def _recorder(collectives: list[tuple[str, int]]) -> Any:
-    """Return a mode that writes down each functional collective: kind, bytes of the whole tensor."""
-    from torch.distributed.tensor import DTensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if any(issubclass(kind, DTensor) for kind in types):
-                return NotImplemented
-            name = func._schema.name
-            result = func(*args, **(kwargs or {}))
-            if name.startswith("_c10d_functional::"):
-                operation = name.partition("::")[2]
-                if operation not in ("wait_tensor", "_wrap_tensor_autograd"):
-                    whole = result if operation == "all_gather_into_tensor" else args[0]
-                    collectives.append((KINDS[operation], whole.nbytes))
-            elif name.startswith("c10d::"):
-                raise RuntimeError(f"a collective that is not functional: {name}")
-            return result
-
-    return Recorder()
 
 
 if __name__ == "__main__":
