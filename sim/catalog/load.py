@@ -449,15 +449,6 @@ def _positive(parse: Callable[[Any], T]) -> Callable[[Any], T]:
     return parsed
 
 
-def _one_of(allowed: Sequence[str]) -> Callable[[Any], str]:
-    def parsed(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
-        return cast(str, value)
-
-    return parsed
-
-
 # --- mappings to facts ---------------------------------------------------------------------------
 
 

@@ -213,7 +213,6 @@ def pointwise(
     dtype: DType | None = None,
     shape: Shape | None = None,
     keeps: tuple[Tensor, ...] = (),
-    saves_out: bool = False,
     constants: tuple[Tensor, ...] = (),
     also_reads: tuple[str, ...] = (),
     kind: str = "elementwise",

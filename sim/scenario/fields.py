@@ -196,7 +196,7 @@ TRAINING: dict[str, Key] = {
 DDP: dict[str, Key] = {
     "bucket_cap_mb": number(0.001, 1e6, "25", "Largest gradient bucket, MiB."),
     "gradient_as_bucket_view": boolean("Whether gradients live in the buckets."),
-    "static_graph": boolean("Whether the graph is the same in every step."),
+    "static_graph": boolean("Whether the graph is the same in every step; the one simulated always is."),
     "find_unused_parameters": boolean("Whether parameters without gradient are looked for."),
     "mixed_precision": choice(("autocast", "pure"), "a way to train in 16 bit",
                               "autocast: fp32 parameters, 16-bit matmuls; pure: all in 16 bit."),
@@ -326,6 +326,7 @@ def scenario_schema() -> dict[str, Any]:
         "ddp": mapping_schema(DDP),
         "fsdp2": mapping_schema(FSDP2),
         "fsdp1": mapping_schema(FSDP1),
+        "megatron": mapping_schema(MEGATRON),
         "allocator": named_or(ALLOCATOR, "as PYTORCH_ALLOC_CONF is written"),
         "parallelism": mapping_schema(PARALLELISM),
         "training": mapping_schema(TRAINING),

@@ -11,7 +11,16 @@ import yaml
 
 from sim import cli
 from sim.scenario.load import load_scenario_text, scenario_json_schema
-from sim.scenario.schema import AllocatorConfig, DdpSettings, Fsdp1Settings, ModelConfig, Parallelism, Training
+from sim.scenario.schema import (
+    AllocatorConfig,
+    DdpSettings,
+    Fsdp1Settings,
+    Fsdp2Settings,
+    MegatronSettings,
+    ModelConfig,
+    Parallelism,
+    Training,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 MODELS = {
@@ -21,7 +30,9 @@ MODELS = {
     "parallelism": Parallelism,
     "training": Training,
     "ddp": DdpSettings,
+    "fsdp2": Fsdp2Settings,
     "fsdp1": Fsdp1Settings,
+    "megatron": MegatronSettings,
     "allocator": AllocatorConfig,
 }
 DERIVED = {
@@ -36,6 +47,9 @@ DERIVED = {
     "training.precision": "the best of the GPU", "training.optimizer": "adamw",
     "training.gradient_clipping": "the framework's", "training.code": "huggingface for Llama-like models, else torch",
     "allocator.max_split_size": "no limit",
+    "fsdp2.param_dtype": "training.precision", "fsdp2.reduce_dtype": "`fp32`",
+    "fsdp2.shard_size": "dp", "fsdp1.shard_size": "a node's GPUs",
+    "megatron.accumulate_allreduce_grads_in_fp32": "`true` for bf16", "megatron.bucket_size": "max(40e6, 1e6 dp)",
 }  # fmt: skip
 """Defaults that are worked out, in words. The rest are those of the types."""
 
@@ -57,6 +71,8 @@ def _values(schema: dict[str, Any]) -> str:
         return " ".join(f"`{value}`" for value in schema["enum"])
     if "examples" in schema:
         return f"such as `{schema['examples'][0]}`"
+    if "anyOf" in schema and "properties" not in schema["anyOf"][-1]:
+        return " or ".join(_values(each) for each in schema["anyOf"])
     if schema.get("type") == "boolean":
         return "`true` `false`"
     if schema.get("type") in ("integer", "number"):

@@ -10,7 +10,6 @@ from sim.parallel.frameworks.deepspeed_base import Stage0
 from sim.parallel.frameworks.deepspeed_stage3 import Stage3
 from sim.parallel.frameworks.deepspeed_stage12 import Stage12
 from sim.parallel.frameworks.plan import Plan
-from sim.parallel.mesh import across, within
 
 
 def deepspeed(layers: Sequence[Layer], settings: DeepSpeedSettings, plan: Plan) -> Stage0 | Stage12 | Stage3:
@@ -36,17 +35,6 @@ def is_plus(settings: DeepSpeedSettings) -> bool:
     return settings.stage == 3 and (
         settings.zero_hpz_partition_size > 1 or settings.zero_quantized_weights or settings.zero_quantized_gradients
     )
-
-
-def part_axes(settings: DeepSpeedSettings, axis: str, dp: int, num_gpus_per_node: int) -> tuple[str, ...]:
-    """Return the axes beside ``axis``, parts of it, whose groups ZeRO++ meets in."""
-    if not is_plus(settings):
-        return ()
-    near, per_node = min(settings.zero_hpz_partition_size, dp), min(num_gpus_per_node, dp)
-    found = [within(axis, near)] if near > 1 else []
-    if settings.zero_quantized_gradients and dp > per_node:
-        found += [within(axis, per_node), across(axis, per_node)]
-    return tuple(dict.fromkeys(found))
 
 
 def warnings(settings: DeepSpeedSettings, half: bool = True) -> tuple[str, ...]:
