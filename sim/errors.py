@@ -3,7 +3,8 @@
     SimError                    everything that `sim` raises on purpose
     ├── ScenarioError           bad input: every finding at once; exit code 2
     ├── DeadlockError           a program whose ranks wait for each other (a defect of a lowering)
-    └── CollectiveMismatchError two ranks meet in one collective with different kinds or sizes
+    ├── CollectiveMismatchError two ranks meet in one collective with different kinds or sizes
+    └── ContentionError         a transfer that was taken to be alone shares links; the pipeline folds without that
 
 *Does not fit* is not an error: it is a value in the report.
 """
@@ -46,6 +47,10 @@ class ScenarioError(SimError):
 
 class DeadlockError(SimError):
     """The programs ended with ranks that still wait. One argument, the message."""
+
+
+class ContentionError(SimError):
+    """A transfer on a ``lone`` communicator met another on its links. One argument, the message."""
 
 
 class CollectiveMismatchError(SimError):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sim.cluster.topology import Cluster, build_cluster, degrade
 from sim.cost.model import CostModel, CostSettings
 from sim.engine.run import run
+from sim.errors import ContentionError
 from sim.ir.footprint import Footprint
 from sim.ir.ledger import Ledger
 from sim.ir.program import World
@@ -57,9 +58,14 @@ def simulate(scenario: Scenario, *, record: bool = False, fold: bool = True) -> 
         flash=gpu.compute_capability >= (8, 0),
     )
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
-    world = _folded(lower(ledger, scenario), cluster, slow, fold)
-    cost = CostModel(cluster, gpu, CostSettings(compiled=scenario.training.compile, slow=slow))
-    timeline = run(world, cost)
+    lowered = lower(ledger, scenario)
+    settings = CostSettings(compiled=scenario.training.compile, slow=slow)
+    try:
+        world, cost = _folded(lowered, cluster, slow, fold, trusting=fold), CostModel(cluster, gpu, settings)
+        timeline = run(world, cost)
+    except ContentionError:  # other communicators, and so another cost model: it knows them by name
+        world, cost = _folded(lowered, cluster, slow, fold, trusting=False), CostModel(cluster, gpu, settings)
+        timeline = run(world, cost)
     outside = outside_of(world, timeline, cluster, gpu)
     allocators = {rank: _allocator(scenario, beside) for rank, beside in outside.items()}
     held = footprints(world, timeline, allocators, outside, record, samples=record)
@@ -81,14 +87,15 @@ def simulate(scenario: Scenario, *, record: bool = False, fold: bool = True) -> 
     return Simulation(scenario, cluster, ledger, world, timeline, held, report)
 
 
-def _folded(world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool) -> World:
+def _folded(world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool, trusting: bool) -> World:
     """Return the world with the classes that its ranks form on this machine: one on one node without faults."""
     if fold and len(world.programs) == 1 and cluster.num_nodes == 1 and not slow and not cluster.degraded:
         return world
     from sim.cluster.symmetry import places_of
     from sim.parallel.fold import refold
 
-    return refold(world, speeds=slow, places=places_of(cluster, num_ranks=world.world_size), folded=fold)
+    places = places_of(cluster, num_ranks=world.world_size)
+    return refold(world, speeds=slow, places=places, folded=fold, trusting=trusting)
 
 
 def _allocator(scenario: Scenario, outside: Outside) -> AllocatorSettings:

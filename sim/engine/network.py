@@ -21,6 +21,7 @@ from typing import Any
 
 import simpy
 
+from sim.errors import ContentionError
 from sim.ir.timeline import LinkUse
 from sim.ir.traffic import Link, Phase, Traffic
 from sim.units import TICKS_PER_S, Ticks, ticks
@@ -123,6 +124,7 @@ class _Job:
 
     flows: tuple[Flow, ...]
     done: Any
+    lone: bool = False
     next: int = 0
     left: float = 1.0
     since: int = 0
@@ -158,10 +160,12 @@ class Network:
         self._counted: dict[int, tuple[Traffic, int]] = {}
         self._kind: dict[int, int] = {}
         self._alike: dict[int, list[int]] = {}
+        self.lone: list[tuple[int, int, int]] = []
+        """(start, end, links as bits) of what lone transfers moved."""
 
-    def start(self, traffic: Traffic) -> simpy.Event:
-        """Begin a transfer now; return the event of its end."""
-        job = _Job(self._flows_of(traffic), self._env.event())
+    def start(self, traffic: Traffic, lone: bool = False) -> simpy.Event:
+        """Begin a transfer now; return the event of its end. ``lone``: nothing else may be on its links meanwhile."""
+        job = _Job(self._flows_of(traffic), self._env.event(), lone)
         self._next_phase(job)
         return job.done
 
@@ -197,6 +201,13 @@ class Network:
     def links_of(self, traffic: Traffic) -> tuple[int, ...]:
         """Return the links that a transfer loads."""
         return tuple(dict.fromkeys(link for flow in self._flows_of(traffic) for link, _ in flow.loads))
+
+    def mask_of(self, traffic: Traffic) -> int:
+        """Return the links that a transfer loads, as bits."""
+        mask = 0
+        for flow in self._flows_of(traffic):
+            mask |= flow.mask
+        return mask
 
     def alone(self, traffic: Traffic) -> int:
         """Return the ticks of a transfer that shares its links with nothing."""
@@ -242,6 +253,8 @@ class Network:
             busy.since = now
         busy.num_active += 1
         shared = self._loaded(flow.mask)
+        if shared and (job.lone or any(other.lone and o.mask & flow.mask for other, o in self._active.items())):
+            raise ContentionError(f"a lone transfer shares links at tick {now}")
         self._active[job] = flow
         if shared:
             self._change(flow.mask)
@@ -263,6 +276,8 @@ class Network:
         if flow.loads:
             del self._active[job]
             self._moved[flow] = self._moved.get(flow, 0) + 1
+            if job.lone:
+                self.lone.append((job.since, now, flow.mask))
             busy = self._busy[flow.mask]
             busy.num_active -= 1
             if not busy.num_active:

@@ -7,6 +7,7 @@ deadlock where two communicators are entered crosswise.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from sim.engine.cost import Cost
 from sim.engine.network import Network
 from sim.errors import CollectiveMismatchError
-from sim.ir.program import Collective, Communicator, Copy, Program, Recv, Send, World
+from sim.ir.program import Chunk, Collective, Communicator, Copy, Program, Recv, Send, World
 from sim.ir.traffic import Traffic
 
 Message = Collective | Send | Recv
@@ -59,6 +60,8 @@ class Meetings:
         self._count: dict[tuple[str, Role], int] = {}
         self._open: dict[tuple[str, int], Meeting] = {}
         self._traffic: dict[tuple[int, str], tuple[Message, Traffic]] = {}
+        self.lone: dict[int, None] = {}
+        """Ids of messages that are taken to share links with nothing."""
 
     def number(self, communicator: Communicator, program: Program, message: Message) -> int:
         """Return which meeting on the communicator a class means with the message that its host issues now."""
@@ -96,7 +99,9 @@ class Meetings:
         message = meeting.arrived[min(meeting.arrived)]  # the same whoever comes last
         meeting.start = self._env.now
         meeting.traffic = self.traffic_of(message, meeting.communicator)
-        self._network.start(meeting.traffic).callbacks.append(lambda _: meeting.done.succeed())
+        self._network.start(meeting.traffic, id(message) in self.lone).callbacks.append(
+            lambda _: meeting.done.succeed()
+        )
 
     def traffic_of(self, message: Message, communicator: Communicator) -> Traffic:
         key = (id(message), communicator.name)  # the programs keep their messages, so ids stay their own
@@ -160,39 +165,66 @@ def _who(ranks: Sequence[int]) -> str:
     return f"ranks [{', '.join(map(str, ranks))}]"
 
 
+def _times(program: Program) -> dict[int, tuple[Message | Copy, int]]:
+    """Return the transfers of a step by id, in the order of chunks, and how often each is called."""
+    chunks: dict[int, tuple[Chunk, int]] = {}
+    for name, calls in Counter(call.chunk for call in program.step).items():
+        chunk = program.chunks[name]
+        chunks[id(chunk)] = (chunk, chunks.get(id(chunk), (chunk, 0))[1] + calls)
+    times: dict[int, tuple[Message | Copy, int]] = {}
+    for chunk, calls in chunks.values():
+        for step in chunk:
+            if step.__class__ in _MOVES:
+                assert isinstance(step, _MOVES)
+                times[id(step)] = (step, calls + times.get(id(step), (step, 0))[1])
+    return times
+
+
+Moved = tuple[int, Traffic, tuple[str, str]]
+"""Ticks of a transfer that nothing can slow down, what it moves, and its (communicator, stream)."""
+
+
 def solo_transfers(
-    world: World, cost: Cost, meetings: Meetings, network: Network
-) -> dict[tuple[int, int], tuple[int, Traffic]]:
-    """Return the collectives that nothing can slow down: (rank, message's id) -> (ticks, traffic).
+    world: World, cost: Cost, meetings: Meetings, network: Network, trusting: bool = True
+) -> dict[tuple[int, int], Moved]:
+    """Return the collectives that nothing can slow down, by (rank, message's id).
 
     A class does them by itself, and their links carry nothing but what the same stream of the class issues, which
-    comes one after the other.
+    comes one after the other. Lone transfers come in between; ``run`` sees to it that they did. Whoever is ``trusting``
+    takes for lone as well what a class does on its communicator once a step, on another stream than all the rest (the
+    sum of the norms' gradients after the last backward pass, say).
     """
-    found: list[tuple[tuple[int, str], Message | Copy, Traffic, bool]] = []
+    found: list[tuple[tuple[int, str], Message | Copy, Traffic, str]] = []
     for program in world.programs:
-        seen: dict[int, None] = {}
-        names = dict.fromkeys(call.chunk for call in program.step)
-        for chunk in {id(program.chunks[name]): program.chunks[name] for name in names}.values():
-            for step in chunk:
-                if step.__class__ not in _MOVES or id(step) in seen:
-                    continue
-                seen[id(step)] = None
-                assert isinstance(step, _MOVES)
-                if isinstance(step, Copy):
-                    found.append(((program.rank, step.stream), step, cost.copy(step, program.ranks), False))
-                    continue
-                communicator = world.communicators[program.axes[step.axis]]
-                if communicator.num_ranks > 1:
-                    own = isinstance(step, Collective) and len(communicator.classes) == 1
-                    found.append(((program.rank, step.stream), step, meetings.traffic_of(step, communicator), own))
+        times = _times(program)
+        owned: list[tuple[str, Collective]] = []
+        for step, _ in times.values():
+            user = (program.rank, step.stream)
+            if isinstance(step, Copy):
+                found.append((user, step, cost.copy(step, program.ranks), ""))
+                continue
+            communicator = world.communicators[program.axes[step.axis]]
+            if communicator.num_ranks == 1:
+                continue
+            own = communicator.name if isinstance(step, Collective) and len(communicator.classes) == 1 else ""
+            found.append((user, step, meetings.traffic_of(step, communicator), own))
+            if communicator.lone:
+                meetings.lone[id(step)] = None
+            elif own and isinstance(step, Collective):
+                owned.append((own, step))
+        often = dict.fromkeys((name, step.stream) for name, step in owned if times[id(step)][1] > 1)
+        used = dict.fromkeys(name for name, _ in often)
+        if trusting:
+            aside = [step for name, step in owned if name in used and (name, step.stream) not in often]
+            meetings.lone.update((id(step), None) for step in aside)
     network.learn(tuple({id(traffic): traffic for _, _, traffic, _ in found}.values()))
     users: dict[int, tuple[int, str] | None] = {}
-    for user, _, traffic, own in found:
-        for link in network.links_of(traffic):
+    for user, message, traffic, own in found:
+        for link in network.links_of(traffic) if id(message) not in meetings.lone else ():
             if users.setdefault(link, user if own else None) != user:
                 users[link] = None
     return {
-        (user[0], id(step)): (network.alone(traffic), traffic)
-        for user, step, traffic, own in found
-        if own and all(users[link] == user for link in network.links_of(traffic))
+        (user[0], id(message)): (network.alone(traffic), traffic, (own, user[1]))
+        for user, message, traffic, own in found
+        if own and id(message) not in meetings.lone and all(users[link] == user for link in network.links_of(traffic))
     }

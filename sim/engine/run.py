@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 
 import simpy
@@ -9,27 +10,43 @@ import simpy
 from sim.engine.cost import Cost
 from sim.engine.host import Host
 from sim.engine.network import Network
-from sim.engine.rendezvous import Meetings, solo_transfers
+from sim.engine.rendezvous import Meetings, Moved, solo_transfers
 from sim.engine.stream import Machine
-from sim.errors import DeadlockError
+from sim.errors import ContentionError, DeadlockError
 from sim.ir.program import World
 from sim.ir.timeline import Repeat, Spans, Timeline
+from sim.ir.traffic import Traffic
 from sim.units import Ticks
 
 
 def run(world: World, cost: Cost) -> Timeline:
+    """Return when everything of ``Program.step`` happens, from tick 0. See ``_run``.
+
+    Raises DeadlockError and CollectiveMismatchError, which name the ranks, and ContentionError if a transfer on a lone
+    communicator was not alone on its links: the world has to be folded otherwise then.
+    """
+    try:
+        return _run(world, cost, trusting=True)
+    except ContentionError:
+        if any(communicator.lone for communicator in world.communicators.values()):
+            raise
+    return _run(world, cost, trusting=False)
+
+
+def _run(world: World, cost: Cost, trusting: bool) -> Timeline:
     """Return when everything of ``Program.step`` happens, from tick 0.
 
     Classes are created in the order of their representatives' ranks and a class's streams in the order in which the
     host first uses them, so that ties do not depend on how the world is written down. Spans stand by rank, then the
     host's, then stream by stream in that order, each in the order of time.
 
-    Raises DeadlockError and CollectiveMismatchError, which name the ranks.
+    Whoever is ``trusting`` takes more transfers for lone than the communicators that are; ContentionError if one was
+    not alone on its links.
     """
     env = simpy.Environment()
     network = Network(env, cost.links)
     meetings = Meetings(env, network, cost, world)
-    machine = Machine(env, world, cost, network, meetings, solo_transfers(world, cost, meetings, network))
+    machine = Machine(env, world, cost, network, meetings, solo_transfers(world, cost, meetings, network, trusting))
     hosts = [Host(program, machine) for program in sorted(world.programs, key=lambda program: program.rank)]
     for host in hosts:
         host.go()
@@ -39,6 +56,9 @@ def run(world: World, cost: Cost) -> Timeline:
     streams = [list(host.streams.values()) for host in hosts]
     if not all(host.finished for host in hosts) or not all(stream.finished for stream in chain(*streams)):
         raise DeadlockError("\n".join(meetings.who_waits() + [host.held_up() for host in hosts if host.waits_for]))
+    if network.lone:
+        for host in hosts:
+            _undisturbed(host, network, machine.solo)
     rank_end = {
         host.program.rank: Ticks(max(host.clock, *(stream.free for stream in own), 0))
         for host, own in zip(hosts, streams, strict=True)
@@ -55,3 +75,37 @@ def run(world: World, cost: Cost) -> Timeline:
         releases=tuple(release for host in hosts for release in host.releases()),
         link_use=network.link_use(),
     )
+
+
+def _undisturbed(host: Host, network: Network, solo: Mapping[tuple[int, int], Moved]) -> None:
+    """Raise ContentionError if a transfer whose time was worked out beforehand met a lone one on its links.
+
+    A stream's transfers are taken together with what is between them in a stretch: it is looked at closely only then.
+    """
+    rank = host.program.rank
+    traffics: dict[int, Traffic] = {}
+    issued: dict[tuple[str, str], None] = {}
+    for (whose, _), (_, traffic, where) in solo.items():
+        if whose == rank:
+            traffics[id(traffic)], issued[where] = traffic, None
+    mask = 0
+    for traffic in traffics.values():
+        mask |= network.mask_of(traffic)
+    moved = [(start, end) for start, end, links in network.lone if links & mask]
+    if not moved:
+        return
+    first, last = min(moved)[0], max(end for _, end in moved)
+    for stream in host.streams.values():
+        for part in reversed(stream.spans):  # ascending: once they end before it, so did the others
+            spans = part.spans() if isinstance(part, Repeat) else (part,)
+            until = part.start + part.pattern[-1][0].end if isinstance(part, Repeat) else part.end
+            if until <= first:
+                break
+            if part.start >= last:
+                continue
+            for span in spans:
+                transfer = span.transfer
+                if transfer is None or (transfer.communicator, span.stream) not in issued:
+                    continue
+                if any(transfer.start < end and start < span.end for start, end in moved):
+                    raise ContentionError(f"rank {rank}: '{span.name}' shares links with a lone transfer")

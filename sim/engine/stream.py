@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from sim.engine.cost import Cost
 from sim.engine.network import Network
-from sim.engine.rendezvous import Meeting, Meetings, kind_of
+from sim.engine.rendezvous import Meeting, Meetings, Moved, kind_of
 from sim.engine.segments import Plan, Segment, Stretch, execute
 from sim.ir.program import Collective, Communicator, Copy, Mark, Program, Record, Recv, Send, Wait, World
 from sim.ir.timeline import Pattern, PatternSpan, Position, Repeat, Span, SpanKind, Transfer
@@ -144,7 +144,7 @@ class Machine:
     cost: Cost
     network: Network
     meetings: Meetings
-    solo: Mapping[tuple[int, int], tuple[int, Traffic]] = field(default_factory=dict)
+    solo: Mapping[tuple[int, int], Moved] = field(default_factory=dict)
     replays: dict[Stretch, int] = field(default_factory=dict)
 
 

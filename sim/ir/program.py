@@ -206,12 +206,16 @@ class Communicator:
     ``groups`` are all the process groups it stands for, each in ring order; ``classes`` are indices
     into ``World.programs`` of the classes whose ranks take part. Pair communicators (send and
     receive) have groups of (sender, receiver).
+
+    ``lone``: its transfers are taken to share links with nothing else that moves meanwhile, by which ranks whose links
+    they load unevenly are one class. The engine holds them to it.
     """
 
     name: str
     axis: str
     groups: tuple[tuple[int, ...], ...]
     classes: tuple[int, ...]
+    lone: bool = False
 
     @property
     def num_ranks(self) -> int:

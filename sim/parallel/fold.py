@@ -15,12 +15,13 @@ O(|A| log2 |V|)", Theoretical Computer Science 19, 1982.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sim.cluster.symmetry import Places
-from sim.ir.program import Communicator, World
+from sim.ir.program import Collective, Communicator, World
 
 Group = tuple[int, ...]
 
@@ -61,6 +62,7 @@ def fold(
     pairs: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     places: Places | None = None,
     folded: bool = True,
+    lone: frozenset[str] = frozenset(),
 ) -> Folding:
     """Return the classes of the ranks of ``mesh`` and the communicators among them.
 
@@ -69,6 +71,7 @@ def fold(
     ``pairs``    axis -> (sender, receiver): whoever sends on it has one receiver and the other way round
     ``places``   where the ranks are; without it all places are alike
     ``folded``   False: every rank is a class of its own, every group a communicator of its own
+    ``lone``     axes whose transfers will share links with nothing: it makes no difference how they load them
     """
     assert len(colours) == mesh.world_size, f"{len(colours)} colours for {mesh.world_size} ranks"
     groups = {axis: tuple(mesh.groups(axis)) for axis in axes}
@@ -77,7 +80,7 @@ def fold(
         lies = _Lies(groups, pairs, places)
         meeting = sum(any(len(group) > 1 for group in of_axis) for of_axis in groups.values()) + len(pairs)
         if places is not None and meeting > 1:
-            colours = list(zip(colours, _on_rings(groups, places), strict=True))
+            colours = list(zip(colours, _on_rings(groups, places, lone), strict=True))
         of_rank = _numbered(colours)
         num_colours = -1
         while num_colours != max(of_rank) + 1:
@@ -85,7 +88,7 @@ def fold(
             of_rank = _refined(of_rank, groups, pairs, lies, places)
     else:
         of_rank = list(range(mesh.world_size))
-    return _folding(of_rank, groups, pairs)
+    return _folding(of_rank, groups, pairs, lone if folded else frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,22 @@ class _Written:
         return self.of_axis[axis]
 
 
-def refold(world: World, *, speeds: Mapping[int, float], places: Places | None, folded: bool = True) -> World:
+def refold(
+    world: World,
+    *,
+    speeds: Mapping[int, float],
+    places: Places | None,
+    folded: bool = True,
+    trusting: bool = False,
+) -> World:
     """Return a world with the classes that its ranks form in this machine.
 
     ``world`` may fold all ranks of one program, wherever they are; ``speeds`` are of the ranks that are not like the
     others. Not ``folded``: every rank by itself, every group a communicator, for those who want to compare.
+
+    ``trusting``: what all stages of a pipeline do together once a step (the norm of the gradients, say) is taken to
+    happen while nothing else moves on the links that it needs. ``engine.run`` raises ContentionError where that is not
+    so, and then the world has to be folded anew without trust.
     """
     program_of: dict[int, int] = {rank: i for i, p in enumerate(world.programs) for rank in p.ranks}
     ranks = sorted(program_of)
@@ -122,7 +136,8 @@ def refold(world: World, *, speeds: Mapping[int, float], places: Places | None, 
                 groups.setdefault(axis, []).extend(world.communicators[name].groups)
     mesh = _Written(world.world_size, {axis: tuple(found) for axis, found in groups.items()})
     colours = [(program_of[rank], speeds.get(rank, 1.0)) for rank in ranks]
-    folding = fold(mesh, colours, axes=tuple(groups), pairs=pairs, places=places, folded=folded)
+    lone = _once(world, groups, program_of) if trusting else frozenset()
+    folding = fold(mesh, colours, axes=tuple(groups), pairs=pairs, places=places, folded=folded, lone=lone)
     programs = tuple(
         replace(world.programs[program_of[ranks_[0]]], ranks=ranks_, axes=axes)
         for ranks_, axes in zip(folding.classes, folding.axes, strict=True)
@@ -131,6 +146,23 @@ def refold(world: World, *, speeds: Mapping[int, float], places: Places | None, 
 
 
 _ENDS = (".send", ".recv")
+
+
+def _once(world: World, groups: Mapping[str, Sequence[Group]], program_of: Mapping[int, int]) -> frozenset[str]:
+    """Return the axes on which different programs meet, in chunks that each of them calls once a step."""
+    crossing = [
+        axis for axis, of_axis in groups.items() if all(len({program_of[r] for r in group}) > 1 for group in of_axis)
+    ]
+    often: dict[str, None] = {}
+    looked_at: dict[int, None] = {}
+    for program in world.programs if crossing else ():
+        calls = Counter(call.chunk for call in program.step)
+        for name, times in calls.items():
+            chunk = program.chunks[name]
+            if times > 1 and id(chunk) not in looked_at:
+                looked_at[id(chunk)] = None
+                often.update((step.axis, None) for step in chunk if isinstance(step, Collective))
+    return frozenset(axis for axis in crossing if axis not in often)
 
 
 class _Lies:
@@ -150,14 +182,14 @@ class _Lies:
             self.pairs = {axis: places.pair_signatures(of_axis) for axis, of_axis in pairs.items()}
 
 
-def _on_rings(groups: Mapping[str, Sequence[Group]], places: Places) -> list[int]:
+def _on_rings(groups: Mapping[str, Sequence[Group]], places: Places, lone: frozenset[str]) -> list[int]:
     """Return the places of ranks whose groups have several GPUs on each of several nodes; -1 for the others.
 
     NCCL's rings enter and leave a node at certain GPUs, so that their wires carry more than others': it matters to
-    what else these GPUs send meanwhile.
+    what else these GPUs send meanwhile, unless the group's transfers are ``lone``.
     """
     found = [-1] * len(places.domains)
-    for of_axis in groups.values():
+    for of_axis in [of_axis for axis, of_axis in groups.items() if axis not in lone]:
         for group in of_axis:
             num_domains = len({places.domains[rank] for rank in group})
             if 1 < num_domains < len(group):
@@ -228,6 +260,7 @@ def _folding(
     of_rank: Sequence[int],
     groups: Mapping[str, Sequence[Group]],
     pairs: Mapping[str, Sequence[tuple[int, int]]],
+    lone: frozenset[str],
 ) -> Folding:
     """Return classes in the order of their first ranks and communicators in that of axes and first groups."""
     classes: dict[int, list[int]] = {}
@@ -244,7 +277,7 @@ def _folding(
         for colours_, found in alike.items():
             name = axis if len(alike) == 1 else f"{axis}@{found[0][0]}"
             members = tuple(sorted({index[colour] for colour in colours_}))
-            communicators[name] = Communicator(name, axis, tuple(found), members)
+            communicators[name] = Communicator(name, axis, tuple(found), members, axis in lone)
             if axis in pairs:
                 sender, receiver = (index[colour] for colour in colours_)
                 axes[sender][f"{axis}.send"] = name
