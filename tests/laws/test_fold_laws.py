@@ -16,6 +16,7 @@ from sim.cluster.symmetry import places_of
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost.model import CostModel, CostSettings
 from sim.engine.run import run
+from sim.errors import ContentionError
 from sim.ir.ledger import Dim, Pointwise, Tensor
 from sim.ir.program import (
     Call,
@@ -249,3 +250,90 @@ def test_folded_and_unfolded_reports_are_the_same(layout: tuple[str, ...], fault
     folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
     assert len(unfolded.world.programs) == scenario.parallelism.world_size
     assert answer(folded.report) == answer(unfolded.report)
+
+
+# --- what all stages do together, once a step --------------------------------------------------------
+
+PIPELINE = (
+    "framework=megatron",
+    "parallelism={tp: 8, pp: 2, sp: true}",
+    "cluster.num_nodes=2",
+    "cluster.num_gpus=16",
+    "training.global_batch_size=4",
+    "training.micro_batch_size=1",
+    "model={config: llama-2-7b, num_hidden_layers: 2, vocab_size: 512}",
+)
+
+
+def test_ranks_of_a_stage_are_one_class_and_unfolded_is_the_same() -> None:
+    scenario = load_scenario("scenarios/7b_ddp.yaml", list(PIPELINE))
+    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
+    assert [program.ranks for program in folded.world.programs] == [tuple(range(8)), tuple(range(8, 16))]
+    assert len(unfolded.world.programs) == 16
+    assert answer(folded.report) == answer(unfolded.report)
+
+
+def together(overlaps: bool) -> tuple[World, Cluster]:
+    """Return two stages on two nodes that sum over all ranks once; messages between the stages flow meanwhile or not.
+
+    The rings of the sum load the links of some GPUs more than those of others.
+    """
+    cluster = machine("dgx-a100-80gb", 2, 16, "ib-ndr-400-4")
+    mesh = mesh_of({"tp": 8, "pp": 2})
+    pairs = next_stage(mesh)
+    groups = {"tp": mesh.groups("tp"), "all": (tuple(range(16)),)}
+    folding = fold(_Mesh(16, groups), [rank // 8 for rank in range(16)], axes=("tp", "all"), pairs={"forward": pairs})
+    send: list[Instruction] = [Send("send", "forward.send", 2**28, "send")]
+    receive: list[Instruction] = [Recv("recv", "forward.recv", 2**28, "recv")]
+    own: list[Instruction] = [kernel(64), Collective("tp", "all_reduce", "tp", 2**24, "bf16", "compute")]
+    whole: list[Instruction] = [Collective("all", "all_reduce", "all", 2**26, "bf16", "all")]
+    programs = []
+    for stage, (ranks, axes) in enumerate(zip(folding.classes, folding.axes, strict=True)):
+        message, stream = (receive, "recv") if stage else (send, "send")
+        done: list[Instruction] = [] if overlaps else [Record("done", stream), Wait("done", "all")]
+        chunks = {"pass": tuple(own), "end": (*message, *done, *whole)}
+        calls = (Call("pass"), Call("pass", 1), Call("end"))
+        if not overlaps:
+            chunks["end"] = (*message, *done, Record("summed", "compute"), Wait("summed", "all"), *whole)
+        programs.append(Program(ranks, stage, chunks, (), calls, calls, axes))
+    return World(16, tuple(programs), folding.communicators), cluster
+
+
+class _Mesh(NamedTuple):
+    world_size: int
+    of_axis: dict[str, Sequence[tuple[int, ...]]]
+
+    def groups(self, axis: str) -> Sequence[tuple[int, ...]]:
+        return self.of_axis[axis]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_trust_folds_more_and_is_found_out_where_it_is_misplaced(overlaps: bool) -> None:
+    world, cluster = together(overlaps)
+    places = places_of(cluster, num_ranks=16)
+    trusted = refold(world, speeds={}, places=places, trusting=True)
+    assert len(trusted.programs) == 2
+    assert len(refold(world, speeds={}, places=places).programs) == 16
+    if overlaps:
+        with pytest.raises(ContentionError):
+            run(trusted, CostModel(cluster, cluster.spec.gpu))
+        return
+    unfolded = refold(world, speeds={}, places=places, folded=False)
+    told = [happened(w, run(w, CostModel(cluster, cluster.spec.gpu))) for w in (trusted, unfolded)]
+    assert told[0] == told[1]
+
+
+def test_misplaced_trust_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = load_scenario("scenarios/7b_ddp.yaml", list(PIPELINE))
+    trusted = simulate(scenario)
+
+    def betrayed(world: World, cost: CostModel) -> Timeline:
+        timeline = run(world, cost)
+        if any(communicator.lone for communicator in world.communicators.values()):
+            raise ContentionError("as if")
+        return timeline
+
+    monkeypatch.setattr("sim.pipeline.run", betrayed)
+    careful = simulate(scenario)
+    assert len(careful.world.programs) > len(trusted.world.programs)
+    assert answer(careful.report) == answer(trusted.report)
