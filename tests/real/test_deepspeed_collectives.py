@@ -6,10 +6,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+from held import live_bytes
 
 from sim.interop.deepspeed_config import DeepSpeedSettings
 from sim.ir.ledger import Dim, Layer, Op, Parameter
-from sim.ir.program import Alloc, Chunk, Collective, Free, Instruction, Storage
+from sim.ir.program import Alloc, Chunk, Collective, Instruction, Storage
 from sim.parallel.frameworks.deepspeed import deepspeed
 from sim.parallel.frameworks.plan import Plan
 from validation.real import deepspeed_zero
@@ -110,19 +111,6 @@ class Replay:
             for index, each in enumerate(split[: self.microbatches])
         ]
         return [*chunks, self.hooks.optimizer_step(False)]
-
-
-def live_bytes(chunks: list[Chunk]) -> int:
-    live: dict[int, Storage] = {}
-    for chunk in chunks:
-        for each in chunk:
-            if isinstance(each, Alloc):
-                assert id(each.storage) not in live, each.storage
-                live[id(each.storage)] = each.storage
-            elif isinstance(each, Free):
-                assert id(each.storage) in live, each.storage
-                del live[id(each.storage)]
-    return sum(storage.num_bytes for storage in live.values())
 
 
 def collectives(chunk: Chunk) -> list[tuple[str, int]]:

@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from fsdp_world import Job, collectives, layers_of, live_bytes
+from fsdp_world import Job, collectives, layers_of
+from held import live_bytes
 
 from sim.parallel.frameworks.fsdp1 import fsdp1
 from sim.parallel.frameworks.fsdp2 import fsdp2

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from held import live, live_bytes
+
 from sim.interop.deepspeed_config import DeepSpeedSettings
 from sim.ir.ledger import Dim, Layer, Op, Parameter, Tensor
-from sim.ir.program import Alloc, Chunk, Collective, Free, Instruction, Storage
+from sim.ir.program import Alloc, Chunk, Collective, Free, Instruction
 from sim.parallel.emit import Emitter, Recompute
 from sim.parallel.frameworks.deepspeed import deepspeed
 from sim.parallel.frameworks.plan import Plan
@@ -112,24 +114,6 @@ class Job:
     @property
     def two_steps(self) -> list[Chunk]:
         return [*self.chunks, *(chunk for pair in self.passes for chunk in pair), self.later_step]
-
-
-def live(chunks: Iterable[Chunk]) -> dict[int, Storage]:
-    """Return what is held after these chunks; nothing is held twice, nothing freed that is not held."""
-    held: dict[int, Storage] = {}
-    for chunk in chunks:
-        for each in chunk:
-            if isinstance(each, Alloc):
-                assert id(each.storage) not in held, each.storage
-                held[id(each.storage)] = each.storage
-            elif isinstance(each, Free):
-                assert id(each.storage) in held, each.storage
-                del held[id(each.storage)]
-    return held
-
-
-def live_bytes(chunks: Iterable[Chunk]) -> int:
-    return sum(storage.num_bytes for storage in live(chunks).values())
 
 
 def by_category(chunks: Iterable[Chunk]) -> Counter[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from held import live
+
 from sim.ir.ledger import DTYPE_BYTES, Dim, Layer, Op, Parameter, Tensor
-from sim.ir.program import Alloc, Chunk, Collective, Free, Instruction, Storage
+from sim.ir.program import Alloc, Chunk, Collective, Free, Instruction
 from sim.parallel.emit import Emitter, Recompute
 
 Shapes = Sequence[tuple[str, Sequence[int]]]
@@ -116,24 +118,6 @@ class Job:
     def two_steps(self) -> list[Chunk]:
         """Setup, the first step and another."""
         return [self.setup, *self.micro, self.first_step, *self.micro, self.step]
-
-
-def live(chunks: Iterable[Chunk]) -> dict[int, Storage]:
-    """Return what is held after these chunks; nothing is held twice, nothing freed that is not held."""
-    held: dict[int, Storage] = {}
-    for chunk in chunks:
-        for each in chunk:
-            if isinstance(each, Alloc):
-                assert id(each.storage) not in held, each.storage
-                held[id(each.storage)] = each.storage
-            elif isinstance(each, Free):
-                assert id(each.storage) in held, each.storage
-                del held[id(each.storage)]
-    return held
-
-
-def live_bytes(chunks: Iterable[Chunk]) -> int:
-    return sum(storage.num_bytes for storage in live(chunks).values())
 
 
 def peak(chunks: Sequence[Chunk]) -> tuple[int, dict[str, int]]:

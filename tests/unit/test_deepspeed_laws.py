@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepspeed_world import Job, by_category, collectives, gpt, live
+from deepspeed_world import Job, by_category, collectives, gpt
+from held import live
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from deepspeed_world import Job, P, live
+from deepspeed_world import Job, P
+from held import live
 
 from sim.catalog.load import gpu, node
 from sim.cluster.topology import build_cluster

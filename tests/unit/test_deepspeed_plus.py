@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from deepspeed_world import Job, P, gpt, live, live_bytes
+from deepspeed_world import Job, P, gpt
+from held import live, live_bytes
 
 from sim.ir.ledger import Dim, Layer, Parameter
 from sim.ir.program import Chunk, Collective, HostWait

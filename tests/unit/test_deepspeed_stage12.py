@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from deepspeed_world import (
-    NUM_PARAMETERS,
-    Job,
-    P,
-    by_category,
-    collectives,
-    gpt,
-    is_host,
-    live,
-    live_bytes,
-    peak_bytes,
-)
+from deepspeed_world import NUM_PARAMETERS, Job, P, by_category, collectives, gpt, is_host, peak_bytes
+from held import live, live_bytes
 
 from sim.ir.program import COMPUTE, Alloc, Collective, HostWait, Wait
 

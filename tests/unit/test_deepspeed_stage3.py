@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from deepspeed_world import Job, P, collectives, live, live_bytes, peak_bytes
+from deepspeed_world import Job, P, collectives, peak_bytes
+from held import live, live_bytes
 
 from sim.ir.program import Chunk, Collective, UseOn
 from sim.parallel.frameworks.deepspeed_stage3 import ALL_GATHER_STREAM, REDUCE_STREAM, Stage3

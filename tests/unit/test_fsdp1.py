@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 import pytest
-from fsdp_world import Job, collectives, gpt_shapes, layers_of, live_bytes
+from fsdp_world import Job, collectives, gpt_shapes, layers_of
+from held import live_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from fsdp_world import Job, collectives, gpt_shapes, layers_of, live, live_bytes, peak
+from fsdp_world import Job, collectives, gpt_shapes, layers_of, peak
+from held import live, live_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
