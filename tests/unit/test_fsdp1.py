@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -145,15 +144,3 @@ def test_a_step_leaves_what_it_found(recompute: str, settings: dict[str, Any], p
                         recorded.add(each.event)
                     if isinstance(each, Wait | HostWait):
                         assert each.event in recorded
-
-
-def test_eighty_layers_are_written_in_milliseconds() -> None:
-    layers = (LAYERS[0], *(LAYERS[1],) * 80, LAYERS[-1])
-    ours = job(64, layers=layers)
-    best = 1.0
-    for _ in range(5):
-        start = time.perf_counter()
-        ours.hooks.begin_microbatch(True, True)
-        ours.emitter.passes(ours.hooks)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.02
