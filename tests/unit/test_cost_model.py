@@ -206,14 +206,6 @@ def test_compiled_code_is_issued_faster() -> None:
     assert model().issue_s(0) > 0
 
 
-def test_equal_kernels_are_priced_once() -> None:
-    cost = model()
-    first = cost.kernel_s(gemm(4096, 4096, 4096), 0)
-    priced = cost.num_kernels
-    assert cost.kernel_s(gemm(4096, 4096, 4096), 0) == first
-    assert cost.num_kernels == priced
-
-
 def test_nothing_beats_the_roofline_even_without_a_floor() -> None:
     machine = machine_of(H100, "bf16")
     assert gemm_bound_s(8192, 8192, 8192, 1, machine) == pytest.approx(2 * 8192**3 / 989.4e12)
