@@ -20,6 +20,7 @@ from sim.parallel.mesh import ORDERS, Mesh, across, mesh_of, within
 from sim.parallel.pipelining import (
     DEEPSPEED,
     MEGATRON,
+    MEGATRON_INTERLEAVED,
     MEGATRON_ORDERED,
     MEGATRON_OVERLAP,
     TORCH,
@@ -235,7 +236,7 @@ def _messages(scenario: Scenario, chunks: int) -> Messages:
         overlaps = chunks > 1 and scenario.megatron.overlap_p2p_communication
         if not simple:
             return MEGATRON_ORDERED
-        return MEGATRON_OVERLAP if overlaps else MEGATRON
+        return MEGATRON_OVERLAP if overlaps else MEGATRON_INTERLEAVED if chunks > 1 else MEGATRON
     return DEEPSPEED if scenario.framework == "deepspeed" else TORCH
 
 
@@ -360,7 +361,8 @@ def _passes(
     return tuple(call for group in groups for call in group)
 
 
-_ROLES = ("only", "first", "middle", "last", "only.split", "first.split", "middle.split", "last.split")
+_ROLES = ("only", "only.split", "first", "first.split", "middle", "middle.split", "last", "last.split")
+"""In the order of a step: what a framework holds (FSDP's whole parameters) goes from one role to the next."""
 
 
 def _receive_buffers(emitters: Sequence[Emitter], num_microbatches: int) -> Chunk:

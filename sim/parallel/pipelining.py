@@ -62,6 +62,10 @@ receives of a turn are one batch (``batch_p2p_comm``), ended by ``torch.cuda.syn
 MEGATRON_OVERLAP = Messages("turn", waits="next", host_waits=False, frees_sent=True)
 """``forward_backward_pipelining_with_interleaving`` with ``overlap_p2p_comm``, its default: exchanges of the
 steady state run beside the next pass, those of warm-up and cool-down are waited for."""
+MEGATRON_INTERLEAVED = Messages("never", waits="next", host_waits=True, frees_sent=True)
+"""The same without ``overlap_p2p_comm``. There the messages of a turn are one batch, tensors of later passes among
+them; here a pass waits for what it needs itself, and no turn for its sends: what a rank far ahead of its neighbour
+would wait for in its batch is left out."""
 DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False)
 """deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward."""
 MEGATRON_ORDERED = Messages("always", waits="never", host_waits=False, frees_sent=True)

@@ -222,15 +222,26 @@ def layers_per_stage_adds_up(d: Draft) -> Iterator[Problem]:
 
 
 def inner_stages_have_layers(d: Draft) -> Iterator[Problem]:
-    """A stage without the embedding or the head needs a layer."""
+    """A stage without the embedding or the head needs a layer.
+
+    Numbers for each rank are shared out over its virtual stages, the first of them taking the rest.
+    """
     given = d.layers_per_stage
-    if given is None or d.pp == 1 or 0 not in given:
+    if given is None or d.pp == 1:
         return
-    if 0 in given[1:-1] or len(given) < d.pp * (2 if d.schedule in TWO_CHUNKS else d.vpp):
+    chunks = 2 if d.schedule in TWO_CHUNKS else d.vpp
+    if len(given) == d.pp * chunks:
+        inner = given[1:-1]
+    elif len(given) == d.pp:  # the last of a rank's virtual stages has the fewest; those of the last rank end the model
+        inner = (*(count // chunks for count in given[:-1]), given[-1] // (chunks - 1) if chunks > 1 else 1)
+    else:
+        return
+    if 0 in inner:
         yield Problem(
             ("parallelism", "layers_per_stage"),
             "parallelism.layers_per_stage leaves a stage with nothing to do",
-            "give each stage a layer; only the first and the last, with embedding and head, may go without",
+            "give each stage a layer; only the first and the last, with embedding and head, may go without"
+            + (f"; {d.pp} numbers are shared out over {chunks} stages each" if len(given) != d.pp * chunks else ""),
         )
 
 
@@ -317,6 +328,66 @@ def context_parallelism_divides(d: Draft) -> Iterator[Problem]:
             ("training", "sequence_length"),
             f"training.sequence_length = {d.sequence_length} does not divide into 2 * cp = {pieces} pieces",
             write("sequence_length", multiples(pieces, d.sequence_length)),
+        )
+
+
+def context_parallelism_has_a_kernel(d: Draft) -> Iterator[Problem]:
+    """A ring adds up what fused kernels give of each piece, by their log-sum-exp; a matrix of scores has none.
+
+    ``math`` has no kernel in torch's context_parallel or Transformer Engine's; scaled_dot_product_attention falls back
+    to it where neither flash nor the memory-efficient kernel takes the inputs
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    if d.cp == 1:
+        return
+    path, usable = ("training", "attention"), "write attention: sdpa or flash-2, or leave cp out"
+    if d.attention == "math":
+        yield Problem(path, f"attention math does not go with cp {d.cp}: a ring needs a fused kernel", usable)
+        return
+    heads, kv = d.model.num_attention_heads, d.model.num_key_value_heads
+    if d.attention != "sdpa" or d.code == "megatron" or kv == heads:
+        return
+    why = (
+        f"in {d.precision}" if d.precision in ("fp32", "tf32")
+        else "with alibi" if d.model.position == "alibi"
+        else f"on {d.gpu.name}" if d.gpu.compute_capability < (8, 0)
+        else ""
+    )  # fmt: skip
+    if why:
+        yield Problem(
+            path,
+            f"attention sdpa falls back to math {why}, as {heads} heads share {kv} key heads; cp {d.cp} needs a fused "
+            "kernel",
+            f"write num_key_value_heads: {heads}"
+            + {"in": ", or precision: bf16", "wi": ", or attention: flash-2", "on": ""}[why[:2]]
+            + ", or leave cp out",
+        )
+
+
+def key_heads_divide(d: Draft) -> Iterator[Problem]:
+    """Only Megatron's fused projection lets ranks share a key head (megatron/core/transformer/attention.py).
+
+    torch.distributed.tensor.parallel and DeepSpeed's AutoTP split the rows of ``k_proj`` and ``v_proj``.
+    """
+    if d.tp == 1 or (d.framework in ("megatron", "deepspeed") and d.code == "megatron"):
+        return
+    heads, kv = d.model.num_attention_heads, d.model.num_key_value_heads
+    if heads % d.tp == 0 and kv % d.tp and d.tp % kv == 0:
+        yield Problem(
+            ("parallelism", "tp"),
+            f"parallelism.tp = {d.tp} does not divide model.num_key_value_heads = {kv}, and in {d.framework} with "
+            f"{d.code} code no two ranks share a key head",
+            write("tp", nearest(divisors(kv), d.tp)[:1]) + ", or framework: megatron",
+        )
+
+
+def embeddings_stay_tied(d: Draft) -> Iterator[Problem]:
+    """torch.distributed.pipelining's stages are modules of their own, which share no parameter."""
+    if d.framework == "fsdp2" and d.pp > 1 and d.model.tie_word_embeddings:
+        yield Problem(
+            ("parallelism", "pp"),
+            f"parallelism.pp = {d.pp} parts the tied embeddings, and torch's pipeline stages share no parameter",
+            "write model.tie_word_embeddings: false, or pp: 1, or framework: megatron",
         )
 
 
@@ -553,6 +624,9 @@ RULES: tuple[Rule, ...] = (
     interleaving_needs_full_groups,
     expert_parallelism_divides,
     context_parallelism_divides,
+    context_parallelism_has_a_kernel,
+    key_heads_divide,
+    embeddings_stay_tied,
     sequence_parallelism_divides,
     batch_divides,
     gpu_has_precision,

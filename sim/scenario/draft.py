@@ -44,6 +44,7 @@ class ModelDraft(_Partial):
     hidden_act: str
     norm: str
     position: str
+    tie_word_embeddings: bool
     max_position_embeddings: int
     num_local_experts: int | None
     num_experts_per_tok: int | None

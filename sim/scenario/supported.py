@@ -8,6 +8,8 @@ from sim.interop.values import Problem
 from sim.scenario.checks import Rule, run_rules
 from sim.scenario.draft import Draft
 
+SPLIT_BACKWARD = ("zb-h1", "zb-2p", "zb-v", "dualpipe", "dualpipev")
+
 
 def experts_axis(d: Draft) -> Iterator[Problem]:
     if d.ep > 1:
@@ -22,6 +24,26 @@ def schedules(d: Draft) -> Iterator[Problem]:
             ("parallelism", "schedule"),
             f"schedule {d.schedule} is not simulated yet",
             "write schedule: zb-v" if d.schedule != "dualpipe" else "write schedule: dualpipev",
+        )
+
+
+def sharded_with_split_backward(d: Draft) -> Iterator[Problem]:
+    """FSDP gathers and reduces around a whole backward; where its halves are passes of their own is not written yet."""
+    if d.pp > 1 and d.framework in ("fsdp1", "fsdp2") and d.schedule in SPLIT_BACKWARD:
+        yield Problem(
+            ("parallelism", "schedule"),
+            f"schedule {d.schedule} with framework {d.framework} is not simulated yet",
+            "write schedule: 1f1b or interleaved",
+        )
+
+
+def tied_on_one_rank(d: Draft) -> Iterator[Problem]:
+    """Schedules in a V put the first and the last stage on one rank: their embeddings are then one tensor."""
+    if d.pp > 1 and d.schedule in ("zb-v", "dualpipev") and d.model.tie_word_embeddings:
+        yield Problem(
+            ("parallelism", "schedule"),
+            f"schedule {d.schedule} with tied embeddings is not simulated yet",
+            "write model.tie_word_embeddings: false, or schedule: 1f1b or zb-h1",
         )
 
 
@@ -55,7 +77,17 @@ def offload(d: Draft) -> Iterator[Problem]:
             )
 
 
-NOT_YET: tuple[Rule, ...] = (experts_axis, schedules, recompute, precision, compiled, experts, offload)
+NOT_YET: tuple[Rule, ...] = (
+    experts_axis,
+    schedules,
+    sharded_with_split_backward,
+    tied_on_one_rank,
+    recompute,
+    precision,
+    compiled,
+    experts,
+    offload,
+)
 
 
 def unsupported(draft: Draft) -> Iterator[Problem]:
