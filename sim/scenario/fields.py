@@ -194,7 +194,7 @@ TRAINING: dict[str, Key] = {
 }
 
 DDP: dict[str, Key] = {
-    "bucket_cap_mb": number(0.001, 1e6, "25", "Largest gradient bucket, MiB."),
+    "bucket_cap_mb": number(0.001, 1e6, "25", "Largest bucket, MiB; left out: a first one of 1 MiB, then 25."),
     "gradient_as_bucket_view": boolean("Whether gradients live in the buckets."),
     "static_graph": boolean("Whether the graph is the same in every step; the one simulated always is."),
     "find_unused_parameters": boolean("Whether parameters without gradient are looked for."),

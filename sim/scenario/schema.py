@@ -135,7 +135,8 @@ class Training(_Frozen):
 class DdpSettings(_Frozen):
     """torch.nn.parallel.DistributedDataParallel, and how its users train in 16 bit."""
 
-    bucket_cap_mb: float = Field(default=25.0, gt=0)
+    bucket_cap_mb: float | None = Field(default=None, gt=0)
+    """Largest gradient bucket, MiB. Left out: a first bucket of 1 MiB, then 25; given, it holds for the first too."""
     gradient_as_bucket_view: bool = False
     static_graph: bool = False
     find_unused_parameters: bool = False

@@ -4,7 +4,8 @@ Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer
 
 * Buckets are flat tensors beside the gradients: a second copy of all of them, unless ``gradient_as_bucket_view``.
 * The first iteration has one bucket with every parameter (without ``find_unused_parameters``); then the buckets are
-  built again in the order in which gradients became ready, the first of 1 MiB, the others of ``bucket_cap_mb``.
+  built again in the order in which gradients became ready: of ``bucket_cap_mb``, or, where that is left to torch, the
+  first of 1 MiB and the others of 25 MiB.
 * Each full bucket is divided by the world size as it is filled, and all-reduced on NCCL's own stream.
 * ``no_sync`` on all microbatches but the last of a step: gradients only accumulate.
 * The optimizer is torch's, with its states made in the first step.
@@ -34,6 +35,8 @@ from sim.scenario.schema import DdpSettings
 
 FIRST_BUCKET_BYTES = 1 << 20
 """``kDefaultFirstBucketBytes`` in torch/csrc/distributed/c10d/reducer.hpp."""
+BUCKET_BYTES = 25 << 20
+"""``bucket_cap_mb`` where it is None, in torch/nn/parallel/distributed.py."""
 NCCL_STREAM = "nccl:dp"
 
 _Key = tuple[int, str]
@@ -104,12 +107,13 @@ class Ddp:
         if first_step and not self.settings.find_unused_parameters:
             assignment = [list(self.order)]
         else:
-            cap = int(self.settings.bucket_cap_mb * 2**20)
+            given = self.settings.bucket_cap_mb
+            first, cap = (FIRST_BUCKET_BYTES, BUCKET_BYTES) if given is None else (int(given * 2**20),) * 2
             assignment, open_bucket, filled = [], list[_Key](), 0
             for key in self.order:
                 open_bucket.append(key)
                 filled += self.sizes[key] * element
-                if filled >= (FIRST_BUCKET_BYTES if not assignment else cap):
+                if filled >= (cap if assignment else first):
                     assignment.append(open_bucket)
                     open_bucket, filled = [], 0
             if open_bucket:

@@ -1,0 +1,48 @@
+"""DDP's buckets, against what real processes of a small GPT reduced (P = 3,716,608 parameters in fp32).
+
+Measured with torch 2.13 and gloo: with the default cap two all-reduces of 1,048,576 and 13,817,856 bytes, with an
+explicit cap of 25 MiB one of 14,866,432. The sizes below are the GPT's tensors as their gradients become ready.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from sim.ir.ledger import Dim, Layer, Parameter
+from sim.parallel.frameworks.ddp import Ddp
+from sim.scenario.schema import DdpSettings
+
+H, V, S, L = 256, 1024, 128, 4
+BLOCK = (H, 4 * H * H, 4 * H, 4 * H * H, H, H, H, H * H, 3 * H, 3 * H * H, H, H)
+SIZES = (V * H, H, H, *BLOCK * L, S * H, V * H)
+
+
+def buckets(cap: float | None, find_unused: bool = False) -> list[int]:
+    parameters = tuple(Parameter(f"p{i}", (Dim("numel", size),)) for i, size in enumerate(SIZES))
+    layer = Layer("gpt", "block", parameters, (), (), None, None)
+    order = [(0, parameter.name) for parameter in parameters]
+    ddp = Ddp(
+        (layer,), order, DdpSettings(bucket_cap_mb=cap, find_unused_parameters=find_unused),
+        num_ranks=2, parameter_dtype="fp32", loss_scaling=False, optimizer="adamw", gradient_clipping=0.0,
+    )  # fmt: skip
+    ddp.use_buckets(first_step=False)
+    return [bucket.num_bytes for bucket in ddp.buckets]
+
+
+def test_the_sizes_are_those_of_the_gpt():
+    assert sum(SIZES) == L * (12 * H * H + 13 * H) + 2 * V * H + S * H + 2 * H == 3_716_608
+
+
+def test_left_to_torch_the_first_bucket_has_one_mib():
+    assert buckets(None) == [1_048_576, 13_817_856]
+
+
+def test_an_explicit_cap_holds_for_the_first_bucket_too():
+    assert buckets(25) == [14_866_432]
+
+
+@pytest.mark.parametrize("cap", [0.5, 2])
+def test_a_bucket_closes_when_it_is_full(cap):
+    *full, last = buckets(cap)
+    assert all(size >= cap * 2**20 for size in full)
+    assert sum(full) + last == 14_866_432
