@@ -9,7 +9,7 @@ from sim.scenario.checks import Rule, run_rules
 from sim.scenario.draft import Draft
 
 HANDCRAFTED = ("zb-h1", "zb-2p")
-"""Zero-bubble orders that only Megatron's descendants have; torch's pipelining splits backward in zb-v and dualpipev."""
+"""Zero-bubble orders that only Megatron's descendants have; torch splits backward in zb-v and dualpipev."""
 
 
 def experts_axis(d: Draft) -> Iterator[Problem]:
