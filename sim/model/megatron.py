@@ -173,12 +173,15 @@ def _core(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
     """DotProductAttention: fused, or ``math`` with the scaled masked softmax as one kernel.
 
     The flash backend wants contiguous tensors: views of the fused projection are copied, so that its storage is let
-    go after them (transformer_engine/pytorch/attention: ``x.transpose(0, 1).contiguous()``). cuDNN reads the views.
+    go after them (transformer_engine/pytorch/attention: ``x.transpose(0, 1).contiguous()``). cuDNN reads query, key and
+    value packed per head as they are, and else asks for copies too, as after rotary embedding, or with fewer key heads
+    than query heads (``get_qkv_layout`` in dot_product_attention/utils.py: "not_supported").
     """
     module, kernel = "self_attention.core_attention", c.training.attention
     if kernel == "math":
         return _unfused(c, tape, q, k, v)
-    if kernel in ("flash-2", "flash-3", "sdpa"):
+    packed = q.name == k.name == v.name and q.shape == k.shape
+    if kernel in ("flash-2", "flash-3", "sdpa") or not packed:
         fused = "query_key_value"
         q, k, v = (
             core.contiguous(tape, f"{module}.{n}", x, f"{n}.contiguous", module=module) if x.name == fused else x

@@ -258,7 +258,9 @@ MEGATRON: dict[str, Key] = {
     "overlap_p2p_communication": boolean("Whether the interleaved schedule's messages run beside passes."),
     "check_for_nan_in_grad": boolean("Whether gradients are looked over before they are reduced."),
     "bucket_size": integer(1, 10**12, 40_000_000, "Elements of a gradient bucket."),
-}
+    "transformer_impl": choice(("transformer_engine", "local"), "an implementation",
+                               "Whose linear layers: Transformer Engine's, or Megatron's own."),
+}  # fmt: skip
 
 ALLOCATOR: dict[str, Key] = {
     "expandable_segments": boolean("Segments that grow in place."),

@@ -211,6 +211,8 @@ class MegatronSettings(_Frozen):
     overlap_p2p_communication: bool = True
     """Of the interleaved schedule: exchanges run beside the next pass."""
     check_for_nan_in_grad: bool = True
+    transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
+    """Whose linear layers the blocks have; Megatron's own keep no tensors between passes."""
     bucket_size: PositiveInt | None = None
     """Elements of a gradient bucket (``ddp_bucket_size``); None: max(40e6, 1e6 dp)."""
 

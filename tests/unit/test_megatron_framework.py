@@ -221,3 +221,42 @@ def test_receives_are_the_hidden_tensor() -> None:
         last = world_of(asked(parallelism)).programs[-1]
         sizes = [i.tensor_bytes for call in last.step for i in last.chunks[call.chunk] if isinstance(i, Recv)]
         assert sizes == [2 * 64 * HIDDEN // parts] * 2
+
+
+def dummies(world: World) -> list[tuple[str, int]]:
+    chunks = [world.programs[0].chunks["setup"]] if "setup" in world.programs[0].chunks else []
+    chunks = chunks or list(world.programs[0].chunks.values())
+    found = [i.storage for chunk in chunks for i in chunk if isinstance(i, Alloc) and "dummy_wgrad" in i.storage.name]
+    return list(dict.fromkeys((s.name, s.num_bytes) for s in found))
+
+
+def world_of(scenario: Scenario) -> World:
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model,
+        scenario.training,
+        parameter_dtype=dtypes.parameter,
+        compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+    )
+    return lower(ledger, scenario)
+
+
+def test_fused_gradients_leave_a_tensor_behind() -> None:
+    """get_dummy_wgrad: one for each shape of a block's weights, 16 bit, for good; the head's is made anew each time."""
+    world = world_of(asked())
+    shapes = {(3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)}
+    kept = [size for name, size in dummies(world) if "output_layer" not in name]
+    assert sorted(kept) == sorted(2 * rows * columns for rows, columns in shapes)
+    everything = [i for chunk in world.programs[0].chunks.values() for i in chunk]
+    heads = [i for i in everything if "dummy_wgrad.head" in getattr(getattr(i, "storage", None), "name", "")]
+    assert [type(i).__name__ for i in heads] == ["Alloc", "Free"] * (len(heads) // 2)
+    assert heads
+
+
+def test_megatrons_own_linears_keep_no_dummies() -> None:
+    world = world_of(asked(megatron={"transformer_impl": "local"}))
+    kept = [name for name, _ in dummies(world) if name.startswith("dummy_wgrad.") and "x" in name.split(".")[1]]
+    assert not kept
+    without = world_of(asked(megatron={"gradient_accumulation_fusion": False}))
+    assert not dummies(without)

@@ -8,7 +8,10 @@ core/optimizer/distrib_optimizer.py, optimizer.py, clip_grads.py and core/tensor
   elsewhere there is one bucket. The distributed optimizer aligns parameters to 64 elements and bucket ends to
   lcm(dp, 128), and keeps the parameters themselves in a flat buffer that is gathered in place.
 * Weight gradients of linear layers are added to the buffer by the matmul (``gradient_accumulation_fusion``); other
-  gradients are tensors first, and are added by a backward hook.
+  gradients are tensors first, and are added by a backward hook. So that hooks run, backward still returns a tensor of
+  the weight's shape and dtype, which nothing reads: one for each shape that Transformer Engine keeps for good
+  (``get_dummy_wgrad`` in transformer_engine/pytorch/module/base.py, from 2.3), a fresh one for Megatron's own linears:
+  the output layer, and all with ``transformer_impl: local`` (megatron/core/tensor_parallel/layers.py).
 * Buckets are scaled by 1/dp, then all-reduced or, with the distributed optimizer, reduce-scattered.
 * With several stages and overlap, reductions start after the chunk's last backward (``align_grad_reduce``), except on
   the first rank of a pipeline without interleaving, where they hide behind it.
@@ -256,6 +259,9 @@ class MegatronChunk:
         out: list[Instruction] = []
         if gradient.num_bytes:
             out.append(accumulate("accumulate gradient", self.sizes[key], self.dtype, self.grad_dtype))
+        elif not self.keeps_dummies(self.stage.layers[layer]):
+            dummy = flat_storage(f"dummy_wgrad.{self.names[key]}", self.sizes[key], self.dtype, "gradients")
+            out.extend((Alloc(dummy), Free(dummy)))
         out.append(Free(gradient))
         if self.last and self.reduces_itself:
             bucket = self.bucket_of[key]
@@ -266,6 +272,21 @@ class MegatronChunk:
 
     def end_of_backward(self) -> Iterable[Instruction]:
         return ()
+
+    def keeps_dummies(self, layer: Layer) -> bool:
+        """Whether the layer's linears are Transformer Engine's: those of the blocks."""
+        return layer.kind == "block" and self.settings.transformer_impl == "transformer_engine"
+
+    def dummies(self) -> dict[tuple[int, ...], int]:
+        """Return the shapes of the weights whose gradients are added in place, with their elements."""
+        if not self.settings.gradient_accumulation_fusion:
+            return {}
+        return {
+            tuple(d.size for d in p.shape): p.num_elements
+            for layer in {id(layer): layer for layer in self.stage.layers if self.keeps_dummies(layer)}.values()
+            for p in layer.parameters
+            if p.name in self.fused[id(layer)]
+        }
 
     # gradients
 
@@ -347,6 +368,12 @@ class Megatron:
         out: list[Instruction] = []
         for part in self.parts:
             out.extend(part.setup())
+        # made by the first backward, which holds less than later steps do
+        shapes = {shape: count for part in self.parts for shape, count in part.dummies().items()}
+        out.extend(
+            Alloc(flat_storage(f"dummy_wgrad.{'x'.join(map(str, shape))}", count, self.dtype, "buffers"))
+            for shape, count in shapes.items()
+        )
         out.append(Mark("setup", "optimizer"))
         if self.has_master:
             out.extend(Alloc(flat_storage(f"master.{n}", c, "fp32", "optimizer")) for n, c in self.stepped())
