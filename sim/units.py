@@ -25,6 +25,8 @@ _FLOP_RATE = re.compile(rf"^{_NUMBER}\s*([kKMGTPE]?)FLOP/s$")
 _DURATION = re.compile(rf"^{_NUMBER}\s*(ps|ns|us|ms|s|min|h|days?|weeks?|years?)$")
 _POWER = re.compile(rf"^{_NUMBER}\s*([kM]?)W$")
 _FREQUENCY = re.compile(rf"^{_NUMBER}\s*([kMG]?)Hz$")
+_MONEY = re.compile(rf"^(?:{_NUMBER}\s*([kMG]?)USD|\$\s*{_NUMBER}\s*([kMG]?))$")
+_MONEY_RATE = re.compile(rf"^{_NUMBER}\s*([kMG]?)USD\s*/\s*(kWh|GPU|node|h|day|week|month|year|GB/month|TB/month)$")
 _SECONDS = {
     "ps": 1e-12, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0,
     "day": 86400.0, "days": 86400.0, "week": 604800.0, "weeks": 604800.0, "year": 31536000.0, "years": 31536000.0,
@@ -93,6 +95,38 @@ def parse_frequency(text: object) -> float:
     if found is None:
         raise ValueError(f"{text!r} is not a frequency; write '1830 MHz'")
     return float(found[1]) * _DECIMAL[found[2]]
+
+
+def parse_money(text: object) -> float:
+    """Return US dollars of "2 MUSD", "35 kUSD", "250000 USD", "$2M"."""
+    found = _MONEY.match(text.strip()) if isinstance(text, str) else None
+    if found is None:
+        raise ValueError(f"{text!r} is not an amount of money; write '2 MUSD', '35 kUSD' or '250000 USD'")
+    return float(found[1] or found[3]) * _DECIMAL[found[2] or found[4] or ""]
+
+
+def parse_money_per(text: object, per: str) -> float:
+    """Return US dollars per ``per`` of "2.5 USD/h": the unit after the stroke has to be that one."""
+    found = _MONEY_RATE.match(text.strip()) if isinstance(text, str) else None
+    if found is None or found[3] != per:
+        example = {"h": "2.50", "kWh": "0.08", "GPU": "30000", "node": "300000", "day": "10000", "year": "200000"}
+        raise ValueError(f"{text!r} is not a price per {per}; write '{example.get(per, '10')} USD/{per}'")
+    return float(found[1]) * _DECIMAL[found[2]]
+
+
+def format_money(usd: float) -> str:
+    """Return US dollars for people: "1.24 MUSD", "812 USD"."""
+    return f"{format_si(usd)}USD"
+
+
+def format_energy(joules: float) -> str:
+    """Return joules for people, in watt-hours: "812 MWh"."""
+    return f"{format_si(joules / 3600)}Wh"
+
+
+def format_power(watts: float) -> str:
+    """Return watts for people: "1.31 MW"."""
+    return f"{format_si(watts)}W"
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -1,0 +1,1 @@
+"""Which is best: what to buy, and how to run it."""
