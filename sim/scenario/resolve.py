@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, cast
 
 from sim.catalog import load as catalog
-from sim.catalog.schema import Fact, GpuFacts, NodeFacts
+from sim.catalog.schema import Fact, GpuFacts, NetworkFacts, NodeFacts
 from sim.errors import Finding, ScenarioError
 from sim.interop.deepspeed_config import DeepSpeedReading, DeepSpeedSettings, read_deepspeed_config, settings_of
 from sim.interop.hf_config import MODEL_KEYS, HfModel, complete, read_hf_config
@@ -416,6 +416,8 @@ class _Resolver:
             d.layers_per_stage = values.get("layers_per_stage")
         if "order" not in wrong:
             d.order = values.get("order")
+        if "cp_comm" not in wrong:
+            d.cp_comm = values.get("cp_comm", "p2p")
         if "schedule" not in wrong:
             d.schedule = values.get("schedule", "interleaved" if values.get("vpp", 1) > 1 else "1f1b")
             if "schedule" not in values:
@@ -1015,6 +1017,7 @@ def _scenario(
             vpp=d.vpp,
             layers_per_stage=d.layers_per_stage,
             order=d.order,
+            cp_comm=cast("Any", d.cp_comm),
         ),
         training=Training(
             sequence_length=d.sequence_length,
@@ -1037,4 +1040,35 @@ def _scenario(
         faults=Faults(**top.get("faults", {})),
         sources=dict(sorted(sources.items())),
         warnings=tuple(warnings),
+    )
+
+
+def resolve_model(doc: Document, folder: FilePath, given: object) -> tuple[ModelDraft | None, list[Finding]]:
+    """Return the model that another kind of document names under its key ``model``, and what is wrong with it."""
+    r = _Resolver(doc, folder, [])
+    r.model(given)
+    r.problems.extend(run_rules(r.draft))
+    return (
+        r.draft.model if r.draft.knows("model") else None,
+        _distinct([*r.findings, *(doc.finding(problem) for problem in r.problems)]),
+    )
+
+
+def resolve_node(
+    doc: Document, folder: FilePath, node: str, network: str | None, at: tuple[str, ...]
+) -> tuple[NodeFacts | None, GpuFacts | None, NetworkFacts | None, dict[str, Any], list[Finding]]:
+    """Return a node with its GPU and network as another document names them, how a scenario writes them, and mistakes.
+
+    ``at`` is where the document names it.
+    """
+    r = _Resolver(doc, folder, [])
+    r.cluster({"node": node, "num_nodes": 2, **({"network": network} if network else {})})
+    d = r.draft
+    found = [doc.finding(problem._replace(path=at)) for problem in r.problems]
+    return (
+        d.node if d.knows("node") else None,
+        d.gpu if d.knows("gpu") else None,
+        d.network if d.knows("network") else None,
+        r.written,
+        _distinct([*r.findings, *found]),
     )
