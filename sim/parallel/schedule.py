@@ -318,6 +318,32 @@ def dualpipe_v(p: int, m: int, v: int) -> Orders:
     return tuple(_dualpipe_rank(p, r, m, passes, near=0) for r in range(p))
 
 
+def v_half(p: int, m: int, v: int) -> Orders:
+    """A V whose microbatches go down at half speed, so that a rank holds half of what it holds in 1F1B."""
+    from sim.parallel.controllable import half_block
+
+    return _controllable(half_block(p), m)
+
+
+def v_min(p: int, m: int, v: int) -> Orders:
+    """A V whose microbatches go down and up at full speed, so that a rank holds a third of what it holds in 1F1B."""
+    from sim.parallel.controllable import least_block
+
+    return _controllable(least_block(p), m)
+
+
+def _controllable(block: list[list[int]], m: int) -> Orders:
+    """Source: Qi et al., arXiv 2405.15362 (``sim/parallel/controllable.py``)."""
+    from sim.parallel.controllable import controllable
+
+    kinds: tuple[tuple[Kind, int], ...] = (
+        ("forward", 0), ("forward", 1), ("input_gradient", 1), ("input_gradient", 0),
+        ("weight_gradient", 1), ("weight_gradient", 0),
+    )  # fmt: skip
+    table = [_passes(kind, chunk, m) for kind, chunk in kinds]
+    return tuple(tuple([table[kind][i] for kind, i in order]) for order in controllable(block, m))
+
+
 def _of_two_chunks(first: range, second: range) -> dict[str, tuple[list[Pass], list[Pass]]]:
     """Return the passes of the microbatches of two chunks by kind, and forwards with ``with_next`` as "paired"."""
     kinds: tuple[Kind, ...] = ("forward", "backward", "input_gradient", "weight_gradient")
@@ -494,6 +520,22 @@ def _idle_dualpipe_v(f: float, b: float, w: float, p: int, m: int, v: int) -> fl
     return (p - 1) * (f + b + b - 3 * w) / 2
 
 
+def _idle_v_half(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
+    """(3p - 7) (F + B) / 6 of an even number of ranks, (3p - 4) (F + B) / 6 of an odd one: about half of 1F1B's.
+
+    sail-sg/zero-bubble-pipeline-parallelism, README: "B/2". The rest is what squeezing gains at the ends of a step.
+    """
+    return abs(3 * p - (4 if p % 2 else 7)) * (f + b) / 6
+
+
+def _idle_v_min(f: float, b: float, w: float, p: int, m: int, v: int) -> float:
+    """(4p - 5) (F + B) / 6, or (4p - 7) (F + B) / 6 where 3 divides p: about two thirds of 1F1B's.
+
+    sail-sg/zero-bubble-pipeline-parallelism, README: "2B/3 + O(n)".
+    """
+    return (4 * p - (5 if p % 3 else 7)) * (f + b) / 6
+
+
 def _always(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
     return True
 
@@ -510,6 +552,11 @@ def _short_w_full_turn(f: float, b: float, w: float, p: int, m: int, v: int) -> 
 def _all_alike(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
     """F = I = W, for which the order is drawn."""
     return f == b - w == w
+
+
+def _all_alike_and_full(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
+    """A step with more microbatches than ranks has a steady part. In a shorter one the ends meet, each in its way."""
+    return _all_alike(f, b, w, p, m, v) and m > p > 1
 
 
 def _mirrored(f: float, b: float, w: float, p: int, m: int, v: int) -> bool:
@@ -569,6 +616,24 @@ SCHEDULES: dict[str, Schedule] = {
         splits_backward=True,
         post_validates=True,
     ),
+    "v-half": Schedule(
+        v_half,
+        V_SHAPED,
+        _idle_v_half,
+        _all_alike_and_full,
+        lambda p, m, v, r: min(2 * m, m + r + 1, p // 2 * 2 + 2),
+        num_chunks=2,
+        splits_backward=True,
+    ),
+    "v-min": Schedule(
+        v_min,
+        V_SHAPED,
+        _idle_v_min,
+        _all_alike_and_full,
+        lambda p, m, v, r: min(2 * m, m + r + 1, (p + 1) // 3 * 2 + 2 - (r == 0 and p % 3 == 2)),
+        num_chunks=2,
+        splits_backward=True,
+    ),
     "dualpipe": Schedule(
         dualpipe,
         TWO_WAY,
@@ -580,7 +645,7 @@ SCHEDULES: dict[str, Schedule] = {
         splits_backward=True,
         refuses=_two_way,
     ),
-    "dualpipe-v": Schedule(
+    "dualpipev": Schedule(
         dualpipe_v,
         V_SHAPED,
         _idle_dualpipe_v,

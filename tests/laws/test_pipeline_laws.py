@@ -38,7 +38,6 @@ from sim.parallel.schedule import SCHEDULES, Durations, held, simulate_order
 from sim.scenario.load import load_scenario_text
 from sim.scenario.schema import Scenario
 
-NAMES = {"dualpipev": "dualpipe-v"}
 UNIT = 10**12 // 2**12
 """Ticks of a unit."""
 
@@ -84,7 +83,7 @@ def scenario(
     extra: dict[str, Any] | None = None,
     **training: Any,
 ) -> Scenario:
-    stages = p * (SCHEDULES[NAMES.get(schedule, schedule)].num_chunks or v)
+    stages = p * (SCHEDULES[schedule].num_chunks or v)
     asked: dict[str, Any] = {
         "model": {
             "num_hidden_layers": num_layers or stages,
@@ -137,7 +136,7 @@ def cases(names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, int, int, int]
     def draw_case(draw: st.DrawFn) -> tuple[str, int, int, int]:
         name = draw(st.sampled_from(names))
         p = draw(st.sampled_from([2, 4, 8, 16]))
-        spec = SCHEDULES[NAMES.get(name, name)]
+        spec = SCHEDULES[name]
         v = spec.num_chunks or draw(st.integers(2, 4))
         m = draw(st.integers(1, 3 * p))
         if name == "interleaved":
@@ -153,7 +152,7 @@ def cases(names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, int, int, int]
 @given(cases(("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "dualpipev")))
 def test_a_step_is_as_long_as_its_schedule_says(case: tuple[str, int, int, int]) -> None:
     name, p, m, v = case
-    spec = SCHEDULES[NAMES.get(name, name)]
+    spec = SCHEDULES[name]
     asked = scenario(p, m, v=1 if spec.num_chunks else v, schedule=name)
     timeline = run(world_of(asked), OnlyBlocks())
     played = simulate_order(spec, p, m, v, Durations(MATMULS, MATMULS, MATMULS))
@@ -228,7 +227,7 @@ def test_nothing_of_a_step_is_held_when_it_ends(
     case: tuple[str, int, int, int], tied: bool, recompute: str, megatron: dict[str, Any]
 ) -> None:
     name, p, m, v = case
-    spec = SCHEDULES[NAMES.get(name, name)]
+    spec = SCHEDULES[name]
     asked = scenario(
         p, m, v=1 if spec.num_chunks else v, schedule=name, recompute=recompute, extra={"megatron": megatron}
     )
@@ -252,7 +251,7 @@ def test_nothing_of_a_step_is_held_when_it_ends(
 @given(cases(("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "dualpipev")))
 def test_sends_match_receives(case: tuple[str, int, int, int]) -> None:
     name, p, m, v = case
-    spec = SCHEDULES[NAMES.get(name, name)]
+    spec = SCHEDULES[name]
     world = world_of(scenario(p, m, v=1 if spec.num_chunks else v, schedule=name))
     sent: dict[str, list[int]] = {}
     received: dict[str, list[int]] = {}

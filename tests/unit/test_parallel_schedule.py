@@ -72,6 +72,31 @@ def test_zb_v_turns_round_at_the_last_rank() -> None:
     ]
 
 
+def test_v_min_goes_down_and_up_at_full_speed() -> None:
+    """As ``schedule_from_pattern`` of zbv_greedy.py gives it, run on its own."""
+    assert rows("v-min", 2, 3) == [
+        "F0 F1 f0 i0 w0 I0 W0 f1 i1 w1 F2 I1 W1 f2 i2 w2 I2 W2",
+        "F0 f0 i0 I0 F1 f1 w0 W0 i1 I1 F2 f2 w1 W1 i2 I2 w2 W2",
+    ]
+
+
+@pytest.mark.parametrize(("name", "of_all"), [("v-half", 2), ("v-min", 3)])
+def test_memory_is_controlled(name: str, of_all: int) -> None:
+    """A half or a third of the 2 * 12 chunks that 1F1B holds, and two more, which squeezing does not give up."""
+    assert max(map(held, SCHEDULES[name].orders(12, 48, 2))) == 24 // of_all + 2
+
+
+def test_a_long_step_repeats_its_steady_part() -> None:
+    """The orders of 60 microbatches are those of 50 with ten turns of six passes put in."""
+    long, short = (SCHEDULES["v-half"].orders(4, m, 2) for m in (60, 50))
+    for ours, theirs in zip(long, short, strict=True):
+        assert len(ours) == len(theirs) + 60
+        same = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        assert [(q.kind, q.chunk, q.microbatch - 10) for q in ours[same + 60 :]] == [
+            (q.kind, q.chunk, q.microbatch) for q in theirs[same:]
+        ]
+
+
 def test_dualpipe_feeds_both_ends() -> None:
     """Microbatches 0 and 1 enter at rank 0 by chunk 0, 2 and 3 at rank 1 by chunk 1: the ranks mirror each other."""
     assert rows("dualpipe", 2, 4) == [
@@ -82,7 +107,7 @@ def test_dualpipe_feeds_both_ends() -> None:
 
 def test_dualpipe_v_is_the_first_half_of_dualpipe() -> None:
     """A rank of four has two after it before the turn; the other direction's microbatches are its second chunk's."""
-    ours, theirs = SCHEDULES["dualpipe-v"].orders(2, 6, 2), SCHEDULES["dualpipe"].orders(4, 12, 2)
+    ours, theirs = SCHEDULES["dualpipev"].orders(2, 6, 2), SCHEDULES["dualpipe"].orders(4, 12, 2)
     shape = [[(q.kind, q.chunk, q.microbatch - 6 * q.chunk, q.with_next) for q in order] for order in theirs[:2]]
     assert [[(q.kind, q.chunk, q.microbatch, q.with_next) for q in order] for order in ours] == shape
 
@@ -105,7 +130,7 @@ def test_the_step_of_1f1b_is_as_long_as_published() -> None:
         ("looped-bfs", 2, (16, 16, 16, 16)),
         ("interleaved-zb", 2, (8, 8, 8, 8)),
         ("zb-v", 2, (8, 8, 8, 8)),
-        ("dualpipe-v", 2, (9, 9, 9, 9)),
+        ("dualpipev", 2, (9, 9, 9, 9)),
     ],
 )
 def test_as_many_microbatches_are_held_as_in_torch(name: str, chunks: int, peaks: tuple[int, ...]) -> None:
@@ -174,7 +199,7 @@ def test_refusals_say_what_to_do() -> None:
         "6 microbatches, fewer than 8, two a rank, do not fill both directions alike",
         "use 8 microbatches",
     )
-    assert SCHEDULES["dualpipe-v"].refusal(4, 6, 2) == (
+    assert SCHEDULES["dualpipev"].refusal(4, 6, 2) == (
         "6 microbatches are fewer than 8, two a rank",
         "use 8 microbatches or more",
     )

@@ -28,7 +28,7 @@ CASES: dict[int, dict[str, Case]] = {
         "interleaved-zb": ("InterleavedZeroBubble", 2, 4, "loop"),
         "zb-h1": ("InterleavedZeroBubble", 1, 4, "loop"),
         "zb-v": ("ZBVZeroBubble", 2, 2, "v"),
-        "dualpipe-v": ("DualPipeV", 2, 5, "v"),
+        "dualpipev": ("DualPipeV", 2, 5, "v"),
     },
     4: {
         "gpipe": ("GPipe", 1, 8, "loop"),
@@ -39,7 +39,7 @@ CASES: dict[int, dict[str, Case]] = {
         "interleaved-zb": ("InterleavedZeroBubble", 2, 8, "loop"),
         "zb-h1": ("InterleavedZeroBubble", 1, 8, "loop"),
         "zb-v": ("ZBVZeroBubble", 2, 8, "v"),
-        "dualpipe-v": ("DualPipeV", 2, 10, "v"),
+        "dualpipev": ("DualPipeV", 2, 10, "v"),
     },
 }
 """Ranks -> our name of the schedule -> what torch is asked."""
