@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from sim.ir.ledger import Dim, Layer, Parameter
+from sim.ir.program import Collective, Storage
 from sim.parallel.frameworks.ddp import Ddp
 from sim.scenario.schema import DdpSettings
 
@@ -46,3 +47,40 @@ def test_a_bucket_closes_when_it_is_full(cap):
     *full, last = buckets(cap)
     assert all(size >= cap * 2**20 for size in full)
     assert sum(full) + last == 14_866_432
+
+
+def step(settings: DdpSettings, sizes: tuple[int, ...], order: tuple[int, ...]) -> tuple[list, list]:
+    """Return (kind, bytes) of the collectives of a synchronised backward in a later step, and of what comes between."""
+    parameters = tuple(Parameter(f"p{i}", (Dim("numel", size),)) for i, size in enumerate(sizes))
+    ddp = Ddp(
+        (Layer("gpt", "block", parameters, (), (), None, None),), [(0, f"p{i}") for i in order], settings,
+        num_ranks=2, parameter_dtype="fp32", loss_scaling=False, optimizer="sgd", gradient_clipping=0.0,
+    )  # fmt: skip
+    between = ddp.after_first_step()
+    ddp.begin_microbatch(first=True, last=True)
+    chunk = []
+    for i in order:
+        chunk += ddp.gradient_ready(0, f"p{i}", Storage(f"g{i}", 4 * sizes[i], "gradients"))
+    return tuple(
+        [(each.kind, each.tensor_bytes) for each in instructions if isinstance(each, Collective)]
+        for instructions in (chunk, between)
+    )  # type: ignore[return-value]
+
+
+def test_with_unused_parameters_buckets_follow_registration_and_are_launched_in_order():
+    """p0 and p1 fill the first bucket, p2 and p3 the second, which is reduced first, whichever is ready first."""
+    mib = 2**18
+    settings = DdpSettings(bucket_cap_mb=2, find_unused_parameters=True)
+    found, between = step(settings, (mib, mib, mib, 2 * mib), order=(1, 0, 3, 2))
+    assert found == [("all_reduce", 3 * 2**20), ("all_reduce", 2 * 2**20), ("all_reduce", 4 * 4)]
+    assert between == []
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_ranks_agree_on_rebuilt_buckets(static):
+    """Five int32 for the indices of four parameters with their number, one for each of three buckets."""
+    mib = 2**18
+    settings = DdpSettings(bucket_cap_mb=2, static_graph=static, find_unused_parameters=static)
+    found, between = step(settings, (mib, mib, mib, 2 * mib), order=(1, 0, 3, 2))
+    assert between == [("broadcast", 4 * 5), ("broadcast", 4 * 3)]
+    assert found == [("all_reduce", 2 * 2**20), ("all_reduce", 2 * 2**20), ("all_reduce", 2**20)]

@@ -3,19 +3,27 @@
 Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer.cpp of PyTorch 2.8 to 2.13.
 
 * Buckets are flat tensors beside the gradients: a second copy of all of them, unless ``gradient_as_bucket_view``.
-* The first iteration has one bucket with every parameter (without ``find_unused_parameters``); then the buckets are
-  built again in the order in which gradients became ready: of ``bucket_cap_mb``, or, where that is left to torch, the
-  first of 1 MiB and the others of 25 MiB.
-* Each full bucket is divided by the world size as it is filled, and all-reduced on NCCL's own stream.
-* ``no_sync`` on all microbatches but the last of a step: gradients only accumulate.
+* The first iteration has one bucket with every parameter; then the buckets are built again in the order in which
+  gradients became ready: of ``bucket_cap_mb``, or, where that is left to torch, the first of 1 MiB and the others of
+  25 MiB. The ranks take rank 0's: its indices and sizes are broadcast. Under ``static_graph`` this happens one
+  iteration later (here: as without it), and the first iteration also reduces which parameters were used.
+* ``find_unused_parameters`` (of a graph that is not static) fills buckets in the order of registration, reverses their
+  list, and never builds them again; each synchronised backward ends with an all-reduce of which parameters were used.
+* Each full bucket is divided by the world size as it is filled, and all-reduced on NCCL's own stream when those before
+  it have been: buckets go strictly in their order.
+* ``no_sync`` on all microbatches but the last of a step: gradients only accumulate. A static graph cannot start with
+  it: its first backward has to synchronise (reducer.cpp asserts so).
+* Registered buffers are broadcast before a forward that follows a synchronised backward, coalesced by dtype.
 * The optimizer is torch's, with its states made in the first step.
+
+Leaves out: the host's walk through the autograd graph under ``find_unused_parameters``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sim.ir.ledger import DTYPE_BYTES, DType, Layer, Pointwise
+from sim.ir.ledger import DTYPE_BYTES, DType, Layer, Pointwise, Tensor
 from sim.ir.program import (
     COMPUTE,
     Alloc,
@@ -37,6 +45,12 @@ FIRST_BUCKET_BYTES = 1 << 20
 """``kDefaultFirstBucketBytes`` in torch/csrc/distributed/c10d/reducer.hpp."""
 BUCKET_BYTES = 25 << 20
 """``bucket_cap_mb`` where it is None, in torch/nn/parallel/distributed.py."""
+BROADCAST_BYTES = 250 << 20
+"""``broadcast_bucket_size`` in torch/nn/parallel/distributed.py."""
+REGISTERED = ("freqs_cis", "rotary_emb.inv_freq")
+"""Tensors of a ledger's ``buffers`` that modules register as buffers; masks and such are made in forward."""
+INDEX_BYTES = 4
+"""Bucket indices, sizes, and the map of used parameters are int32 (reducer.cpp)."""
 NCCL_STREAM = "nccl:dp"
 
 _Key = tuple[int, str]
@@ -75,6 +89,8 @@ class Ddp:
         }
         self.gradients: dict[_Key, Storage] = {}
         self.first = self.last = True
+        self.finds_unused = settings.find_unused_parameters and not settings.static_graph
+        self.is_first_step = True
         self.use_buckets(first_step=True)
 
     # setup
@@ -89,35 +105,40 @@ class Ddp:
             out.extend(Alloc(Storage(f"{layer.kind}.{t.name}", t.num_bytes, "buffers")) for t in layer.buffers)
         out.append(Mark("setup", "reducer"))
         out.extend(Alloc(bucket) for bucket in self.buckets)
+        if self.settings.find_unused_parameters or self.settings.static_graph:
+            out.append(Alloc(Storage("used parameters", INDEX_BYTES * len(self.sizes), "buffers")))
         return tuple(out)
 
     def after_first_step(self) -> Chunk:
-        """What the second iteration begins with: the old buckets go, new ones are made in the observed order."""
+        """What the second iteration begins with: the old buckets go, new ones are made in the observed order.
+
+        ``sync_bucket_indices``: the indices of all parameters with their number, then the sizes of the buckets; the
+        host reads both.
+        """
+        self.is_first_step = False
+        if self.finds_unused:
+            return ()
         old = self.buckets
         self.use_buckets(first_step=False)
-        if self.settings.find_unused_parameters:
-            return ()
-        return (Mark("forward", "reducer"), *(Free(b) for b in old), *(Alloc(b) for b in self.buckets))
+        out: list[Instruction] = [Mark("forward", "reducer")]
+        for name, count in (("bucket indices", len(self.sizes) + 1), ("bucket sizes", len(self.buckets))):
+            storage = Storage(name, INDEX_BYTES * count, "temporary")
+            told = Collective(name, "broadcast", "dp", storage.num_bytes, "int32", NCCL_STREAM)
+            out += [Alloc(storage), *self._on_nccl(told, join=True)]
+            out += [Record(f"{name} read", COMPUTE), HostWait(f"{name} read"), Free(storage)]
+        return (*out, *(Free(b) for b in old), *(Alloc(b) for b in self.buckets))
 
     def use_buckets(self, first_step: bool) -> None:
-        """Assign parameters to buckets as ``compute_bucket_assignment_by_size`` does: one closes when it is full."""
+        """Assign parameters to buckets."""
         element = DTYPE_BYTES[self.dtype]
-        if self.settings.find_unused_parameters and not first_step:
-            return  # never built again
-        if first_step and not self.settings.find_unused_parameters:
+        given = self.settings.bucket_cap_mb
+        first, cap = (FIRST_BUCKET_BYTES, BUCKET_BYTES) if given is None else (int(given * 2**20),) * 2
+        if self.finds_unused:
+            assignment = self._filled(tuple(self.sizes), first, cap)[::-1]
+        elif first_step:
             assignment = [list(self.order)]
         else:
-            given = self.settings.bucket_cap_mb
-            first, cap = (FIRST_BUCKET_BYTES, BUCKET_BYTES) if given is None else (int(given * 2**20),) * 2
-            assignment, open_bucket, filled = [], list[_Key](), 0
-            for key in self.order:
-                open_bucket.append(key)
-                filled += self.sizes[key] * element
-                if filled >= (cap if assignment else first):
-                    assignment.append(open_bucket)
-                    open_bucket, filled = [], 0
-            if open_bucket:
-                assignment.append(open_bucket)
+            assignment = self._filled(self.order, first, cap)
         category = "gradients" if self.settings.gradient_as_bucket_view else "buffers"
         self.assignment = assignment
         self.bucket_of = {key: number for number, keys in enumerate(assignment) for key in keys}
@@ -126,22 +147,55 @@ class Ddp:
             for number, keys in enumerate(assignment)
         ]
 
+    def _filled(self, order: Sequence[_Key], first: int, cap: int) -> list[list[_Key]]:
+        """Return buckets as ``compute_bucket_assignment_by_size`` fills them: one closes when it has so many bytes."""
+        element = DTYPE_BYTES[self.dtype]
+        full: list[list[_Key]] = []
+        open_bucket, filled = list[_Key](), 0
+        for key in order:
+            open_bucket.append(key)
+            filled += self.sizes[key] * element
+            if filled >= (cap if full else first):
+                full.append(open_bucket)
+                open_bucket, filled = [], 0
+        return [*full, open_bucket] if open_bucket else full
+
     # passes
 
     def begin_microbatch(self, first: bool, last: bool) -> None:
         """Say which microbatch is written next: gradients start with the first and are averaged in the last."""
         self.first, self.last = first, last
         self.missing = [len(keys) for keys in self.assignment]
+        self.next_bucket = 0
 
     def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
-        if layer or module or recomputing or not self.first:
+        if layer or module or recomputing or not self.first or self.num_ranks == 1:
             return ()
-        buffers = [t for each in self.layers for t in each.buffers]
-        if not buffers or self.num_ranks == 1:
-            return ()
-        # broadcast_buffers: rank 0's buffers at the start of each forward that follows a synchronised backward
-        total = sum(t.num_bytes for t in buffers)
-        return self._on_nccl(Collective("buffers", "broadcast", "dp", total, buffers[0].dtype, NCCL_STREAM), join=True)
+        return self._broadcast_buffers()
+
+    def _broadcast_buffers(self) -> list[Instruction]:
+        """``_sync_buffers``: rank 0's buffers, flattened in pieces of one dtype (``broadcast_coalesced``, comm.cpp)."""
+        pieces: list[list[Tensor]] = []
+        open_piece: dict[str, list[Tensor]] = {}
+        for tensor in (t for layer in self.layers for t in layer.buffers if t.name in REGISTERED):
+            piece = open_piece.setdefault(tensor.dtype, [])
+            if not piece:
+                pieces.append(piece)
+            piece.append(tensor)
+            if sum(t.num_bytes for t in piece) >= BROADCAST_BYTES:
+                del open_piece[tensor.dtype]
+        out: list[Instruction] = []
+        for number, piece in enumerate(pieces):
+            total, dtype = sum(t.num_bytes for t in piece), piece[0].dtype
+            told = Collective(f"buffers.{number}", "broadcast", "dp", total, dtype, NCCL_STREAM)
+            if len(piece) == 1:  # flattening one tensor is a view
+                out += self._on_nccl(told, join=True)
+                continue
+            flat = numel("buffers", total // DTYPE_BYTES[dtype], dtype)
+            copied = Compute("copy buffers", Pointwise("copy", (flat,), (flat,)))
+            storage = Storage(f"buffers.{number}", total, "temporary")
+            out += [Alloc(storage), copied, *self._on_nccl(told, join=True), copied, Free(storage)]
+        return out
 
     def post_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
         return ()
@@ -168,12 +222,20 @@ class Ddp:
         if self.settings.gradient_as_bucket_view:
             out.append(Free(self.gradients.pop(key)))  # .grad becomes a view of the bucket
         self.missing[number] -= 1
-        if self.missing[number] == 0:
-            reduce = Collective(
-                f"bucket.{number}", "all_reduce", "dp", self.buckets[number].num_bytes, self.dtype, NCCL_STREAM
-            )
+        while self.next_bucket < len(self.buckets) and not self.missing[self.next_bucket]:
+            bucket = self.buckets[self.next_bucket]
+            reduce = Collective(bucket.name, "all_reduce", "dp", bucket.num_bytes, self.dtype, NCCL_STREAM)
             out.extend(self._on_nccl(reduce, join=False))
+            self.next_bucket += 1
+            if self.next_bucket == len(self.buckets) and self._reduces_used():
+                size = INDEX_BYTES * len(self.sizes)
+                used = Collective("used parameters", "all_reduce", "dp", size, "int32", NCCL_STREAM)
+                out.extend(self._on_nccl(used, join=False))
         return out
+
+    def _reduces_used(self) -> bool:
+        """``all_reduce_local_used_map``: in each synchronised backward, under a static graph in the first."""
+        return self.finds_unused or (self.settings.static_graph and self.is_first_step)
 
     def end_of_backward(self) -> Iterable[Instruction]:
         """``finalize_backward``: wait for each bucket, and copy it back where the gradients are not views of it."""
@@ -186,6 +248,8 @@ class Ddp:
             if not self.settings.gradient_as_bucket_view:
                 tensor = numel("bucket", bucket.num_bytes // DTYPE_BYTES[self.dtype], self.dtype)
                 out.append(Compute("copy from bucket", Pointwise("copy", (tensor,), (tensor,))))
+        if self.num_ranks > 1 and self._reduces_used():
+            out.append(Wait("used parameters", COMPUTE))
         return out
 
     def _on_nccl(self, collective: Collective, join: bool) -> list[Instruction]:
