@@ -59,7 +59,7 @@ def simulate(scenario: Scenario, *, record: bool = False, fold: bool = True) -> 
     )
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
     lowered = lower(ledger, scenario)
-    settings = CostSettings(compiled=scenario.training.compile, slow=slow)
+    settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow)
     try:
         world, cost = _folded(lowered, cluster, slow, fold, trusting=fold), CostModel(cluster, gpu, settings)
         timeline = run(world, cost)

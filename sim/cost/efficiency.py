@@ -47,21 +47,8 @@ class MemoryCoefficients:
     l2_over_memory: float
 
 
-@dataclass(frozen=True, slots=True)
-class HostCoefficients:
-    """Times of the issuing CPU thread, in seconds, and the share of host memory bandwidth of CPU Adam."""
-
-    driver_s: float
-    framework_s: float
-    compiled_s: float
-    collective_s: float
-    python_step_s: float
-    cpu_adam_fraction: float
-    assumed: tuple[str, ...]
-
-
 @lru_cache(maxsize=64)
-def _read(name: str) -> Any:
+def read(name: str) -> Any:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -85,7 +72,7 @@ class Source:
 
 def source_of(gpu: GpuFacts) -> Source:
     """Return the measured machine for ``gpu``."""
-    index = _read("index.yaml")
+    index = read("index.yaml")
     capability = ".".join(map(str, gpu.compute_capability))
     peak = gpu.peak_flops.get("bf16") or gpu.peak_flops.get("fp16") or gpu.peak_flops.get("fp32", 0.0)
     if gpu.vendor == "nvidia" and peak:
@@ -108,7 +95,7 @@ def source_of(gpu: GpuFacts) -> Source:
 
 
 def _entry(name: str) -> Any:
-    index = _read("index.yaml")
+    index = read("index.yaml")
     return next(entry for entry in (*index["measured"], *index["others"]) if entry["name"] == name)
 
 
@@ -127,12 +114,12 @@ def _file(family: str, name: str) -> str:
 def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str]:
     """Return the coefficients for matmuls of ``dtype``, and whose they are ("" if this GPU's own).
 
-    fp16 runs on the same units as bf16 and counts as measured; others take bf16's shares.
+    fp16 runs on the same units as bf16 and counts as measured; nvfp4 takes fp8's shares, others bf16's.
     """
     name = "bf16" if dtype == "fp16" else dtype
     instead = _entry(source.name).get("instead", {}).get(name)
-    data = _read(_file("gemm", instead or source.name))
-    key = name if name in data else "bf16"
+    data = read(_file("gemm", instead or source.name))
+    key = name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else "bf16"
     fields = GemmCoefficients.__dataclass_fields__
     values = data[key]["coefficients"]
     if instead:
@@ -167,7 +154,7 @@ def sdpa_kernel(gpu: GpuFacts) -> tuple[str, str]:
 def attention_coefficients(source: Source, kernel: str, backward: bool) -> tuple[AttentionCoefficients, str]:
     """Return the coefficients of an attention kernel, and in words what was assumed ("" if nothing)."""
     direction = "backward" if backward else "forward"
-    other = _read("attention_others.yaml").get(kernel)
+    other = read("attention_others.yaml").get(kernel)
     if other is not None:
         c, _ = attention_coefficients(source, other["of"], backward)
         slower = float(other["slower"])
@@ -177,7 +164,7 @@ def attention_coefficients(source: Source, kernel: str, backward: bool) -> tuple
     places = [source.name, *_ATTENTION_FALLBACK.get(source.name, ()), "a100-sxm"]
     for name in wanted:
         for place in places:
-            data = _read(_file("attention", place))
+            data = read(_file("attention", place))
             if data is None or name not in data:
                 continue
             assumed = []
@@ -208,7 +195,7 @@ _ATTENTION_FALLBACK: dict[str, tuple[str, ...]] = {
 
 def memory_coefficients(gpu: GpuFacts) -> MemoryCoefficients:
     """Return the coefficients of kernels bound by memory."""
-    data = _read("memory_bound.yaml")
+    data = read("memory_bound.yaml")
     own = data["by_capability"].get(".".join(map(str, gpu.compute_capability)), {}) if gpu.vendor == "nvidia" else {}
     facts = {**data["default"], **own}
     floor, resident, l2 = facts.pop("floor"), facts.pop("resident_fraction"), facts.pop("l2_over_memory")
@@ -218,18 +205,4 @@ def memory_coefficients(gpu: GpuFacts) -> MemoryCoefficients:
         floor_s=units.parse_duration(floor["value"]),
         resident_fraction=float(resident["value"]),
         l2_over_memory=float(l2["value"]),
-    )
-
-
-def host_coefficients() -> HostCoefficients:
-    """Return the times of the issuing CPU thread."""
-    data = _read("host.yaml")
-    return HostCoefficients(
-        driver_s=units.parse_duration(data["driver"]["value"]),
-        framework_s=units.parse_duration(data["framework"]["value"]),
-        compiled_s=units.parse_duration(data["compiled"]["value"]),
-        collective_s=units.parse_duration(data["collective"]["value"]),
-        python_step_s=units.parse_duration(data["python_step"]["value"]),
-        cpu_adam_fraction=float(data["cpu_adam_fraction"]["value"]),
-        assumed=tuple(name for name, fact in data.items() if fact["kind"] != "measured"),
     )

@@ -1,14 +1,27 @@
 """What the CPU spends: issuing kernels and collectives, optimizer steps on the host, plain Python.
 
-Issuing one kernel from eager torch costs the framework's share (Python, dispatcher, autograd, allocator) and
-the driver's; compiled code keeps the driver's. CPU Adam is bound by host memory: it reads gradient, parameter and
+    T(launch) = driver / speed(desktop) + share(who calls, whose code) / speed(reference)
+    speed     = single-thread score of the node's processor over that of the one measured
+
+The share of eager torch (Python, dispatcher, autograd, allocator) is measured on whole blocks of each code, forward and
+backward apart, and divided by the kernels that the ledger has for them (validation/measure/measure_host.py); compiled
+code keeps the driver's. Leaves out: that a kernel's own share differs from its block's mean; other versions of Python
+and torch than the measured ones (Python before 3.11 is slower by about a quarter, "What's New In Python 3.11").
+
+CPU Adam is bound by host memory: it reads gradient, parameter and
 two moments and writes back parameter and moments, in fp32 (deepspeed/ops/csrc/adam/cpu_adam_impl.cpp, Step_1):
 16 + 12 bytes an element. Ranks of one node share the memory. The 16-bit copy for the GPU is a cast of its own.
 """
 
 from __future__ import annotations
 
-from sim.cost.efficiency import HostCoefficients
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sim import units
+from sim.cost.efficiency import read
+from sim.ir.program import Caller
 
 CPU_ADAM_BYTES = 16 + 12
 """Bytes moved for an element (fp32 gradient, parameter, two moments in; the last three out)."""
@@ -27,9 +40,65 @@ and ``isnan().any()`` of 16 bit (the absolute value in and out, in and a mask ou
 """
 
 
-def launch_s(coefficients: HostCoefficients, compiled: bool) -> float:
-    """Return the time to issue one kernel, in seconds."""
-    return coefficients.driver_s + (coefficients.compiled_s if compiled else coefficients.framework_s)
+@dataclass(frozen=True, slots=True)
+class HostCoefficients:
+    """Times of the issuing CPU thread of one node and code, in seconds, and CPU Adam's share of the host's memory.
+
+    ``launch_s`` is by caller. ``points`` is the processor's single-thread score; ``assumed`` says what of it was not
+    known ("" if nothing).
+    """
+
+    launch_s: Mapping[Caller, float]
+    collective_s: float
+    python_step_s: float
+    cpu_adam_fraction: float
+    points: float
+    assumed: str
+
+
+def host_coefficients(cpu: str, code: str, compiled: bool) -> HostCoefficients:
+    """Return the times on a node's processor ``cpu`` ("2x AMD EPYC 7742"), for the modules of ``code``."""
+    facts, processors = read("host.yaml"), read("processors.yaml")
+    points, assumed = single_thread_points(cpu, processors)
+    slower = _points(processors["reference"], processors) / points
+    driver_s = _duration(facts, "driver") * _points(processors["desktop"], processors) / points
+
+    def share_s(name: str) -> float:
+        return driver_s + slower * _duration(facts, "compiled" if compiled else name)
+
+    forward_s = share_s(f"{code}_forward")
+    return HostCoefficients(
+        launch_s={
+            "framework": share_s("framework"),
+            "forward": forward_s,
+            "backward": share_s(f"{code}_backward"),
+            "checkpoint": forward_s + slower * _duration(facts, "checkpoint"),
+        },
+        collective_s=slower * _duration(facts, "collective"),
+        python_step_s=slower * _duration(facts, "python_step"),
+        cpu_adam_fraction=float(facts["cpu_adam_fraction"]["value"]),
+        points=points,
+        assumed=assumed,
+    )
+
+
+def single_thread_points(cpu: str, processors: Mapping[str, Any]) -> tuple[float, str]:
+    """Return the single-thread score of a node's processor, and what was assumed."""
+    for entry in processors["processors"]:
+        if entry["name"] in cpu:
+            return _points(entry, processors), ""
+    return _points(processors["otherwise"], processors), f"speed of one thread of {cpu or 'the host'} is not known"
+
+
+def _points(entry: Mapping[str, Any], processors: Mapping[str, Any]) -> float:
+    if "points" in entry:
+        return float(entry["points"])
+    per_ghz = float(processors["points_per_ghz"][entry["cores"]]["value"])
+    return per_ghz * float(entry["clock"].removesuffix(" GHz"))
+
+
+def _duration(facts: Mapping[str, Any], name: str) -> float:
+    return units.parse_duration(facts[name]["value"])
 
 
 def cpu_adam_s(

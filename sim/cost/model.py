@@ -13,7 +13,7 @@ from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_s
 from sim.cost.memory_bound import memory_bound_s
 from sim.cost.roofline import Machine, machine_of, peak_of
 from sim.ir.ledger import Attention, Gemm, Kernel, Pointwise, size
-from sim.ir.program import Collective, Communicator, Copy, HostCompute, Recv, Send
+from sim.ir.program import Caller, Collective, Communicator, Copy, HostCompute, Recv, Send
 from sim.ir.traffic import Link, Traffic
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class CostSettings:
 
     ``placement``   GPU index of each rank; empty: rank i is on GPU i
     ``compiled``    kernels are issued by code that torch.compile wrote
+    ``code``        whose modules run: torch, huggingface or megatron
     ``sustained``   compute-bound kernels follow each other closely, as in training, so that the clock has settled;
                     False: each kernel starts at the boost clock, as in a short benchmark
     ``slow``        rank -> factor on its kernels' times
@@ -33,6 +34,7 @@ class CostSettings:
 
     placement: tuple[int, ...] = ()
     compiled: bool = False
+    code: str = "torch"
     sustained: bool = True
     slow: Mapping[int, float] = field(default_factory=dict)
 
@@ -55,9 +57,8 @@ class CostModel:
         self._gpu = gpu
         self._settings = settings
         self._source = efficiency.source_of(gpu)
-        self._host = efficiency.host_coefficients()
+        self._host = host.host_coefficients(cluster.spec.node.cpu, settings.code, settings.compiled)
         self._memory = efficiency.memory_coefficients(gpu)
-        self._launch_s = host.launch_s(self._host, settings.compiled)
         vector_flops = gpu.peak_flops.get("fp32") or min(gpu.peak_flops.values())
         self._vector = Machine(vector_flops, 4, gpu.num_sms, gpu.boost_clock_hz, gpu.memory_bytes_per_s, gpu.l2_bytes)
         self._machines: dict[str, Machine] = {}
@@ -68,6 +69,8 @@ class CostModel:
         self._traffic: dict[tuple[object, ...], Traffic] = {}
         self._assumed: dict[str, int] = {}
         self._guessed_families: dict[str, int] = {}
+        if self._host.assumed:
+            self._assume(self._host.assumed)
         self.num_kernels = 0
         """Different kernels priced so far."""
         self.num_assumed_kernels = 0
@@ -171,9 +174,9 @@ class CostModel:
 
     # --- host ----------------------------------------------------------------------------------
 
-    def launch_s(self, kernel: Kernel, rank: int) -> float:
-        """Return the time that the CPU takes to issue ``kernel``, in seconds."""
-        return self._launch_s
+    def launch_s(self, kernel: Kernel, rank: int, caller: Caller = "framework") -> float:
+        """Return the time that the CPU takes to issue ``kernel``, in seconds, by who calls it."""
+        return self._host.launch_s[caller]
 
     def issue_s(self, rank: int) -> float:
         """Return the time that the CPU takes to issue a collective, message or copy, in seconds."""

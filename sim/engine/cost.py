@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sim.ir.ledger import Kernel
-from sim.ir.program import Collective, Communicator, Copy, HostCompute, Recv, Send
+from sim.ir.program import Caller, Collective, Communicator, Copy, HostCompute, Recv, Send
 from sim.ir.traffic import Link, Traffic
 
 
@@ -25,8 +25,8 @@ class Cost(Protocol):
         """Time on the GPU, alone."""
         ...
 
-    def launch_s(self, kernel: Kernel, rank: int) -> float:
-        """Time that the host takes to issue it (framework and driver)."""
+    def launch_s(self, kernel: Kernel, rank: int, caller: Caller) -> float:
+        """Time that the host takes to issue it (framework and driver), by who does so."""
         ...
 
     def issue_s(self, rank: int) -> float:

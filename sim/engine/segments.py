@@ -21,6 +21,7 @@ from sim.engine.cost import Cost
 from sim.ir.ledger import Kernel
 from sim.ir.program import (
     Alloc,
+    Caller,
     Chunk,
     Collective,
     Compute,
@@ -139,16 +140,17 @@ class Prices:
     def __init__(self, cost: Cost, rank: int) -> None:
         self._cost = cost
         self._rank = rank
-        self._of: dict[int, tuple[int, int]] = {}
+        self._of: dict[Caller, dict[int, tuple[int, int]]] = {}
         self.issue = ticks(cost.issue_s(rank))
 
-    def of(self, kernel: Kernel) -> tuple[int, int]:
+    def of(self, kernel: Kernel, caller: Caller) -> tuple[int, int]:
         """Return (ticks of the host to launch it, ticks on the GPU)."""
-        found = self._of.get(id(kernel))
+        by_kernel = self._of.setdefault(caller, {})
+        found = by_kernel.get(id(kernel))
         if found is None:
             cost, rank = self._cost, self._rank
-            found = (ticks(cost.launch_s(kernel, rank)), ticks(cost.kernel_s(kernel, rank)))
-            self._of[id(kernel)] = found
+            found = (ticks(cost.launch_s(kernel, rank, caller)), ticks(cost.kernel_s(kernel, rank)))
+            by_kernel[id(kernel)] = found
         return found
 
 
@@ -189,7 +191,7 @@ def compile_chunk(chunk: Chunk, prices: Prices, shared: frozenset[Storage]) -> C
             if first is None or first.stream != step.stream or len(kernels) == MAX_KERNELS:
                 close()
                 first = step
-            launch, duration = of(step.kernel)
+            launch, duration = of(step.kernel, step.caller)
             offset += launch
             kernels.append((index, offset, duration))
             continue

@@ -46,6 +46,11 @@ class Storage:
 # --- instructions ------------------------------------------------------------------------------
 
 
+Caller = Literal["framework", "forward", "backward", "checkpoint"]
+"""Who issues a kernel, on which the host's time for it depends: a framework's hook or step, the model's Python, the
+autograd engine, or the model's Python just after a checkpoint's own (the first kernel that runs again)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Compute:
     """One kernel on ``stream``. ``op`` names the op of the ledger (or framework) it belongs to."""
@@ -53,6 +58,7 @@ class Compute:
     op: str
     kernel: Kernel
     stream: str = COMPUTE
+    caller: Caller = "framework"
 
 
 @dataclass(frozen=True, slots=True)

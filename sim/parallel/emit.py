@@ -26,6 +26,7 @@ from sim.ir.ledger import DTYPE_BYTES, Dim, DType, Layer, Op, Pointwise, Tensor
 from sim.ir.program import (
     COMPUTE,
     Alloc,
+    Caller,
     Category,
     Chunk,
     Collective,
@@ -321,20 +322,25 @@ def _steps(
     for slot, last in tape.death.items():
         if slot not in never:
             tape.nodes[last].dying.append(slot)
-    issued: dict[int, tuple[Instruction, ...]] = {}
+    issued: dict[tuple[int, Caller], tuple[Instruction, ...]] = {}
     passes: list[list[_Step]] = []
     end = len(tape.nodes) - num_weight_gradients
     for nodes in (tape.nodes[:num_forward], tape.nodes[num_forward:end], tape.nodes[end:]):
         steps: list[_Step] = []
         stack: list[tuple[str, _Verb]] = []
         in_weights = len(passes) == 2
+        entered = ""
         for node in nodes:
+            caller = _CALLERS[node.verbs[0]]
+            if node.verbs[0] == "pre_again" and entered != "pre_again":
+                caller = "checkpoint"
+            entered = node.verbs[0]
             if not in_weights:
                 _enter(steps, stack, node)
             steps.extend(("alloc", slot, "") for slot in (*node.born, *node.gradients, *node.scratch))
-            instructions = issued.get(id(node.op))
+            instructions = issued.get((id(node.op), caller))
             if instructions is None:
-                instructions = issued[id(node.op)] = tuple(_issue(node.op))
+                instructions = issued[id(node.op), caller] = tuple(_issue(node.op, caller))
             steps.extend(instructions)
             steps.extend(("free", slot, "") for slot in node.scratch)
             steps.extend(("gradient", slot, "") for slot in node.gradients)
@@ -348,7 +354,10 @@ def _steps(
     return tuple(forward), tuple(backward), tuple(weights)
 
 
-def _issue(op: Op) -> Iterator[Instruction]:
+_CALLERS: dict[_Verb, Caller] = {"pre": "forward", "pre_again": "forward", "pre_back": "backward"}
+
+
+def _issue(op: Op, caller: Caller) -> Iterator[Instruction]:
     """Yield what an op asks of the GPU: its collective on NCCL's stream for the axis, then its kernels."""
     exchange = op.exchange
     if exchange is not None:
@@ -370,7 +379,9 @@ def _issue(op: Op) -> Iterator[Instruction]:
     for awaited in op.awaits:
         yield Wait(awaited, COMPUTE)
     for kernel in op.kernels:
-        yield Compute(op.name, kernel)
+        yield Compute(op.name, kernel, COMPUTE, caller)
+        if caller == "checkpoint":
+            caller = "forward"
 
 
 def _enter(steps: list[_Step], stack: list[tuple[str, _Verb]], node: _Node) -> None:

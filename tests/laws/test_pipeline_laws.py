@@ -34,10 +34,11 @@ from sim.ir.traffic import Link, Traffic
 from sim.model.transformer import describe
 from sim.parallel.lower import lower
 from sim.parallel.precision import dtypes_of
-from sim.parallel.schedule import SCHEDULES, Durations, held, simulate_order
+from sim.parallel.schedule import SCHEDULES, V_SHAPED, Durations, held, simulate_order
 from sim.scenario.load import load_scenario_text
 from sim.scenario.schema import Scenario
 
+EVERY = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "v-half", "v-min", "dualpipev", "dualpipe")
 UNIT = 10**12 // 2**12
 """Ticks of a unit."""
 
@@ -52,7 +53,7 @@ class OnlyBlocks:
         dims = (*kernel.m, *kernel.n, *kernel.k) if isinstance(kernel, Gemm) else ()
         return 2.0**-12 if dims and all(dim.name != "vocab" for dim in dims) else 0.0
 
-    def launch_s(self, kernel: Kernel, rank: int) -> float:
+    def launch_s(self, kernel: Kernel, rank: int, caller: str = "framework") -> float:
         return 0.0
 
     def issue_s(self, rank: int) -> float:
@@ -83,7 +84,7 @@ def scenario(
     extra: dict[str, Any] | None = None,
     **training: Any,
 ) -> Scenario:
-    stages = p * (SCHEDULES[schedule].num_chunks or v)
+    stages = SCHEDULES[schedule].placement.num_stages(p, v)
     asked: dict[str, Any] = {
         "model": {
             "num_hidden_layers": num_layers or stages,
@@ -143,13 +144,15 @@ def cases(names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, int, int, int]
             m = p * draw(st.integers(1, 3))
         if name == "dualpipev":
             m += 2 * p
+        if name == "dualpipe":
+            m = 2 * p + m // 2 * 2
         return name, p, m, v
 
     return draw_case()
 
 
 @settings(max_examples=25, deadline=None)
-@given(cases(("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "dualpipev")))
+@given(cases(EVERY))
 def test_a_step_is_as_long_as_its_schedule_says(case: tuple[str, int, int, int]) -> None:
     name, p, m, v = case
     spec = SCHEDULES[name]
@@ -218,7 +221,7 @@ def test_activations_held_are_those_of_the_order(case: tuple[str, int, int, int]
 
 @settings(max_examples=30, deadline=None)
 @given(
-    cases(("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "dualpipev")),
+    cases(EVERY),
     st.booleans(),
     st.sampled_from(["none", "selective", "full"]),
     st.sampled_from([{}, {"overlap_grad_reduce": True}]),
@@ -248,7 +251,7 @@ def test_nothing_of_a_step_is_held_when_it_ends(
 
 
 @settings(max_examples=25, deadline=None)
-@given(cases(("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "dualpipev")))
+@given(cases(EVERY))
 def test_sends_match_receives(case: tuple[str, int, int, int]) -> None:
     name, p, m, v = case
     spec = SCHEDULES[name]
@@ -264,16 +267,16 @@ def test_sends_match_receives(case: tuple[str, int, int, int]) -> None:
                     received.setdefault(program.axes[instruction.axis], []).append(instruction.tensor_bytes)
     assert sent == received
     stages = spec.placement.num_stages(p, v)
-    local = sum(1 for s in range(stages - 1) if name in ("zb-v", "dualpipev") and s == p - 1)
+    local = sum(1 for s in range(stages - 1) if spec.placement is V_SHAPED and s == p - 1)
     assert sum(map(len, sent.values())) == 2 * m * (stages - 1 - local)
 
 
 @settings(max_examples=15, deadline=None)
-@given(cases(("zb-h1", "zb-2p", "zb-v")))
+@given(cases(("zb-h1", "zb-2p", "zb-v", "v-half", "v-min")))
 def test_a_split_backward_computes_what_the_whole_one_does(case: tuple[str, int, int, int]) -> None:
-    name, p, m, _ = case
+    name, p, m, v = case
     split = world_of(scenario(p, m, schedule=name))
-    whole = world_of(scenario(p, m, schedule="gpipe", num_layers=p * (2 if name == "zb-v" else 1)))
+    whole = world_of(scenario(p, m, schedule="gpipe", num_layers=SCHEDULES[name].placement.num_stages(p, v)))
 
     def kernels(world: World) -> Counter[str]:
         found: Counter[str] = Counter()

@@ -35,7 +35,7 @@ V100 = dataclasses.replace(
 
 
 def model(gpu: GpuFacts = H100, **settings: Any) -> CostModel:
-    node = SimpleNamespace(host_memory_bytes_per_s=400e9)
+    node = SimpleNamespace(host_memory_bytes_per_s=400e9, cpu="2x Intel Xeon Platinum 8480C")
     cluster: Any = SimpleNamespace(node_of=lambda g: g // 8, spec=SimpleNamespace(node=node), links=())
     return CostModel(cluster, gpu, CostSettings(**settings))
 
@@ -197,7 +197,8 @@ def test_cpu_adam_shares_the_memory_of_the_node() -> None:
     work = HostCompute("adam", "cpu_adam", 10**9)
     assert model().host_s(work, tuple(range(16))) == pytest.approx(8 * 28e9 / 200e9)
     assert model().host_s(work, (0,)) == pytest.approx(28e9 / 200e9)
-    assert model().host_s(HostCompute("loop", "python", 1000), (0,)) == pytest.approx(50e-6)
+    slower = 917 * 3.8 / (770 * 3.8)  # Zen 5, on which it was measured, over Sapphire Rapids, at the same clock
+    assert model().host_s(HostCompute("loop", "python", 1000), (0,)) == pytest.approx(50e-6 * slower)
 
 
 def test_compiled_code_is_issued_faster() -> None:

@@ -178,7 +178,7 @@ class SameCost(UnitCost):
     def kernel_s(self, kernel: Kernel, rank: int) -> float:
         return UNIT_S
 
-    def launch_s(self, kernel: Kernel, rank: int) -> float:
+    def launch_s(self, kernel: Kernel, rank: int, caller: str = "framework") -> float:
         return 0.0
 
 
