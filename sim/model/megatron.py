@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sim.ir.ledger import Dim, Layer, Parameter, Pointwise, Shape, Tensor
 from sim.model import attention as core
 from sim.model.embedding import TOKENS, lookup, positions
-from sim.model.loss import LABELS, vocab_cross_entropy
+from sim.model.loss import LABELS, fused_cross_entropy, vocab_cross_entropy
 from sim.model.mlp import MLP_ACTIVATION
 from sim.model.norm import norm
 from sim.model.precision import promote
@@ -272,7 +272,8 @@ def _head(c: Context) -> Layer:
     if model.embedding_width is not None:
         x = linear(tape, "project_out", x, (d.embedding,), (d.hidden,), bias=False, out="projected")
     logits = linear(tape, "output_layer", x, (d.vocab,), (d.embedding,), bias=model.head_bias, out="logits")
-    loss = vocab_cross_entropy(tape, logits, Tensor(LABELS, d.rows, "int64"))
+    compute = fused_cross_entropy if c.training.loss == "fused" else vocab_cross_entropy
+    loss = compute(tape, logits, Tensor(LABELS, d.rows, "int64"))
     tape.start_backward(loss)
     tape.finish_backward(source, None)
     tied = (("output_layer.weight", "embedding", "embedding.word_embeddings.weight"),)

@@ -14,7 +14,13 @@ from sim.ir.ledger import Dim, DType, Layer, Ledger, Pointwise, Shape, Tensor
 from sim.model import attention as core
 from sim.model.embedding import TOKENS, lookup, positions
 from sim.model.huggingface import eager_attention, rope_half
-from sim.model.loss import LABELS, cross_entropy
+from sim.model.loss import (
+    LABELS,
+    chunked_cross_entropy,
+    cross_entropy,
+    fused_cross_entropy,
+    linear_cross_entropy,
+)
 from sim.model.mlp import Mlp, gated, plain
 from sim.model.names import Names, names_of
 from sim.model.norm import norm
@@ -433,8 +439,15 @@ def _head(c: Context) -> Layer:
         x = normalise(c, tape, c.names.final_norm, x, out="normed")
     if model.embedding_width is not None:
         x = linear(tape, "project_out", x, (d.embedding,), (d.hidden,), bias=False, out="projected")
-    logits = project_to_vocabulary(c, tape, x)
-    loss = cross_entropy(tape, logits, Tensor(LABELS, d.rows, "int64"), code=c.code)
+    labels = Tensor(LABELS, d.rows, "int64")
+    if c.training.loss == "chunked":
+        loss = chunked_cross_entropy(tape, x, labels, module=c.names.head, rows=(d.vocab,))
+    elif c.training.loss == "linear-fused":
+        loss = linear_cross_entropy(tape, x, labels, module=c.names.head, rows=(d.vocab,))
+    elif c.training.loss == "fused":
+        loss = fused_cross_entropy(tape, project_to_vocabulary(c, tape, x), labels)
+    else:
+        loss = cross_entropy(tape, project_to_vocabulary(c, tape, x), labels, code=c.code)
     tape.start_backward(loss)
     tape.finish_backward(source, None)
     return layer(tape, "head", source.tensor, None, tied=tied(c))

@@ -16,7 +16,7 @@ from sim.ir.program import Alloc, Call, Chunk, Collective, Instruction, Mark, Pr
 from sim.parallel.cublas import workspaces
 from sim.parallel.emit import Emitter, Hooks, Recompute
 from sim.parallel.frameworks.plan import Plan
-from sim.parallel.mesh import ORDERS, Mesh, across, mesh_of, within
+from sim.parallel.mesh import ORDERS, Mesh, across, mesh_of, mirrored, within
 from sim.parallel.pipelining import (
     DEEPSPEED,
     MEGATRON,
@@ -29,7 +29,8 @@ from sim.parallel.pipelining import (
     pair_axes,
     roles,
 )
-from sim.parallel.schedule import LOOPED, SCHEDULES, Order, Pass, Placement, one_f_one_b
+from sim.parallel.precision import recipe_of, transformed
+from sim.parallel.schedule import LOOPED, SCHEDULES, V_SHAPED, Order, Pass, Placement, one_f_one_b
 from sim.parallel.stages import Stage, split
 from sim.scenario.schema import Scenario
 
@@ -134,7 +135,10 @@ class _AfterSends:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What all pipeline ranks have in common. ``dp_axis`` is that of the ranks with the same parameters."""
+    """What all pipeline ranks have in common. ``dp_axis`` is that of the ranks with the same parameters.
+
+    ``copies`` of the model in a pipeline: where there are two, mirrored stages have the same parameters too.
+    """
 
     scenario: Scenario
     ledger: Ledger
@@ -145,6 +149,7 @@ class _Job:
     num_chunks: int
     messages: Messages
     dp_axis: str
+    copies: int
     partial: Callable[[Layer], tuple[str, ...]]
 
     @property
@@ -180,6 +185,7 @@ def _axes(programs: Sequence[Program]) -> list[str]:
 def _job(ledger: Ledger, scenario: Scenario) -> _Job:
     parallelism = scenario.parallelism
     partial: Callable[[Layer], tuple[str, ...]] = lambda layer: ()  # noqa: E731
+    whole = ledger.layers
     if parallelism.tp > 1 or parallelism.cp > 1:
         from sim.parallel.shard import ShardPlan, partial_gradients, shard_ledger
 
@@ -187,33 +193,44 @@ def _job(ledger: Ledger, scenario: Scenario) -> _Job:
             tp=parallelism.tp,
             sp=parallelism.sp,
             cp=parallelism.cp,
+            cp_comm=parallelism.cp_comm,
             style="megatron" if scenario.framework in ("megatron", "deepspeed") else "dtensor",
             prepare_module_input=scenario.framework == "fsdp2",
         )
-        whole = ledger.layers
-        ledger = shard_ledger(ledger, plan)
+        ledger = transformed(shard_ledger(ledger, plan), scenario)
         of = {id(ours): theirs for ours, theirs in zip(ledger.layers, whole, strict=True)}
         names = {key: partial_gradients(theirs, plan) for key, theirs in of.items()}
         by_name = {ours.name: names[id(ours)] for ours in ledger.layers}
         partial = lambda layer: names.get(id(layer), by_name[layer.name])  # noqa: E731
+    else:
+        ledger = transformed(ledger, scenario)
     p, m = parallelism.pp, scenario.num_microbatches
+    dp_axis = "dp_cp" if parallelism.cp > 1 else "dp"
+    copies = 1
     if p == 1:
         placement, chunks, orders = LOOPED, 1, one_f_one_b(1, m, 1)
     else:
         schedule = SCHEDULES[_schedule_name(scenario)]
         chunks = schedule.num_chunks or parallelism.vpp
         assert schedule.refusal(p, m, chunks) is None, schedule.refusal(p, m, chunks)
-        placement, orders = schedule.placement, schedule.orders(p, m, chunks)
+        placement, orders, copies = schedule.placement, schedule.orders(p, m, chunks), schedule.copies
     return _Job(
         scenario=scenario,
         ledger=ledger,
         mesh=_mesh(scenario),
         placement=placement,
         orders=orders,
-        stages=split(ledger.layers, ledger.batch_inputs, placement.num_stages(p, chunks), parallelism.layers_per_stage),
+        stages=split(
+            ledger.layers,
+            ledger.batch_inputs,
+            placement.num_stages(p, chunks),
+            parallelism.layers_per_stage,
+            in_a_v=placement is V_SHAPED,
+        ),
         num_chunks=chunks,
         messages=_messages(scenario, chunks),
-        dp_axis="dp_cp" if parallelism.cp > 1 else "dp",
+        dp_axis=dp_axis if copies == 1 else mirrored(dp_axis),
+        copies=copies,
         partial=partial,
     )
 
@@ -279,7 +296,7 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
         rank, num_ranks, job.num_chunks, job.placement, [emitter.border for emitter in emitters], job.messages
     )
     order = job.orders[rank]
-    delay = rank if job.num_chunks > 1 else 0
+    delay = rank if job.num_chunks > job.copies else 0  # copies reduce in one order: that of their mirrored passes
     passes = _passes(chunks, "first." if framework.passes_differ else "", order, emitters, framework, exchange, delay)
     chunks["first.optimizer"] = framework.optimizer_step(first_step=True)
     first_step = (Call("workspaces"), *passes, Call("first.optimizer"))
@@ -426,12 +443,14 @@ def _megatron(job: _Job, rank: int, stages: Sequence[Stage]) -> RankFramework:
         norm_axis=_norm_axis(scenario),
         norm_ranks=job.mesh.size(_norm_axis(scenario)),
         late_validation=scenario.parallelism.pp > 1 and SCHEDULES[_schedule_name(scenario)].post_validates,
+        recipe=recipe_of(scenario),
     )
     of_rank = [
         MegatronStage(
             stage.layers,
             stage.tied,
             tuple((i, name) for i, layer in enumerate(stage.layers) for name in job.partial(layer)),
+            stage.index,
         )
         for stage in stages
     ]

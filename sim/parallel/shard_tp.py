@@ -431,6 +431,10 @@ class _Transform:
             self.fused_loss(made)
         elif op.name == "loss.log_softmax":
             self.log_softmax(made)
+        elif op.name == "loss" and any(t.name == "loss.statistics" for t in op.scratch):
+            gathered = made.scratch[0]  # all_gather_into_tensor(m_d_X_y_gathered, m_d_X_y)
+            every = replace(gathered, name="loss.statistics.gathered", shape=(*gathered.shape, Dim("tp", self.plan.tp)))
+            self.emit(replace(made, scratch=(gathered, every), exchange=Exchange("all_gather", TP_AXIS, every)))
         else:
             self.emit(made)
 

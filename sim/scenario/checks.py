@@ -14,8 +14,10 @@ from sim.scenario.draft import Draft, UnknownError
 Rule = Callable[[Draft], Iterator[Problem]]
 
 MAX_MICROBATCHES = 16_384
-TWO_CHUNKS = ("zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
-"""Schedules that give each rank two chunks of the model, whatever vpp says."""
+IN_A_V = ("zb-v", "v-half", "v-min", "dualpipev")
+"""Schedules that go down the ranks and back: rank r holds stages r and 2pp-1-r, whatever vpp says."""
+TWO_CHUNKS = (*IN_A_V, "dualpipe")
+"""Schedules that give each rank two chunks of the model; DualPipe's are of two copies of it."""
 
 
 def divisors(number: int) -> list[int]:
@@ -177,17 +179,23 @@ def tensor_parallelism_divides(d: Draft) -> Iterator[Problem]:
         )
 
 
+def _stages_per_rank(d: Draft) -> int:
+    """Return the stages of one copy of the model on a rank."""
+    if d.pp == 1 or d.schedule == "dualpipe":
+        return 1
+    return 2 if d.schedule in IN_A_V else d.vpp
+
+
 def pipeline_has_layers(d: Draft) -> Iterator[Problem]:
     """Each stage has a layer; the embedding and the head may stand for one each, as Megatron counts them."""
-    pp, layers = d.pp, d.model.num_hidden_layers
-    chunks = 2 if d.schedule in TWO_CHUNKS else d.vpp
+    pp, layers, chunks = d.pp, d.model.num_hidden_layers, _stages_per_rank(d)
     if pp > layers + 2:
         yield Problem(
             ("parallelism", "pp"),
             f"parallelism.pp = {pp} stages, but model.num_hidden_layers = {layers}",
             write("pp", nearest(divisors(layers), layers + 1)[:1]) + " or less",
         )
-    elif pp > 1 and d.layers_per_stage is None and pp * d.vpp > layers + 2:
+    elif pp > 1 and d.layers_per_stage is None and d.schedule not in TWO_CHUNKS and pp * d.vpp > layers + 2:
         yield Problem(
             ("parallelism", "vpp"),
             f"pp {pp} * vpp {d.vpp} = {pp * d.vpp} virtual stages, but model.num_hidden_layers = {layers}",
@@ -206,7 +214,7 @@ def layers_per_stage_adds_up(d: Draft) -> Iterator[Problem]:
     given, layers = d.layers_per_stage, d.model.num_hidden_layers
     if given is None:
         return
-    stages = d.pp * (2 if d.schedule in TWO_CHUNKS and d.pp > 1 else d.vpp)
+    stages = d.pp * _stages_per_rank(d)
     if len(given) not in (d.pp, stages):
         yield Problem(
             ("parallelism", "layers_per_stage"),
@@ -229,9 +237,12 @@ def inner_stages_have_layers(d: Draft) -> Iterator[Problem]:
     given = d.layers_per_stage
     if given is None or d.pp == 1:
         return
-    chunks = 2 if d.schedule in TWO_CHUNKS else d.vpp
+    chunks = _stages_per_rank(d)
+    inner: tuple[int, ...]
     if len(given) == d.pp * chunks:
         inner = given[1:-1]
+    elif len(given) == d.pp and d.schedule in IN_A_V:  # the first rank has both ends of the model
+        inner = tuple(count // 2 for count in given[1:])
     elif len(given) == d.pp:  # the last of a rank's virtual stages has the fewest; those of the last rank end the model
         inner = (*(count // chunks for count in given[:-1]), given[-1] // (chunks - 1) if chunks > 1 else 1)
     else:
@@ -246,33 +257,62 @@ def inner_stages_have_layers(d: Draft) -> Iterator[Problem]:
 
 
 def schedule_is_the_frameworks(d: Draft) -> Iterator[Problem]:
-    """DeepSpeed's pipeline engine has one order of passes (``TrainSchedule`` in deepspeed/runtime/pipe/schedule.py)."""
+    """DeepSpeed's pipeline engine has one order of passes (``TrainSchedule`` in deepspeed/runtime/pipe/schedule.py).
+
+    torch's runs any order that it is given (``_load_csv`` in torch/distributed/pipelining/schedules.py), but of stages
+    that each are on one rank (``stage_index_to_group_rank``): DualPipe has every stage on two.
+    """
     if d.framework == "deepspeed" and d.pp > 1 and d.schedule != "1f1b":
         yield Problem(
             ("parallelism", "schedule"),
             f"schedule {d.schedule} is not DeepSpeed's: its pipeline engine runs 1f1b",
             "write schedule: 1f1b, or framework: megatron",
         )
+    if d.framework == "fsdp2" and d.pp > 1 and d.schedule == "dualpipe":
+        yield Problem(
+            ("parallelism", "schedule"),
+            "schedule dualpipe has each stage on two ranks, and a stage of torch's pipelines is on one",
+            "write schedule: dualpipev, its half with one copy of the model; or framework: megatron",
+        )
 
 
 def dual_pipes_are_filled(d: Draft) -> Iterator[Problem]:
-    """DualPipeV starts with two microbatches a rank (deepseek-ai/DualPipe, dualpipe/dualpipev.py)."""
-    if d.schedule != "dualpipev" or d.pp == 1:
+    """Both DualPipes start with two microbatches a rank; the one of two directions needs halves of ranks and batch.
+
+    Source: the assertions of ``step`` in deepseek-ai/DualPipe, dualpipe/dualpipe.py and dualpipev.py.
+    """
+    if d.schedule not in ("dualpipe", "dualpipev") or d.pp == 1:
         return
-    least = 2 * d.pp * d.dp * d.micro_batch_size
+    if d.schedule == "dualpipe" and d.pp % 2:
+        yield Problem(
+            ("parallelism", "pp"),
+            f"parallelism.pp = {d.pp} is odd, and schedule dualpipe feeds the pipeline from both ends alike",
+            write("pp", [d.pp - 1, d.pp + 1]) + ", or schedule: dualpipev",
+        )
+        return
+    turn = d.dp * d.micro_batch_size
+    least = 2 * d.pp * turn
+    microbatches, rest = divmod(d.global_batch_size, turn)
     if d.global_batch_size < least:
         yield Problem(
             ("training", "global_batch_size"),
-            f"{d.global_batch_size // (d.dp * d.micro_batch_size)} microbatches a step are fewer than two a stage, "
-            f"{2 * d.pp}, as schedule dualpipev needs",
+            f"{microbatches} microbatches a step are fewer than two a stage, {2 * d.pp}, as schedule {d.schedule} "
+            "needs",
             f"write global_batch_size: {least} or more",
+        )
+    elif d.schedule == "dualpipe" and not rest and microbatches % 2:
+        yield Problem(
+            ("training", "global_batch_size"),
+            f"{microbatches} microbatches a step are odd, and schedule dualpipe feeds the pipeline from both ends "
+            "alike",
+            write("global_batch_size", [(microbatches - 1) * turn, (microbatches + 1) * turn]),
         )
 
 
 def virtual_stages_need_a_schedule(d: Draft) -> Iterator[Problem]:
     """Only some schedules give a rank more than one stage."""
     chunks = "two chunks" if d.schedule in TWO_CHUNKS else "one stage"
-    if d.vpp > 1 and d.schedule != "interleaved":
+    if d.vpp > 1 and d.schedule != "interleaved" and not (d.vpp == 2 and d.schedule in TWO_CHUNKS):
         yield Problem(
             ("parallelism", "vpp"),
             f"parallelism.vpp = {d.vpp}, but schedule {d.schedule} has {chunks} a rank",
@@ -328,6 +368,28 @@ def context_parallelism_divides(d: Draft) -> Iterator[Problem]:
             ("training", "sequence_length"),
             f"training.sequence_length = {d.sequence_length} does not divide into 2 * cp = {pieces} pieces",
             write("sequence_length", multiples(pieces, d.sequence_length)),
+        )
+
+
+def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
+    """Megatron's head has its own losses; the ones in pieces are written for a whole vocabulary."""
+    path = ("training", "loss")
+    usual = ("vocab-parallel", "fused") if d.code == "megatron" else ("eager", "fused", "chunked", "linear-fused")
+    if d.loss not in usual:
+        yield Problem(path, f"loss {d.loss} does not go with code {d.code}", f"write loss: {either(usual)}")
+    elif d.tp > 1 and d.loss in ("chunked", "linear-fused"):
+        yield Problem(path, f"loss {d.loss} needs the whole vocabulary, but tp is {d.tp}", "write loss: eager or fused")
+    elif d.loss in ("chunked", "linear-fused") and d.model.head_bias:
+        yield Problem(path, f"loss {d.loss} is not simulated with a bias in the head yet", "write loss: eager")
+
+
+def heads_divide_over_context(d: Draft) -> Iterator[Problem]:
+    """Heads for sequence: each rank gets whole key heads (AttnFuncWithCPAndQKVOA2A: "num_gqa_groups % cp_size")."""
+    if d.cp > 1 and d.cp_comm == "a2a" and (kv := d.model.num_key_value_heads) % (d.tp * d.cp):
+        yield Problem(
+            ("parallelism", "cp_comm"),
+            f"cp_comm a2a: {kv} key heads do not divide over tp {d.tp} * cp {d.cp}",
+            "write cp_comm: p2p, or fewer context-parallel ranks",
         )
 
 
@@ -624,6 +686,8 @@ RULES: tuple[Rule, ...] = (
     interleaving_needs_full_groups,
     expert_parallelism_divides,
     context_parallelism_divides,
+    heads_divide_over_context,
+    loss_is_the_codes,
     context_parallelism_has_a_kernel,
     key_heads_divide,
     embeddings_stay_tied,

@@ -77,6 +77,7 @@ class Draft(_Partial):
     vpp: int
     layers_per_stage: tuple[int, ...] | None
     order: tuple[str, ...] | None
+    cp_comm: str
     sequence_length: int
     micro_batch_size: int
     global_batch_size: int
@@ -87,6 +88,7 @@ class Draft(_Partial):
     gradient_clipping: float
     compile: bool
     code: str
+    loss: str
     deepspeed: DeepSpeedReading | None
     faults: Any
     offload_optimizer: str

@@ -177,8 +177,10 @@ PARALLELISM: dict[str, Key] = {
     "schedule": choice(SCHEDULES, "a pipeline schedule", "Order of the microbatches' passes."),
     "vpp": integer(1, 1000, 1, "Virtual stages of a rank."),
     "layers_per_stage": _whole_numbers("Layers of each stage, where stages are uneven."),
+    "cp_comm": choice(("p2p", "all_gather", "a2a"), "an exchange of context parallelism",
+                      "A ring of keys and values, an all-gather of them, or heads for sequence (Ulysses)."),
     "order": Key(_axis_order, {"type": "string"}, "Axes as ranks count through them, fastest first: 'tp-cp-dp-pp'."),
-}
+}  # fmt: skip
 
 TRAINING: dict[str, Key] = {
     "sequence_length": integer(1, 2**27, 4096, "write the tokens of a sequence, such as 4096", True),
@@ -189,9 +191,11 @@ TRAINING: dict[str, Key] = {
     "recompute": choice(RECOMPUTES, "a way to recompute", "What is computed again in backward, not kept."),
     "attention": choice(ATTENTIONS, "an attention kernel"),
     "gradient_clipping": number(0, 1e9, "1.0", "Largest norm; 0 is no clipping."),
+    "loss": choice(("eager", "vocab-parallel", "fused", "chunked", "linear-fused"), "a way to compute the loss",
+                   "eager: fp32 logits; vocab-parallel: Megatron's; fused: gradient over the logits; in pieces."),
     "compile": boolean("Whether torch.compile fuses the model."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),
-}
+}  # fmt: skip
 
 DDP: dict[str, Key] = {
     "bucket_cap_mb": number(0.001, 1e6, "25", "Largest bucket, MiB; left out: a first one of 1 MiB, then 25."),
@@ -260,6 +264,11 @@ MEGATRON: dict[str, Key] = {
     "bucket_size": integer(1, 10**12, 40_000_000, "Elements of a gradient bucket."),
     "transformer_impl": choice(("transformer_engine", "local"), "an implementation",
                                "Whose linear layers: Transformer Engine's, or Megatron's own."),
+    "fp8_recipe": choice(("delayed", "tensorwise", "blockwise"), "an FP8 recipe",
+                         "Scales of fp8: of the steps before, of the tensor itself, of blocks."),
+    "first_last_layers_bf16": boolean("Whether the first and the last blocks stay in 16 bit under fp8, mxfp8, nvfp4."),
+    "num_layers_at_start_in_bf16": integer(0, 10**4, 1, "How many of the first."),
+    "num_layers_at_end_in_bf16": integer(0, 10**4, 1, "How many of the last."),
 }  # fmt: skip
 
 ALLOCATOR: dict[str, Key] = {

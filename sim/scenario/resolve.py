@@ -499,6 +499,11 @@ class _Resolver:
                 self._agreed(key, values.get(key), framework)
         if "code" not in wrong:
             self._code(values.get("code"))
+        if "loss" not in wrong and d.knows("code"):
+            usual = "vocab-parallel" if d.code == "megatron" else "eager"
+            d.loss = values.get("loss", usual)
+            if "loss" not in values:
+                self.sources["training.loss"] = "that of the model's code"
 
     def _conflict(self, key: str, ours: object, theirs: str, value: object) -> None:
         self.problems.append(
@@ -1030,6 +1035,7 @@ def _scenario(
             gradient_clipping=d.gradient_clipping,
             compile=d.compile,
             code=cast("Any", d.code),
+            loss=cast("Any", d.loss),
         ),
         ddp=DdpSettings(**ddp),
         deepspeed=settings,

@@ -109,6 +109,8 @@ class Parallelism(_Frozen):
     schedule: str = "1f1b"
     vpp: PositiveInt = 1
     layers_per_stage: tuple[int, ...] | None = None
+    cp_comm: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    """What attention exchanges under context parallelism, as Transformer Engine's ``cp_comm_type``."""
     order: tuple[str, ...] | None = None
     """Axes in the order in which neighbouring ranks vary, fastest first; None: the framework's."""
 
@@ -130,6 +132,9 @@ class Training(_Frozen):
     compile: bool = False
     code: ModelCode
     """Whose modules run: plain torch (fused norms), Hugging Face's eager code, or Megatron's fused kernels."""
+    loss: Literal["eager", "vocab-parallel", "fused", "chunked", "linear-fused"] = "eager"
+    """eager: F.cross_entropy of fp32 logits; vocab-parallel: Megatron's; fused: the gradient over the logits
+    (Transformer Engine, Liger); chunked: torchtune's; linear-fused: projection and loss in one (Liger)."""
 
 
 class DdpSettings(_Frozen):
@@ -215,6 +220,12 @@ class MegatronSettings(_Frozen):
     """Whose linear layers the blocks have; Megatron's own keep no tensors between passes."""
     bucket_size: PositiveInt | None = None
     """Elements of a gradient bucket (``ddp_bucket_size``); None: max(40e6, 1e6 dp)."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    """Where the scales of ``precision: fp8`` come from: the steps before, the tensor, or blocks of it."""
+    first_last_layers_bf16: bool = False
+    """Whether the first and the last blocks stay in 16 bit; how many, say the next two."""
+    num_layers_at_start_in_bf16: int = Field(default=1, ge=0)
+    num_layers_at_end_in_bf16: int = Field(default=1, ge=0)
 
 
 class AllocatorConfig(_Frozen):

@@ -230,18 +230,6 @@ def dummies(world: World) -> list[tuple[str, int]]:
     return list(dict.fromkeys((s.name, s.num_bytes) for s in found))
 
 
-def world_of(scenario: Scenario) -> World:
-    dtypes = dtypes_of(scenario)
-    ledger = describe(
-        scenario.model,
-        scenario.training,
-        parameter_dtype=dtypes.parameter,
-        compute_dtype=dtypes.compute,
-        autocast=dtypes.autocast,
-    )
-    return lower(ledger, scenario)
-
-
 def test_fused_gradients_leave_a_tensor_behind() -> None:
     """get_dummy_wgrad: one for each shape of a block's weights, 16 bit, for good; the head's is made anew each time."""
     world = world_of(asked())

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from sim.ir.ledger import Dim, DType, Tensor
-from sim.model.loss import cross_entropy, vocab_cross_entropy
+from sim.model.loss import (
+    chunked_cross_entropy,
+    cross_entropy,
+    fused_cross_entropy,
+    linear_cross_entropy,
+    vocab_cross_entropy,
+)
 from sim.model.precision import Precision
 from sim.model.tape import Tape, Value
 
@@ -62,3 +68,36 @@ def test_hugging_face_shifts_the_labels_into_a_tensor_that_is_kept() -> None:
     tape, _ = run("huggingface")
     assert tape.forward[0].writes == (Tensor("shifted_labels", ROWS, "int64"),)
     assert "shifted_labels" in tape.forward[-1].saves
+
+
+def test_a_fused_loss_makes_nothing_as_large_as_the_logits() -> None:
+    """Transformer Engine and Liger: forward writes the gradient over the logits, which are what is kept."""
+    tape = Tape(Precision.of("bf16", "bf16", autocast=False))
+    logits = Value(Tensor("logits", LOGITS, "bf16"))
+    tape.start_backward(fused_cross_entropy(tape, logits, LABELS))
+    for emit in reversed(tape._nodes):
+        emit()
+    made = [t for op in (*tape.forward, *tape.backward) for t in op.writes if t.shape == LOGITS]
+    assert not made
+    assert {name for op in tape.forward for name in op.saves} == {"logits"}
+
+
+@pytest.mark.parametrize(("vocab", "hidden", "piece"), [(1000, 100, 2), (1000, 1000, 16), (1000, 500, 8)])
+def test_linear_fused_never_has_more_logits_than_a_piece(vocab: int, hidden: int, piece: int) -> None:
+    """next_power_of_2(16 tokens / ceil(vocab / hidden)): 16/10 -> 2, 16/1 -> 16, 16/2 -> 8."""
+    tape = Tape(Precision.of("bf16", "bf16", autocast=False))
+    x = Value(Tensor("normed", (*ROWS, Dim("hidden", hidden)), "bf16"))
+    linear_cross_entropy(tape, x, LABELS, module="head", rows=(Dim("vocab", vocab),))
+    (op,) = [op for op in tape.forward if op.name == "loss"]
+    assert [t.num_bytes for t in op.scratch] == [2 * piece * vocab]
+    assert [t.num_bytes for t in op.keeps] == [2 * 16 * hidden, 2 * vocab * hidden]
+
+
+def test_chunks_upcast_one_piece_at_a_time() -> None:
+    tape = Tape(Precision.of("bf16", "bf16", autocast=False))
+    x = Value(Tensor("normed", (*ROWS, Dim("hidden", 4)), "bf16"))
+    chunked_cross_entropy(tape, x, LABELS, module="head", rows=(Dim("vocab", 1000),), chunks=4)
+    upcasts = [t for op in tape.forward for t in op.writes if t.name.endswith(".fp32")]
+    assert [t.num_bytes for t in upcasts] == [4 * 2 * 2 * 1000] * 4
+    last_reader = {name: op.name for op in tape.forward for name in op.reads}
+    assert [last_reader[t.name] for t in upcasts] == [f"loss.{i}" for i in range(4)]
