@@ -45,6 +45,11 @@ def across(axis: str, size: int) -> str:
     return f"{axis}.across.{size}"
 
 
+def mirrored(axis: str) -> str:
+    """Return the name of the axis of stages r and p-1-r together, which hold copies of each other's layers."""
+    return f"{axis}.mirrored"
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """``sizes`` of the axes, fastest varying first."""
@@ -58,6 +63,8 @@ class Mesh:
     def size(self, axis: str) -> int:
         """Return the ranks of one group of an axis, or of a combined one."""
         own = dict(self.sizes)
+        if axis.endswith(".mirrored"):
+            return 2 * self.size(axis.removesuffix(".mirrored"))
         return own[axis] if axis in own else prod(own.get(part, 1) for part in COMBINED.get(axis, ()))
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -78,12 +85,14 @@ class Mesh:
     def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """Return the process groups of an axis, each with its ranks in ascending order, by first rank.
 
-        ``axis`` is one of the mesh, one of ``COMBINED``, a part of these (``within``, ``across``), or ``embedding``:
-        the first and the last pipeline stage, which share tied embeddings.
+        ``axis`` is one of the mesh, one of ``COMBINED``, a part of these (``within``, ``across``), two of them
+        (``mirrored``), or ``embedding``: the first and the last pipeline stage, which share tied embeddings.
         """
         if axis == "embedding":
             stages = self.size("pp")
             return tuple(tuple(sorted({group[0], group[stages - 1]})) for group in self.groups("pp"))
+        if axis.endswith(".mirrored"):
+            return self._mirrored(axis.removesuffix(".mirrored"))
         if axis.count(".") == 2:
             return self._parts(*axis.split("."))
         own = {name for name, _ in self.sizes}
@@ -102,6 +111,17 @@ class Mesh:
             else:
                 parts.extend(group[at::size] for at in range(size))
         return tuple(sorted(parts))
+
+    def _mirrored(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """Return each group of the first half of the stages with its like on the other side of the middle."""
+        last = self.size("pp") - 1
+        found = []
+        for group in self.groups(axis):
+            stage = self.coordinates(group[0])["pp"]
+            if stage < last - stage:
+                others = (self.rank({**self.coordinates(rank), "pp": last - stage}) for rank in group)
+                found.append(tuple(sorted((*group, *others))))
+        return tuple(sorted(found))
 
     def _offsets(self, axes: Sequence[str]) -> list[int]:
         """Return the ranks that lie along some axes at the origin of the others, ascending."""

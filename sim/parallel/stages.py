@@ -29,16 +29,20 @@ class Stage:
     tied: tuple[tuple[int, str], ...] = ()
 
 
-def blocks_per_stage(num_blocks: int, num_stages: int, given: Sequence[int] | None = None) -> tuple[int, ...]:
+def blocks_per_stage(
+    num_blocks: int, num_stages: int, given: Sequence[int] | None = None, *, in_a_v: bool = False
+) -> tuple[int, ...]:
     """Return the blocks of each virtual stage, in the order of the model.
 
     ``given`` has an entry for each virtual stage, or for each rank, whose virtual stages (rank, rank + p, ...) then
-    share them as evenly as they go.
+    share them as evenly as they go. ``in_a_v``: a rank's are rank and 2p-1-rank.
     """
     if given is not None:
         ranks = len(given)
         chunks = num_stages // ranks
         assert chunks * ranks == num_stages, f"{ranks} entries for {num_stages} stages"
+        if in_a_v and chunks == 2:
+            return tuple(_share(count, 2, 0) for count in given) + tuple(_share(n, 2, 1) for n in reversed(given))
         return tuple(_share(given[stage % ranks], chunks, stage // ranks) for stage in range(num_stages))
     if num_blocks % num_stages == 0:
         return (num_blocks // num_stages,) * num_stages
@@ -54,7 +58,12 @@ def _share(count: int, parts: int, part: int) -> int:
 
 
 def split(
-    layers: Sequence[Layer], batch_inputs: Sequence[Tensor], num_stages: int, given: Sequence[int] | None = None
+    layers: Sequence[Layer],
+    batch_inputs: Sequence[Tensor],
+    num_stages: int,
+    given: Sequence[int] | None = None,
+    *,
+    in_a_v: bool = False,
 ) -> tuple[Stage, ...]:
     """Return the virtual stages of a model, in its order. One stage is the model as it is."""
     if num_stages == 1:
@@ -62,7 +71,7 @@ def split(
     blocks = [layer for layer in layers if layer.kind == "block"]
     before = list(layers[: next(i for i, layer in enumerate(layers) if layer.kind == "block")])
     after = list(layers[len(before) + len(blocks) :])
-    counts = blocks_per_stage(len(blocks), num_stages, given)
+    counts = blocks_per_stage(len(blocks), num_stages, given, in_a_v=in_a_v)
     assert sum(counts) == len(blocks), f"{counts} for {len(blocks)} layers"
     stages, start = [], 0
     for index, count in enumerate(counts):

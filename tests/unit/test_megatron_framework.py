@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.ir.program import Alloc, Collective, Program, World
+from sim.ir.program import Alloc, Collective, Compute, Program, World
 from sim.model.transformer import describe
 from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
 from sim.parallel.lower import lower
@@ -28,13 +28,14 @@ def asked(
     num_gpus: int = 4,
     tied: bool = False,
     num_microbatches: int = 2,
+    num_layers: int = LAYERS,
     **training: Any,
 ) -> Scenario:
     parallelism = parallelism or {}
     replicas = num_gpus // (parallelism.get("pp", 1) * parallelism.get("tp", 1))
     text: dict[str, Any] = {
         "model": {
-            "num_hidden_layers": LAYERS,
+            "num_hidden_layers": num_layers,
             "hidden_size": HIDDEN,
             "intermediate_size": FFN,
             "num_attention_heads": 8,
@@ -172,6 +173,42 @@ def test_a_tied_embedding_is_summed_over_both_ends_in_fp32() -> None:
     assert [collectives(program)["all_reduce", "embedding"] for program in world.programs] == [4 * VOCAB * HIDDEN] * 2
     untied = world_of(asked({"pp": 2}))
     assert all(("all_reduce", "embedding") not in collectives(program) for program in untied.programs)
+
+
+def test_tied_embeddings_of_one_rank_are_added_where_they_are() -> None:
+    """In a V the first rank has both ends of the model: two copies, and nothing is sent."""
+    parallelism = {"pp": 2, "schedule": "zb-v"}
+    tied, untied = (world_of(asked(parallelism, tied=tied, num_layers=4)) for tied in (True, False))
+    first = tied.programs[0]
+    assert collectives(first) == collectives(untied.programs[0])
+    added = [i for i in first.chunks["optimizer"] if isinstance(i, Compute) and "tied embedding" in i.op]
+    assert [i.op for i in added] == ["add tied embedding", "copy tied embedding"]
+    assert state_bytes(first) == state_bytes(untied.programs[0])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_both_copies_of_dualpipe_are_reduced_together(overlap: bool) -> None:
+    """Each rank holds two of four stages; their gradients are added over dp 2 and over both copies, stage by stage.
+
+    So 6 bytes a parameter twice instead of once, and the other 12 over twice the ranks.
+    """
+    settings = {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap, "bucket_size": 100_000}
+    shape: dict[str, Any] = {"num_gpus": 8, "num_microbatches": 8, "num_layers": 4}
+    both = world_of(asked({"pp": 4, "schedule": "dualpipe", "zero": 1}, settings, **shape))
+    once = world_of(asked({"pp": 4, "zero": 1}, settings, **shape))
+
+    def order(program: Program, kind: str) -> list[int]:
+        calls = [i for call in program.step for i in program.chunks[call.chunk] if isinstance(i, Collective)]
+        return [i.tensor_bytes for i in calls if i.kind == kind and i.axis.startswith("dp")]
+
+    for kind in ("reduce_scatter", "all_gather"):
+        for rank in range(4):
+            assert order(both.programs[rank], kind) == order(both.programs[3 - rank], kind)
+        sums = [sum(sum(order(program, kind)) for program in world.programs) for world in (both, once)]
+        assert sums[0] == pytest.approx(2 * sums[1], rel=0.02)
+    assert {c.num_ranks for c in both.communicators.values() if c.axis == "dp.mirrored"} == {4}
+    states = [sum(state_bytes(program) for program in world.programs) for world in (both, once)]
+    assert states[0] / states[1] == pytest.approx((2 * 6 + 12 / 2) / (6 + 12 / 2), rel=0.02)
 
 
 def test_sequence_parallelism_leaves_norms_to_be_summed_over_tp() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.parallel.mesh import ORDERS, across, mesh_of, within
+from sim.parallel.mesh import ORDERS, across, mesh_of, mirrored, within
 
 SIZES = st.fixed_dictionaries({axis: st.integers(1, 4) for axis in ("tp", "cp", "dp", "pp")})
 
@@ -42,6 +42,13 @@ def test_neighbours_along_a_pipeline_and_around_it():
     assert mesh.neighbours("pp", 1, around=False) == ((0, 2), (1, 3), (2, 4), (3, 5))
     assert mesh.neighbours("pp", 1, around=True)[-2:] == ((4, 0), (5, 1))
     assert mesh.neighbours("pp", -1, around=False) == ((2, 0), (3, 1), (4, 2), (5, 3))
+
+
+def test_mirrored_stages_are_one_group():
+    """2 x 4 ranks: stages 0 and 3 hold the same layers, and 1 and 2."""
+    mesh = mesh_of({"dp": 2, "pp": 4})
+    assert mesh.groups(mirrored("dp")) == ((0, 1, 6, 7), (2, 3, 4, 5))
+    assert mesh.size(mirrored("dp")) == 4
 
 
 @given(SIZES, st.permutations(["tp", "cp", "dp", "pp"]))

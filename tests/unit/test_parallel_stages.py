@@ -41,6 +41,11 @@ def test_layers_of_a_rank_are_shared_by_its_virtual_stages():
     assert blocks_per_stage(8, 4, (1, 3, 3, 1)) == (1, 3, 3, 1)
 
 
+def test_layers_of_a_rank_are_shared_by_its_two_stages_in_a_v() -> None:
+    """Ranks with 5 and 3 layers: stages 0 and 3 are the first rank's."""
+    assert blocks_per_stage(8, 4, (5, 3), in_a_v=True) == (3, 2, 1, 2)
+
+
 @given(st.integers(1, 200), st.integers(1, 64))
 def test_blocks_are_spread_as_evenly_as_they_go(num_blocks: int, num_stages: int) -> None:
     if num_stages > num_blocks + 2:

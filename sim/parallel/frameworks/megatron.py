@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import lcm
 
 from sim.ir.ledger import DTYPE_BYTES, DType, Layer
@@ -85,11 +86,13 @@ class MegatronStage:
     """
 
     layers: tuple[Layer, ...]
+    ``index`` is the stage's place in the model.
     tied: tuple[Key, ...] = ()
     partial: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
+    index: int = 0
 class Bucket:
     """A run of the buffer that is reduced at once. ``num_elements`` with padding."""
 
@@ -162,7 +165,7 @@ class MegatronChunk:
         if fp32_grads is None:  # megatron/training/arguments.py turns it on for bf16
             fp32_grads = plan.parameter_dtype == "bf16"
         self.grad_dtype: DType = "fp32" if fp32_grads else plan.parameter_dtype
-        bucketed = settings.overlap_grad_reduce and plan.pipeline_rank == 0 and number == 0
+        bucketed = settings.overlap_grad_reduce and stage.index == 0
         size = settings.bucket_size or max(LEAST_BUCKET, LEAST_BUCKET_PER_RANK * plan.dp)
         self.sharded = settings.use_distributed_optimizer
         self.buckets = buckets_of(
@@ -369,6 +372,8 @@ class Megatron:
         for part in self.parts:
             out.extend(part.setup())
         # made by the first backward, which holds less than later steps do
+        self.in_model_order = sorted(self.parts, key=lambda part: part.stage.index)
+        """Ranks that hold the same stages reduce them in one order, whichever chunks they are."""
         shapes = {shape: count for part in self.parts for shape, count in part.dummies().items()}
         out.extend(
             Alloc(flat_storage(f"dummy_wgrad.{'x'.join(map(str, shape))}", count, self.dtype, "buffers"))
@@ -387,7 +392,7 @@ class Megatron:
         self.nccl.reset()
         plan = self.plan
         out: list[Instruction] = [Mark("backward", "finalize gradients")]
-        for part in self.parts:
+        for part in self.in_model_order:
             out.extend(part.finish_reductions())
         out.extend(self._sums_over_tp())
         out.extend(self._sums_over_embedding())
@@ -431,7 +436,7 @@ class Megatron:
             out.append(copy("update parameters", total, "fp32", self.dtype))
         if self.sharded and not self.settings.overlap_param_gather:
             out.append(Mark("optimizer", "gather"))
-            for part in self.parts:
+            for part in self.in_model_order:
                 for bucket in part.buckets:
                     num_bytes = bucket.num_elements * DTYPE_BYTES[self.dtype]
                     out.extend(self.nccl.blocking("parameters", "all_gather", num_bytes, self.dtype, COMPUTE))
@@ -456,9 +461,20 @@ class Megatron:
         return [*out, copy("copy back", total, dtype, dtype), Free(flat)]
 
     def _sums_over_embedding(self) -> list[Instruction]:
-        """``_allreduce_word_embedding_grads``: the first and the last stage add theirs up."""
+        """``_allreduce_word_embedding_grads``: the first and the last stage add theirs up.
+
+        Where both are chunks of one rank, as in a V, they are added there: each chunk has a copy in its own buffer.
+        """
         out: list[Instruction] = []
-        for part in self.parts:
+        holders = [part for part in self.parts if part.stage.tied]
+        if len(holders) > 1:
+            for part, other in pairwise(holders):
+                for key in part.stage.tied:
+                    count = part.sizes[key]
+                    out.append(accumulate("add tied embedding", count, other.grad_dtype, part.grad_dtype))
+                    out.append(copy("copy tied embedding", count, part.grad_dtype, other.grad_dtype))
+            return out
+        for part in holders:
             for key in part.stage.tied:
                 num_bytes = part.sizes[key] * DTYPE_BYTES[part.grad_dtype]
                 group = Communicator("embedding", 2)
