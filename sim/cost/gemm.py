@@ -75,7 +75,7 @@ class Alignment:
     two_bytes: float
 
 
-def alignment_factor(one: int, other: int, element_bytes: int, alignment: Alignment) -> float:
+def alignment_factor(one: int, other: int, element_bytes: float, alignment: Alignment) -> float:
     """Return the share of the rate that is left, from the lengths of the rows of the operands in memory.
 
     The rows of A, B and C are k or n long; where the product contracts over tokens (a weight's gradient), both operands
@@ -84,7 +84,8 @@ def alignment_factor(one: int, other: int, element_bytes: int, alignment: Alignm
     """
     if one == 1 or other == 1:
         return 1.0
-    row = min(length * element_bytes & -(length * element_bytes) for length in (one, other))
+    each = int(2 * element_bytes)  # half bytes: the scales of blocks lie elsewhere
+    row = min(length * each & -(length * each) for length in (one, other)) // 2
     if row >= 16:
         return 1.0
     return alignment.four_bytes if row >= 4 else alignment.two_bytes

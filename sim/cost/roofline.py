@@ -15,19 +15,28 @@ from sim.catalog.schema import GpuFacts
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A GPU as a kernel meets it, at one precision. ``peak_flops`` is dense; ``element_bytes`` of the operands."""
+    """A GPU as a kernel meets it, at one precision. ``peak_flops`` is dense; ``element_bytes`` of the operands, with
+    the scales of their blocks."""
 
     peak_flops: float
-    element_bytes: int
+    element_bytes: float
     num_sms: int
     clock_hz: float
     memory_bytes_per_s: float
     l2_bytes: int
 
 
-_ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
-_NEXT_BEST = {"fp8": ("bf16", "fp16", "fp32"), "bf16": ("fp16", "fp32"), "fp16": ("bf16", "fp32"), "tf32": ("fp32",)}
-"""Whose rate applies where a GPU has no rate of its own: the operands are converted on the way in."""
+_ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}
+_NEXT_BEST = {
+    "mxfp8": ("fp8",),
+    "nvfp4": ("fp8", "bf16"),
+    "fp8": ("bf16", "fp16", "fp32"),
+    "bf16": ("fp16", "fp32"),
+    "fp16": ("bf16", "fp32"),
+    "tf32": ("fp32",),
+}
+"""Whose rate applies where a GPU has no rate of its own: the operands are converted on the way in. MXFP8 is FP8 whose
+scales the tensor cores apply themselves, at the same rate (NVIDIA Blackwell's data sheets name both in one line)."""
 
 
 def peak_of(gpu: GpuFacts, dtype: str) -> tuple[float, str]:

@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-DType = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int64", "int32", "uint8", "bool"]
+DType = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4", "int64", "int32", "uint8", "bool"]
+"""mxfp8 and nvfp4 are what matrix products are asked for; tensors of them are counted in bytes, their scales included."""
 DTYPE_BYTES: dict[str, int] = {
     "fp32": 4,
     "tf32": 4,
     "fp16": 2,
     "bf16": 2,
     "fp8": 1,
+    "mxfp8": 1,
+    "nvfp4": 1,
     "int64": 8,
     "int32": 4,
     "uint8": 1,

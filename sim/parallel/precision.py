@@ -1,11 +1,18 @@
-"""Which dtype a framework stores parameters in, and which one its matmuls run in."""
+"""Which dtype a framework stores parameters in, which one its matmuls run in, and what quantises them further."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sim.ir.ledger import DType
+from sim.ir.ledger import DType, Ledger
 from sim.scenario.schema import Scenario
+
+if TYPE_CHECKING:
+    from sim.parallel.quantise import Recipe
+
+LOW = ("fp8", "mxfp8", "nvfp4")
+"""Precisions of the products of the blocks' linears only; all else is then bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ def dtypes_of(scenario: Scenario) -> Dtypes:
     the shards stay in fp32. Where it gathers fp32, 16-bit training is autocast's (Composer's ``amp_bf16`` with FULL).
     """
     precision = scenario.training.precision
+    if precision in LOW:
+        precision = "bf16"
     if precision == "fp32":
         return Dtypes("fp32", "fp32", False)
     if precision == "tf32":
@@ -39,3 +48,34 @@ def dtypes_of(scenario: Scenario) -> Dtypes:
     if scenario.framework == "ddp" and scenario.ddp.mixed_precision == "autocast":
         return Dtypes("fp32", precision, True)
     return Dtypes(precision, precision, False)
+
+
+def recipe_of(scenario: Scenario) -> Recipe | None:
+    """Return how the linears of the blocks are quantised; None: not at all."""
+    if scenario.training.precision not in LOW:
+        return None
+    from sim.parallel import quantise
+
+    gpu = scenario.cluster.gpu
+    return quantise.recipe_of(scenario.training.precision, scenario.megatron.fp8_recipe, gpu.compute_capability)
+
+
+def keeps_low_weights(scenario: Scenario) -> bool:
+    """Whether weights are quantised once a step: Megatron-Core says which microbatch is the first."""
+    return scenario.framework == "megatron"
+
+
+def transformed(ledger: Ledger, scenario: Scenario) -> Ledger:
+    """Return the sharded ledger as the precision and the compiler change it."""
+    recipe = recipe_of(scenario)
+    if recipe is not None:
+        from sim.parallel.quantise import quantise_ledger
+
+        blocks = sum(layer.kind == "block" for layer in ledger.layers)
+        megatron = scenario.megatron
+        ends: frozenset[int] = frozenset()
+        if megatron.first_last_layers_bf16:
+            start, end = megatron.num_layers_at_start_in_bf16, megatron.num_layers_at_end_in_bf16
+            ends = frozenset([*range(min(start, blocks)), *range(max(0, blocks - end), blocks)])
+        ledger = quantise_ledger(ledger, recipe, cached_weights=keeps_low_weights(scenario), in_16_bit=ends)
+    return ledger

@@ -23,11 +23,6 @@ def recompute(d: Draft) -> Iterator[Problem]:
         )
 
 
-def precision(d: Draft) -> Iterator[Problem]:
-    if d.precision in ("fp8", "mxfp8", "nvfp4"):
-        yield Problem(("training", "precision"), f"precision {d.precision} is not simulated yet", "write bf16")
-
-
 def compiled(d: Draft) -> Iterator[Problem]:
     if d.compile:
         yield Problem(("training", "compile"), "compile: true is not simulated yet", "leave compile out")
@@ -49,7 +44,6 @@ def offload(d: Draft) -> Iterator[Problem]:
 NOT_YET: tuple[Rule, ...] = (
     experts_axis,
     recompute,
-    precision,
     compiled,
     experts,
     offload,

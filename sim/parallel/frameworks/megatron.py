@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
 
-from sim.ir.ledger import DTYPE_BYTES, DType, Layer
-from sim.ir.program import COMPUTE, Alloc, Chunk, Free, Instruction, Mark, Storage
+from sim.ir.ledger import DTYPE_BYTES, DType, Kernel, Layer
+from sim.ir.program import COMPUTE, Alloc, Chunk, Compute, Free, Instruction, Mark, Storage
 from sim.parallel.frameworks.flat import (
     Communicator,
     Flat,
@@ -43,6 +43,7 @@ from sim.parallel.frameworks.flat import (
     wait,
 )
 from sim.parallel.optimizer import OPTIMIZERS
+from sim.parallel.quantise import Recipe, cast_kernels, low_weights
 from sim.scenario.schema import MegatronSettings
 
 PARAM_ALIGNMENT = 64
@@ -62,6 +63,7 @@ class MegatronPlan:
     ``norm_axis``        ranks whose gradients make one norm: those of one replica, or of the whole job if it is sharded
     ``tp``               tensor-parallel ranks
     ``late_validation``  the norm is not waited for (schedules that end one rank after another)
+    ``recipe``           how linears quantise: their weights in the first microbatch of a step, kept by each module
     """
 
     dp: int
@@ -76,6 +78,7 @@ class MegatronPlan:
     norm_axis: str = "world"
     norm_ranks: int = 1
     late_validation: bool = False
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +86,16 @@ class MegatronStage:
     """A model chunk: its layers, and (layer, parameter) whose gradients another group shares.
 
     ``tied`` weights are held by another stage too; of ``partial`` ones each tensor-parallel rank has a part of the sum.
+    ``index`` is the stage's place in the model.
     """
 
     layers: tuple[Layer, ...]
-    ``index`` is the stage's place in the model.
     tied: tuple[Key, ...] = ()
     partial: tuple[Key, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-    index: int = 0
 class Bucket:
     """A run of the buffer that is reduced at once. ``num_elements`` with padding."""
 
@@ -179,6 +182,9 @@ class MegatronChunk:
             for p in layer.parameters:
                 if (index, p.name) in self.sizes:
                     self.in_module.setdefault((index, p.module), []).append((index, p.name))
+        recipe = plan.recipe
+        self.low = {} if recipe is None else {id(layer): low_weights(layer, recipe) for layer in stage.layers}
+        self.casts: dict[int, tuple[Kernel, ...]] = {}
         self.first = self.last = True
         self.missing: list[int] = []
         self.gathered: set[int] = set()
@@ -203,6 +209,10 @@ class MegatronChunk:
             )
         for layer in self.stage.layers:
             out.extend(Alloc(Storage(f"{layer.kind}.{t.name}", t.num_bytes, "buffers")) for t in layer.buffers)
+            out.extend(
+                Alloc(Storage(f"{layer.kind}.{module}.weight.low", num_bytes, "buffers"))
+                for module, (_, num_bytes) in self.low.get(id(layer), {}).items()
+            )
         out.append(Alloc(flat_storage("gradients.flat", self.num_elements, self.grad_dtype, "gradients")))
         return out
 
@@ -215,10 +225,30 @@ class MegatronChunk:
         self.nccl.reset()
 
     def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
-        """``_make_forward_pre_hook``: wait for the parameters of the module, then gather the next bucket."""
-        gathers = self.settings.overlap_param_gather and self.sharded and self.first and not recomputing
-        if not gathers or self.plan.dp == 1:
+        """``_make_forward_pre_hook``: wait for the parameters of the module, then gather the next bucket.
+
+        In the first microbatch of a step the module then quantises its weight (``quantize_weight`` in
+        transformer_engine/pytorch/module/base.py: ``update_workspace``).
+        """
+        if recomputing or not self.first:
             return ()
+        out: list[Instruction] = []
+        if self.settings.overlap_param_gather and self.sharded and self.plan.dp > 1:
+            out.extend(self._gathered(layer, module))
+        low = self.low.get(id(self.stage.layers[layer]), {}).get(module)
+        if low is not None:
+            out.extend(Compute(f"{module}.weight.quantise", kernel) for kernel in self._weight_casts(low[0]))
+        return out
+
+    def _weight_casts(self, num_elements: int) -> tuple[Kernel, ...]:
+        found = self.casts.get(num_elements)
+        if found is None:
+            assert self.plan.recipe is not None
+            copies = self.plan.recipe.copies
+            found = self.casts[num_elements] = cast_kernels(self.plan.recipe, num_elements, copies)
+        return found
+
+    def _gathered(self, layer: int, module: str) -> list[Instruction]:
         out: list[Instruction] = []
         for key in self.in_module.get((layer, module), ()):
             bucket = self.bucket_of[key]
@@ -342,6 +372,8 @@ class Megatron:
         self.settings, self.plan = settings, plan
         self.nccl = Communicator(plan.dp_axis, plan.dp)
         self.parts = [MegatronChunk(i, stage, settings, plan, self.nccl) for i, stage in enumerate(stages)]
+        self.in_model_order = sorted(self.parts, key=lambda part: part.stage.index)
+        """Ranks that hold the same stages reduce them in one order, whichever chunks they are."""
         self.dtype = plan.parameter_dtype
         self.sharded = settings.use_distributed_optimizer
 
@@ -372,8 +404,6 @@ class Megatron:
         for part in self.parts:
             out.extend(part.setup())
         # made by the first backward, which holds less than later steps do
-        self.in_model_order = sorted(self.parts, key=lambda part: part.stage.index)
-        """Ranks that hold the same stages reduce them in one order, whichever chunks they are."""
         shapes = {shape: count for part in self.parts for shape, count in part.dummies().items()}
         out.extend(
             Alloc(flat_storage(f"dummy_wgrad.{'x'.join(map(str, shape))}", count, self.dtype, "buffers"))
