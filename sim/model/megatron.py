@@ -202,14 +202,35 @@ def _unfused(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
     k = core.repeat_kv(tape, f"{module}.repeat_key", k, heads, "key.repeated", module=module)
     v = core.repeat_kv(tape, f"{module}.repeat_value", v, heads, "value.repeated", module=module)
     scores = core.matmul_scores(tape, f"{module}.scores", q, k, "scores", module=module, heads=heads)
-    name = "probabilities"
-    probabilities = pointwise(
-        tape, f"{module}.softmax", (scores,), name, grads=((name,),), kind="softmax", module=module,
-        region=core.REGION,
-    )  # fmt: skip
+    probabilities = _fused_softmax(tape, f"{module}.softmax", scores, "probabilities", module)
     dropped = dropout(tape, f"{module}.dropout", probabilities, p, out="dropped", module=module, region=core.REGION)
     context = core.matmul_values(tape, module, dropped, v, "context", module=module)
     return core.contiguous(tape, f"{module}.contiguous", context, "attention", module=module)
+
+
+def _fused_softmax(tape: Tape, name: str, scores: Value, out: str, module: str) -> Value:
+    """ScaledUpperTriangMaskedSoftmax: keeps its result; backward overwrites the gradient that arrives.
+
+    Source: megatron/fused_kernels and apex, scaled_upper_triang_masked_softmax_cuda.cu ("completely in-place").
+    """
+    result = Value(Tensor(out, scores.shape, scores.dtype))
+    tape.op(
+        name, (Pointwise("softmax", (scores.tensor,), (result.tensor,)),), reads=(scores.name,),
+        writes=(result.tensor,), saves=(out,), module=module, region=core.REGION,
+    )  # fmt: skip
+
+    def emit() -> None:
+        grad = tape.take(result)
+        if grad is None:
+            return
+        tape.back(
+            f"{name}.backward", (Pointwise("softmax", (grad, result.tensor), (grad,)),), reads=(grad.name, out),
+            releases=(name,), module=module, region=core.REGION,
+        )  # fmt: skip
+        tape.give(scores, grad, module, core.REGION)
+
+    tape.node(emit)
+    return result
 
 
 def _mlp(c: Context, tape: Tape, x: Value) -> tuple[Value, Parameter | None]:

@@ -96,7 +96,6 @@ class Report:
         """Return the result as plain data, in the order of the documentation."""
         time_s = self.time_s
         per_gpu = self.world_size * time_s
-        fullest = self.fullest
         flops_rate = self.model_flops / per_gpu if per_gpu else 0.0
         return {
             "schema_version": SCHEMA_VERSION,
@@ -118,9 +117,10 @@ class Report:
             "memory": {
                 "capacity_bytes": self.capacity_bytes,
                 "usable_bytes": self.usable_bytes,
-                "peak_allocated_bytes": fullest.peak_allocated_bytes,
-                "peak_reserved_bytes": fullest.peak_reserved_bytes,
-                "peak_device_bytes": fullest.peak_device_bytes,
+                # of each the most that any rank has: pipeline stages differ in which of them is large
+                "peak_allocated_bytes": max(f.peak_allocated_bytes for f in self.footprints),
+                "peak_reserved_bytes": max(f.peak_reserved_bytes for f in self.footprints),
+                "peak_device_bytes": max(f.peak_device_bytes for f in self.footprints),
                 "host_capacity_bytes": self.host_capacity_bytes,
                 "host_bytes_per_node": self.host_bytes_per_node,
                 "ranks": [_rank(footprint) for footprint in self.footprints],
