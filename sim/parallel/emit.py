@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from sim.ir.ledger import DTYPE_BYTES, Dim, DType, Layer, Op, Pointwise, Tensor
+from sim.ir.ledger import DTYPE_BYTES, Attention, Dim, DType, Gemm, Layer, Op, Pointwise, Tensor
 from sim.ir.program import (
     COMPUTE,
     Alloc,
@@ -71,12 +71,13 @@ class Hooks(Protocol):
 class Recompute:
     """Which forward ops run again in backward, and how.
 
-    ``mode``       none | selective (ops of region ``core_attention``) | full (all ops of a block)
+    ``mode``       none | selective (ops of region ``core_attention``) | full (all ops of a block) | selective-op (of a
+                   block all ops but those whose results torchtitan's policy keeps, see :meth:`cached`)
     ``reentrant``  torch's older form, DeepSpeed's and Megatron's: the whole function runs again and its outputs stay
                    until its backward is done. The other form stops at the last op that saves something.
     """
 
-    mode: Literal["none", "selective", "full"] = "none"
+    mode: Literal["none", "selective", "selective-op", "full"] = "none"
     reentrant: bool = True
 
     def ops(self, layer: Layer) -> frozenset[str]:
@@ -84,7 +85,34 @@ class Recompute:
             return frozenset()
         if self.mode == "full":
             return frozenset(op.name for op in layer.forward)
+        if self.mode == "selective-op":
+            cached = self.cached(layer)
+            return frozenset(op.name for op in layer.forward if op.name not in cached)
         return frozenset(op.name for op in layer.forward if op.region == "core_attention")
+
+    def cached(self, layer: Layer) -> frozenset[str]:
+        """Return the ops of a checkpointed block that do not run again: their results are kept from forward.
+
+        torchtitan's per-op policy (torchtitan/distributed/activation_checkpoint.py, ``_get_custom_policy``): fused
+        attention, reduce-scatters, products with a bias or of batches (addmm, bmm), and every second of the other
+        products (mm), the first of them. torch.utils.checkpoint keeps what such an op returns and hands it out when it
+        comes up again (``_CachingTorchDispatchMode``, ``_CachedTorchDispatchMode``); what autograd saves for the op's
+        backward is that of the second run.
+        """
+        if self.mode != "selective-op" or layer.kind != "block":
+            return frozenset()
+        found = []
+        products = 0
+        for op in layer.forward:
+            kernel = op.kernels[0] if op.kernels else None
+            if isinstance(kernel, Gemm):
+                plain = not kernel.batch and f"{op.module}.bias" not in op.parameters
+                products += plain
+                if not plain or products % 2:
+                    found.append(op.name)
+            elif isinstance(kernel, Attention) or (op.exchange is not None and op.exchange.kind == "reduce_scatter"):
+                found.append(op.name)
+        return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +254,8 @@ def plan_layer(
     ``batch_inputs`` and the layer's buffers may be read and saved; they stay whatever the layer does.
     """
     tape = _Tape(layer, gradient_dtype, batch_inputs, fused)
-    recomputed = recompute.ops(layer)
+    recomputed, cached = recompute.ops(layer), recompute.cached(layer)
+    inside = recomputed | cached
     again = [op for op in layer.forward if op.name in recomputed]
     made_again = {t.name for op in again for t in (*op.writes, *op.keeps)}
     first: dict[str, int] = {}
@@ -243,20 +272,21 @@ def plan_layer(
         tape.hold(_INPUT, num_forward - 1)  # the caller's variable, until the layer returns
 
     second = dict(first)  # names as the recomputed run sees them
-    saved_once = {name for op in layer.forward if op.name not in recomputed for name in op.saves}
+    saved_once = {name for op in layer.forward if op.name not in inside for name in op.saves}
     mixed = first  # names as a backward op sees them that belongs to no recomputed op alone
     grads: dict[str, int] = {f"grad:{layer.output.name}": _GRAD_OUTPUT} if layer.output is not None else {}
     node_of: dict[str, int] = {}  # forward op -> node that releases what it saved
-    waiting, whole = bool(again), len(again) == len(layer.forward)
+    waiting, whole = bool(again), len(inside) == len(layer.forward)
     later = [op for op in layer.backward if split and op.gradients and not op.writes]
     num_weight_gradients = len(later)
     for op in (*(op for op in layer.backward if not any(op is other for other in later)), *later):
-        ours = not recomputed.isdisjoint(op.releases)
+        ours = not inside.isdisjoint(op.releases)
         # the other form runs again when the first saved tensor is asked for, which no collective of gradients does
         starts = whole and (recompute.reentrant or op.exchange is None)
         if waiting and (starts or ours or any(name in made_again and name not in grads for name in op.reads)):
             waiting = False
-            for repeated in _repeated(again, recompute.reentrant):
+            # torchtitan checkpoints with early_stop=False where it keeps results
+            for repeated in again if cached else _repeated(again, recompute.reentrant):
                 tape.run(repeated, ("pre_again", "post_again"), second, {})
             mixed = {**second, **{name: first[name] for name in saved_once if name in first}}
         names = {**(second if ours else mixed), **grads}
@@ -278,17 +308,20 @@ def _hold_saved(
     forward = tape.layer.forward
     unreleased = [op.name for op in forward if op.saves and op.name not in node_of]
     assert not unreleased, f"layer {tape.layer.name}: no backward op releases what {unreleased} saved"
+    cached = recompute.cached(tape.layer)
     recomputed = recompute.ops(tape.layer)
+    inside = recomputed | cached
     again = [op for op in forward if op.name in recomputed]
-    done = max((node_of[op.name] for op in again if op.name in node_of), default=-1)
+    done = max((node_of[name] for name in sorted(inside) if name in node_of), default=-1)
     made = {t.name for op in again for t in (*op.writes, *op.keeps)}
+    handed_out = {t.name for op in forward if op.name in cached for t in (*op.writes, *op.keeps)}
     read = {name for op in again for name in op.reads if name not in tape.resident}
     for op in forward:
         for name in op.saves:
             if name in tape.resident:
                 continue
-            tape.hold((second if op.name in recomputed else first)[name], node_of[op.name])
-    for name in sorted(read - made):
+            tape.hold((second if op.name in inside else first)[name], node_of[op.name])
+    for name in sorted(read - made - handed_out):
         tape.hold(first[name], done)  # what the checkpoint saved
     if recompute.reentrant:
         for name in sorted(made - read):

@@ -412,6 +412,8 @@ def _recompute(scenario: Scenario) -> Recompute:
             return Recompute("none", reentrant)
         case "full":
             return Recompute("full", reentrant)
+        case "selective-op":
+            return Recompute("selective-op", reentrant=False)
         case _:
             return Recompute("selective", reentrant)
 

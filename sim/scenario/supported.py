@@ -16,13 +16,6 @@ def experts_axis(d: Draft) -> Iterator[Problem]:
         )
 
 
-def recompute(d: Draft) -> Iterator[Problem]:
-    if d.recompute == "selective-op":
-        yield Problem(
-            ("training", "recompute"), "recompute selective-op is not simulated yet", "write none, selective or full"
-        )
-
-
 def compiled(d: Draft) -> Iterator[Problem]:
     if d.compile:
         yield Problem(("training", "compile"), "compile: true is not simulated yet", "leave compile out")
@@ -43,7 +36,6 @@ def offload(d: Draft) -> Iterator[Problem]:
 
 NOT_YET: tuple[Rule, ...] = (
     experts_axis,
-    recompute,
     compiled,
     experts,
     offload,
