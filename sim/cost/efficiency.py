@@ -31,7 +31,7 @@ _KERNEL_OF = {
     "cudnn": ("cudnn", "flash-3", "flash-2"),
 }
 """Kernels whose coefficients may stand for another's, best first."""
-LEGACY_FLOPS_PER_CLOCK = {"flash-2": 4096.0}
+LEGACY_FLOPS_PER_CLOCK = dict.fromkeys(("flash-1", "flash-triton", "flash-2"), 4096.0)
 """16-bit FLOP a clock of an SM that a kernel built on ``mma.sync`` can reach: the instruction kept Hopper's rate, later
 generations have others for theirs (CUTLASS, ``media/docs/cpp/blackwell_functionality.md``: tcgen05)."""
 
@@ -157,7 +157,7 @@ def attention_coefficients(source: Source, kernel: str, backward: bool) -> tuple
     other = read("attention_others.yaml").get(kernel)
     if other is not None:
         c, _ = attention_coefficients(source, other["of"], backward)
-        slower = float(other["slower"])
+        slower = float(other["slower"][direction])
         c = replace(c, peak_fraction=c.peak_fraction / slower, softmax_clocks=c.softmax_clocks * slower)
         return c, f"{slower:g} times slower than {other['of']}"
     wanted = _KERNEL_OF[kernel]

@@ -89,7 +89,7 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """A fused attention kernel (flash-2, flash-3, cudnn). ``math`` attention is gemms and pointwise kernels."""
+    """A fused attention kernel (flash-1, -2, -3, cudnn, ...). ``math`` attention is gemms and pointwise kernels."""
 
     kernel: str
     direction: Direction

@@ -43,7 +43,8 @@ def fused_attention(
 ) -> Value:
     """One kernel forward, one backward; scores are never in memory, dropout is redone from the random state.
 
-    ``kernel``: flash-2, flash-3, cudnn, or memory-efficient (what SDPA takes for fp32, and where there is a bias).
+    ``kernel``: flash-1 (its CUDA kernels), flash-triton, flash-2, flash-3, cudnn, or memory-efficient (what SDPA takes
+    for fp32, and where there is a bias).
     Saves q, k, v, out, the log-sum-exp in fp32 [batch, heads, seq] and the state of the random generator. ``causal`` is
     False where the mask is a tensor: then nothing is skipped.
     """
@@ -97,6 +98,7 @@ def _backward_scratch(
     flash-2: softmax_d fp32[b, h, s_round], dq_accum fp32[b, s_round, h, d_round]; under GQA also dk and dv of all query
     heads in the input's dtype, summed into the results (csrc/flash_attn/flash_api.cpp, mha_bwd; s_round is a multiple
     of 128, d_round of 32 up to 128, then of 64).
+    flash-1 and flash-triton (flash_attn_triton.py): delta and an fp32 dq likewise.
     flash-3: dq_accum fp32[b, h, s_round*d_round], softmax_d and log2 of the softmax's sum, fp32[b, h, s_round]; under
     GQA dk and dv accumulators fp32 of the key heads (hopper/flash_api.cpp; head_dim rounded to 64, 96, 128, 192, 256,
     tiles of 128 rows at most).

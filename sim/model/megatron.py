@@ -181,7 +181,7 @@ def _core(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
     if kernel == "math":
         return _unfused(c, tape, q, k, v)
     packed = q.name == k.name == v.name and q.shape == k.shape
-    if kernel in ("flash-2", "flash-3", "sdpa") or not packed:
+    if kernel in ("flash-1", "flash-triton", "flash-2", "flash-3", "sdpa") or not packed:
         fused = "query_key_value"
         q, k, v = (
             core.contiguous(tape, f"{module}.{n}", x, f"{n}.contiguous", module=module) if x.name == fused else x

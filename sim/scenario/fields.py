@@ -31,7 +31,8 @@ from sim.interop.values import (
 FRAMEWORKS = ("ddp", "fsdp2", "fsdp1", "deepspeed", "megatron")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 RECOMPUTES = ("none", "selective", "selective-op", "full")
-ATTENTIONS = ("math", "flash-2", "flash-3", "sdpa", "cudnn")
+ATTENTIONS = ("math", "flash-1", "flash-triton", "flash-2", "flash-3", "sdpa", "cudnn")
+OPTIMIZERS = ("adamw", "adam", "sgd", "sgd-momentum", "adafactor", "adam-8bit", "lion", "muon")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
 
 
@@ -187,7 +188,7 @@ TRAINING: dict[str, Key] = {
     "micro_batch_size": integer(1, 10**6, 1, "Sequences of a data-parallel rank in one microbatch."),
     "global_batch_size": integer(1, 10**7, 64, "Sequences of an optimizer step, over all ranks."),
     "precision": choice(PRECISIONS, "a precision"),
-    "optimizer": choice(("adamw", "adam", "sgd"), "an optimizer that sim knows"),
+    "optimizer": choice(OPTIMIZERS, "an optimizer that sim knows"),
     "recompute": choice(RECOMPUTES, "a way to recompute", "What is computed again in backward, not kept."),
     "attention": choice(ATTENTIONS, "an attention kernel"),
     "gradient_clipping": number(0, 1e9, "1.0", "Largest norm; 0 is no clipping."),
@@ -204,6 +205,7 @@ DDP: dict[str, Key] = {
     "find_unused_parameters": boolean("Whether parameters without gradient are looked for."),
     "mixed_precision": choice(("autocast", "pure"), "a way to train in 16 bit",
                               "autocast: fp32 parameters, 16-bit matmuls; pure: all in 16 bit."),
+    "optimizer_implementation": choice(("foreach", "fused", "for-loop"), "an implementation", "Of torch's optimizer."),
 }  # fmt: skip
 
 _TORCH_DTYPES = ("fp32", "bf16", "fp16")

@@ -17,7 +17,7 @@ from sim.interop.deepspeed_config import DeepSpeedSettings
 Framework = Literal["ddp", "fsdp2", "fsdp1", "deepspeed", "megatron"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
 Recompute = Literal["none", "selective", "selective-op", "full"]
-AttentionKernel = Literal["math", "flash-2", "flash-3", "sdpa", "cudnn"]
+AttentionKernel = Literal["math", "flash-1", "flash-triton", "flash-2", "flash-3", "sdpa", "cudnn"]
 ModelCode = Literal["torch", "huggingface", "megatron"]
 
 
@@ -124,7 +124,7 @@ class Training(_Frozen):
     micro_batch_size: PositiveInt
     global_batch_size: PositiveInt
     precision: Precision
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "sgd-momentum", "adafactor", "adam-8bit", "lion", "muon"] = "adamw"
     recompute: Recompute = "none"
     attention: AttentionKernel = "sdpa"
     gradient_clipping: float = Field(default=0.0, ge=0.0)
@@ -137,6 +137,9 @@ class Training(_Frozen):
     (Transformer Engine, Liger); chunked: torchtune's; linear-fused: projection and loss in one (Liger)."""
 
 
+OptimizerImplementation = Literal["foreach", "fused", "for-loop"]
+
+
 class DdpSettings(_Frozen):
     """torch.nn.parallel.DistributedDataParallel, and how its users train in 16 bit."""
 
@@ -147,10 +150,10 @@ class DdpSettings(_Frozen):
     find_unused_parameters: bool = False
     mixed_precision: Literal["autocast", "pure"] = "autocast"
     """autocast: fp32 parameters, 16-bit matmuls; pure: parameters, gradients and optimizer in 16 bit."""
+    optimizer_implementation: OptimizerImplementation = "foreach"
 
 
 TorchDtype = Literal["fp32", "bf16", "fp16"]
-OptimizerImplementation = Literal["foreach", "fused", "for-loop"]
 
 
 class Fsdp2Settings(_Frozen):

@@ -210,3 +210,13 @@ def test_compiled_code_is_issued_faster() -> None:
 def test_nothing_beats_the_roofline_even_without_a_floor() -> None:
     machine = machine_of(H100, "bf16")
     assert gemm_bound_s(8192, 8192, 8192, 1, machine) == pytest.approx(2 * 8192**3 / 989.4e12)
+
+
+@pytest.mark.parametrize(("kernel", "forward", "backward"), [("flash-1", 2.0, 2.0), ("flash-triton", 1.4, 2.0)])
+def test_earlier_flash_kernels_are_slower_by_what_their_successors_paper_says(
+    kernel: str, forward: float, backward: float
+) -> None:
+    """arXiv 2307.08691, section 4.1. Long sequences, so that prologue, tail and floor weigh little."""
+    for direction, slower in (("forward", forward), ("backward", backward)):
+        old, new = (attention(16384, direction, name) for name in (kernel, "flash-2"))
+        assert model().kernel_s(old, 0) / model().kernel_s(new, 0) == pytest.approx(slower, rel=0.05)
