@@ -8,7 +8,7 @@ puts items into the queues with the tick at which it issues them, so that issuin
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from sim.engine.segments import (
     LAUNCH_QUEUE_DEPTH,
@@ -24,6 +24,7 @@ from sim.engine.stream import Await, Happening, Joint, Machine, Move, Place, Pro
 from sim.ir.program import (
     HOST,
     Alloc,
+    Call,
     Collective,
     Copy,
     Free,
@@ -42,11 +43,31 @@ from sim.ir.timeline import Position, Release, Span
 from sim.units import Ticks, ticks
 
 
+class Calls:
+    """The calls of a step as a host takes them, one after the other; ``skipped`` of them were cut out (``steady``)."""
+
+    __slots__ = ("at", "skipped", "step")
+
+    def __init__(self, step: Sequence[Call]) -> None:
+        self.step = step
+        self.at = 0
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Call]]:
+        """Yield (number, call): the number as if nothing had been cut out."""
+        step = self.step
+        while self.at + self.skipped < len(step):
+            number = self.at
+            self.at = number + 1
+            yield number, step[number + self.skipped]
+
+
 class Host:
     """The host thread of the representative of one class.
 
     ``clock``      when it got through with its last instruction; never behind the simulation's own while it runs
     ``waits_for``  what holds it up, in words
+    ``pause_at``   number of the call before which ``pause`` is called; whoever paused the host calls ``go``
     """
 
     def __init__(self, program: Program, machine: Machine) -> None:
@@ -56,6 +77,9 @@ class Host:
         self.waits_for = ""
         self.program = program
         self.finished = False
+        self.calls = Calls(program.step)
+        self.pause_at = -1
+        self.pause: Callable[[], None] | None = None
         self._machine = machine
         self._process = self._issue_all()
         self._prices = Prices(machine.cost, program.rank)
@@ -110,7 +134,11 @@ class Host:
 
     def _issue_all(self) -> Process:
         phase = module = ""
-        for number, call in enumerate(self.program.step):
+        for number, call in self.calls:
+            if number == self.pause_at:
+                assert self.pause is not None
+                self.pause()
+                yield
             microbatch = call.microbatch
             for index, step in self._chunk(call.chunk):
                 if isinstance(step, Segment):

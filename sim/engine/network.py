@@ -162,6 +162,8 @@ class Network:
         self._alike: dict[int, list[int]] = {}
         self.lone: list[tuple[int, int, int]] = []
         """(start, end, links as bits) of what lone transfers moved."""
+        self.again: list[tuple[int, int, int]] = []
+        """(start, end, times): what happened in between happened so many times more (``steady``)."""
 
     def start(self, traffic: Traffic, lone: bool = False) -> simpy.Event:
         """Begin a transfer now; return the event of its end. ``lone``: nothing else may be on its links meanwhile."""
@@ -383,6 +385,10 @@ class Network:
             if key not in busy:
                 spans = sorted(span for mask in masks[link] for span in self._busy[mask].spans)
                 busy[key] = _covered(spans) + sum(self._busy[mask].alone for mask in masks[link])
+                for start, end, times in self.again:
+                    busy[key] += times * _covered(
+                        [(max(a, start), min(b, end)) for a, b in spans if a < end and b > start]
+                    )
             carried = fsum(num_bytes[link])
             use += [LinkUse(alike, carried, Ticks(busy[key])) for alike in self._alike.get(link, (link,))]
         use.sort(key=lambda one: one.link)

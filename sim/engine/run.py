@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import simpy
 
@@ -12,28 +13,37 @@ from sim.engine.host import Host
 from sim.engine.network import Network
 from sim.engine.rendezvous import Meetings, Moved, solo_transfers
 from sim.engine.stream import Machine
-from sim.errors import ContentionError, DeadlockError
+from sim.errors import CollectiveMismatchError, ContentionError, DeadlockError
 from sim.ir.program import World
-from sim.ir.timeline import Repeat, Spans, Timeline
+from sim.ir.timeline import Part, Repeat, Span, Spans, Timeline
 from sim.ir.traffic import Traffic
 from sim.units import Ticks
 
+if TYPE_CHECKING:
+    from sim.engine.steady import Watch
 
-def run(world: World, cost: Cost) -> Timeline:
+
+MIN_CALLS = 12
+"""Calls of a step from which on it is looked for what repeats."""
+
+
+def run(world: World, cost: Cost, *, skipping: bool = True) -> Timeline:
     """Return when everything of ``Program.step`` happens, from tick 0. See ``_run``.
+
+    Not ``skipping``: what repeats is simulated each time, for those who want to compare.
 
     Raises DeadlockError and CollectiveMismatchError, which name the ranks, and ContentionError if a transfer on a lone
     communicator was not alone on its links: the world has to be folded otherwise then.
     """
     try:
-        return _run(world, cost, trusting=True)
+        return _run(world, cost, trusting=True, skipping=skipping)
     except ContentionError:
         if any(communicator.lone for communicator in world.communicators.values()):
             raise
-    return _run(world, cost, trusting=False)
+    return _run(world, cost, trusting=False, skipping=skipping)
 
 
-def _run(world: World, cost: Cost, trusting: bool) -> Timeline:
+def _run(world: World, cost: Cost, trusting: bool, skipping: bool) -> Timeline:
     """Return when everything of ``Program.step`` happens, from tick 0.
 
     Classes are created in the order of their representatives' ranks and a class's streams in the order in which the
@@ -48,9 +58,18 @@ def _run(world: World, cost: Cost, trusting: bool) -> Timeline:
     meetings = Meetings(env, network, cost, world)
     machine = Machine(env, world, cost, network, meetings, solo_transfers(world, cost, meetings, network, trusting))
     hosts = [Host(program, machine) for program in sorted(world.programs, key=lambda program: program.rank)]
+    watch = _watch(machine, hosts) if skipping else None
     for host in hosts:
         host.go()
-    env.run()  # returns in silence when everyone waits
+    try:
+        env.run()  # returns in silence when everyone waits
+    except CollectiveMismatchError:
+        if watch is not None and watch.cuts:
+            return _run(world, cost, trusting, skipping=False)  # it names meetings by their numbers
+        raise
+    cuts = watch.cuts if watch is not None else ()
+    if watch is not None:
+        watch.count()
     for host in hosts:
         host.count_replays()
     streams = [list(host.streams.values()) for host in hosts]
@@ -60,14 +79,18 @@ def _run(world: World, cost: Cost, trusting: bool) -> Timeline:
         for host in hosts:
             _undisturbed(host, network, machine.solo)
     rank_end = {
-        host.program.rank: Ticks(max(host.clock, *(stream.free for stream in own), 0))
+        host.program.rank: Ticks(
+            max(host.clock, *(stream.free for stream in own), 0) + sum(cut.delay(host.program.rank) for cut in cuts)
+        )
         for host, own in zip(hosts, streams, strict=True)
     }
-    parts = {
-        host.program.rank: list(chain(host.spans, *(stream.spans for stream in own)))
-        for host, own in zip(hosts, streams, strict=True)
-    }
-    repeats = any(isinstance(part, Repeat) for own in parts.values() for part in own)
+    parts: dict[int, list[Part]] = {}
+    for host, own in zip(hosts, streams, strict=True):
+        if watch is not None and cuts:
+            parts[host.program.rank] = watch.spans_of(host)
+        else:
+            parts[host.program.rank] = list(chain(host.spans, *(stream.spans for stream in own)))
+    repeats = any(not isinstance(part, Span) for own in parts.values() for part in own)
     return Timeline(
         spans=Spans(parts) if repeats else tuple(span for own in parts.values() for span in own),  # type: ignore[misc]
         end=max(rank_end.values(), default=Ticks(0)),
@@ -75,6 +98,15 @@ def _run(world: World, cost: Cost, trusting: bool) -> Timeline:
         releases=tuple(release for host in hosts for release in host.releases()),
         link_use=network.link_use(),
     )
+
+
+def _watch(machine: Machine, hosts: list[Host]) -> Watch | None:
+    """Return who finds what repeats, where there is enough of it."""
+    if not hosts or len(hosts[0].program.step) < MIN_CALLS:
+        return None
+    from sim.engine.steady import watch
+
+    return watch(machine, hosts)
 
 
 def _undisturbed(host: Host, network: Network, solo: Mapping[tuple[int, int], Moved]) -> None:

@@ -89,26 +89,84 @@ class Repeat:
             )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Later:
+    """What happened once, and again ``times`` of so many periods later.
+
+    ``times``         how many periods later, each time
+    ``period``        ticks of a period
+    ``calls``         calls of the step in a period
+    ``meetings``      meetings in a period, by communicator ("": copies on the stream)
+    ``microbatches``  microbatch of each call of the step
+    ``again``         it only repeats what happened before
+    """
+
+    parts: Sequence[Part]
+    times: range
+    period: int
+    calls: int
+    meetings: Mapping[str, int]
+    microbatches: Sequence[int]
+    again: bool
+
+    def unrolled(self) -> Iterator[Span | Repeat]:
+        """Yield spans and patterns when they happened."""
+        microbatches = self.microbatches
+        for times in self.times:
+            ticks, calls = times * self.period, times * self.calls
+            meetings = {name: times * count for name, count in self.meetings.items()}
+            for part in unrolled(self.parts):
+                if isinstance(part, Repeat):
+                    call = part.call + calls
+                    instances = {name: first + meetings.get(name, 0) for name, first in part.instances.items()}
+                    yield Repeat(part.pattern, part.start + ticks, microbatches[call], call, instances)
+                    continue
+                transfer = part.transfer
+                if transfer is not None:
+                    instance = transfer.instance + meetings.get(transfer.communicator, 0)
+                    transfer = replace(transfer, instance=instance, start=Ticks(transfer.start + ticks))
+                call = part.position[0] + calls
+                kernels = tuple(
+                    [(index, Ticks(start + ticks), Ticks(end + ticks)) for index, start, end in part.kernels]
+                )
+                yield Span(
+                    part.rank, part.stream, part.kind, part.name, Ticks(part.start + ticks), Ticks(part.end + ticks),
+                    part.phase, part.module, microbatches[call], (call, part.position[1]), kernels, transfer,
+                )  # fmt: skip
+
+
+Part = Span | Repeat | Later
+
+
+def unrolled(parts: Sequence[Part]) -> Iterator[Span | Repeat]:
+    """Yield spans and patterns, each time that they happened."""
+    for part in parts:
+        if isinstance(part, Later):
+            yield from part.unrolled()
+        else:
+            yield part
+
+
 class Spans(Sequence[Span]):
     """Spans of which many repeat: kept as patterns, told one by one. Equal to the tuple of them."""
 
-    def __init__(self, parts: Mapping[int, Sequence[Span | Repeat]]) -> None:
+    def __init__(self, parts: Mapping[int, Sequence[Part]]) -> None:
         self._parts = parts
         """By rank, in the order in which the spans stand."""
 
     def of(self, rank: int) -> Iterator[Span]:
         """Yield the spans of one representative."""
-        for part in self._parts.get(rank, ()):
+        for part in unrolled(self._parts.get(rank, ())):
             if isinstance(part, Span):
                 yield part
             else:
                 yield from part.spans()
 
     def distinct(self) -> Iterator[Span]:
-        """Yield every span, of a pattern's repetitions only the first."""
+        """Yield every span, of those that repeat earlier ones only the first."""
         seen: dict[int, None] = {}
         for parts in self._parts.values():
-            for part in parts:
+            for part in unrolled([part for part in parts if not isinstance(part, Later) or not part.again]):
                 if isinstance(part, Span):
                     yield part
                 elif id(part.pattern) not in seen:
@@ -120,7 +178,7 @@ class Spans(Sequence[Span]):
             yield from self.of(rank)
 
     def __len__(self) -> int:
-        return sum(1 if isinstance(p, Span) else len(p.pattern) for parts in self._parts.values() for p in parts)
+        return sum(_count(part) for parts in self._parts.values() for part in parts)
 
     @overload
     def __getitem__(self, index: int) -> Span: ...
@@ -134,6 +192,12 @@ class Spans(Sequence[Span]):
 
     def __hash__(self) -> int:
         return hash(len(self))
+
+
+def _count(part: Part) -> int:
+    if isinstance(part, Later):
+        return len(part.times) * sum(map(_count, part.parts))
+    return len(part.pattern) if isinstance(part, Repeat) else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -302,9 +302,9 @@ def taken_apart(timeline: Timeline) -> Found:
     return sorted(found)
 
 
-def run_with(world: World, cost: RandomCost, depth: int) -> Timeline:
+def run_with(world: World, cost: RandomCost, depth: int, *, skipping: bool = True) -> Timeline:
     with patch.object(host, "LAUNCH_QUEUE_DEPTH", depth), patch.object(segments, "MAX_KERNELS", depth // 2):
-        return run(world, cost)
+        return run(world, cost, skipping=skipping)
 
 
 depths = st.sampled_from((2, 4, 6, 1024))
@@ -333,6 +333,40 @@ def test_stretches_change_nothing(world: World, cost: RandomCost, depth: int) ->
         assert (ours.link, ours.busy) == (theirs.link, theirs.busy)
         assert abs(ours.num_bytes - theirs.num_bytes) <= 1e-9 * theirs.num_bytes
     assert taken_apart(timeline) == slow_run(world, cost, depth)[0]
+
+
+@st.composite
+def repeating(draw: st.DrawFn, world: World) -> World:
+    """A world that calls its chunks again and again, in groups, with something before, between and after."""
+    step: list[str] = []
+    for _ in range(draw(st.integers(1, 2))):
+        step += draw(st.lists(st.sampled_from(("c0", "c1")), max_size=3))
+        step += draw(st.sampled_from((["c0"], ["c1"], ["c0", "c1"], ["c0", "c0", "c1"]))) * draw(st.integers(8, 24))
+    step += draw(st.lists(st.sampled_from(("c0", "c1")), max_size=3))
+    calls = tuple(Call(name, 3 * number) for number, name in enumerate(step))
+    return replace(world, programs=tuple(replace(program, step=calls) for program in world.programs))
+
+
+quiet = st.one_of(
+    kernels, kernels, kernels, own_collectives, events, events, marks, st.builds(HostWait, event),
+    st.builds(HostCompute, st.just("work"), st.just("python"), st.integers(0, 9)),
+    st.builds(Copy, st.just("copy"), st.just("host_to_device"), st.integers(0, 9), stream),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(worlds(quiet).flatmap(repeating), costs, depths)
+def test_skipping_what_repeats_changes_nothing(world: World, cost: RandomCost, depth: int) -> None:
+    with patch.object(segments, "MIN_LAUNCHES", 2):
+        skipped = run_with(world, cost, depth)
+        plain = run_with(world, cost, depth, skipping=False)
+    assert tuple(skipped.spans) == tuple(plain.spans)
+    assert (skipped.end, skipped.rank_end) == (plain.end, plain.rank_end)
+    assert len(skipped.spans) == len(plain.spans)
+    assert list(skipped.distinct())[0:1] == list(plain.distinct())[0:1]
+    for ours, theirs in zip(skipped.link_use, plain.link_use, strict=True):
+        assert (ours.link, ours.busy) == (theirs.link, theirs.busy)
+        assert abs(ours.num_bytes - theirs.num_bytes) <= 1e-9 * theirs.num_bytes
 
 
 @settings(deadline=None, max_examples=60)
