@@ -198,6 +198,10 @@ class Cluster:
             return self.nic_bytes_per_s
         return self.nic_bytes_per_s * network.line_bytes_per_s / network.nic_bytes_per_s
 
+    def is_nic(self, index: int) -> bool:
+        """Whether a link is a NIC's port."""
+        return index < self.num_domains * self.links_per_domain and index % self.links_per_domain >= self._nic_base
+
     def library_bytes_per_s(self, index: int) -> float:
         """Return what NCCL takes a link inside a domain for, when it plans."""
         return self._library_bytes_per_s[index % self.links_per_domain]

@@ -7,7 +7,8 @@ Three steps, each as in NCCL (version 2.30):
 2. *Choice*: latency and bandwidth of every algorithm and protocol by the formulas of src/graph/tuning.cc; the smallest
    time wins.
 3. *Traffic*: bytes on every link for all the groups together. Sharing of links, by groups and within one ring (PCIe
-   trees, sockets), is the network's to work out; NCCL's own limits enter as the cap of the phase.
+   trees, sockets), is the network's to work out. How long the kernel takes on idle wires, by its own steps, chunks and
+   channels (``sim/cost/nccl_time.py``, measured), enters as latency and cap of the phase.
 
 ``tensor_bytes`` follows nccl-tests: an all-gather's output, a reduce-scatter's input, else the buffer.
 
@@ -25,9 +26,10 @@ from dataclasses import dataclass
 from itertools import pairwise, permutations, product
 from typing import Literal, NamedTuple
 
-from sim.cluster.routing import PATH_KINDS, PathKind
+from sim.cluster.routing import PATH_KINDS, SCALE_UP, PathKind, Route
 from sim.cluster.topology import Cluster
-from sim.cost import collective
+from sim.cost import collective, nccl_time
+from sim.cost.nccl_time import Coefficients, Work
 from sim.ir.traffic import Phase, Traffic
 
 __all__ = ["bus_bytes_per_s", "choose", "plan_collective", "plan_copy", "plan_point_to_point"]
@@ -142,8 +144,20 @@ NVLS_CHANNELS = {HOPPER: (16, 16), BLACKWELL: (24, 32)}
 
 P2P_CHANNEL_NET_BW = 14
 """GB/s of the network that one channel of a message is given: NCCL_P2P_PER_CHANNEL_NET_BW."""
-MAX_P2P_CHANNELS = 32
-"""Channels of a message at most: a power of two above those of rings (24 on an NVSwitch node)."""
+P2P_PER_BATCH = 8
+"""Messages that a channel works on together: NCCL_MAX_DEV_WORK_P2P_PER_BATCH, src/include/device.h."""
+P2P_LOCAL_CHANNEL_BYTES_PER_S = 20.3e9
+"""What one channel of a message over NVLink sends: nccl-tests sendrecv of xxrjun/nccl-tests-cluster@455de4f (H100, one
+node), 128 and 256 MiB over 8 and 16 channels in 825 and 896 us."""
+P2P_NET_BATCH_S = 30e-6
+"""Latency of each batch of messages to other nodes: the same logs, all-to-all of 80 ranks, 31 to 127 MiB: 10 batches in
+280 to 330 us beside what the NICs need; 10 ranks, 2 batches in 95 to 107 us."""
+P2P_NET_SHARE = 0.93
+"""Share of a NIC's bandwidth that an all-to-all reaches: the same logs at 4 GiB, 0.92 (10 ranks) to 0.94 (80 ranks)."""
+P2P_NET_CHANNEL_BYTES_PER_S, P2P_NET_PROXY_BYTES_PER_S = 18.1e9, 94e9
+"""What one channel of a message over the network could send alone, and what all of them share (the proxy thread):
+1 / (channels x first) + 1 / second. The same logs, sendrecv over 10 nodes of 8 GPUs (1 channel): 15.2 GB/s, of 1 to 4
+GPUs (2 channels): 24.9 to 26.2; pairs of nodes (4 channels): 39.7 to 43.2, predicted 40.9."""
 
 GB = 1e9
 US = 1e-6
@@ -169,7 +183,11 @@ class NodePattern(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RingGraph:
-    """What the search found for one group. ``channels`` of ``channel_bw`` GB/s each; ``compute_channels`` run."""
+    """What the search found for one group. ``channels`` of ``channel_bw`` GB/s each; ``compute_channels`` run.
+
+    ``hw``  what the hops inside a node are: ``nvlink``, ``pci`` (peer access) or ``shm`` (through host memory)
+    ``local_bytes_per_s``  what NCCL takes them for: all NVLinks that the rings use together, or the port of a GPU
+    """
 
     num_ranks: int
     nodes: tuple[tuple[int, tuple[int, ...]], ...]
@@ -177,6 +195,8 @@ class RingGraph:
     channels: int
     channel_bw: float
     compute_channels: int
+    hw: str = "nvlink"
+    local_bytes_per_s: float = 0.0
 
     @property
     def num_nodes(self) -> int:
@@ -391,7 +411,34 @@ def ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
     compute = min(2 * channels, MAX_CHANNELS)
     if _generation(cluster) >= HOPPER and several and speed > 45 and compute < 16:
         compute *= 2
-    return RingGraph(len(group), nodes, patterns, channels, speed, compute)
+    hw, local = _local_wires(cluster, patterns)
+    return RingGraph(len(group), nodes, patterns, channels, speed, compute, hw, local)
+
+
+def _local_wires(cluster: Cluster, patterns: tuple[NodePattern, ...]) -> tuple[str, float]:
+    """Return ``hw`` and ``local_bytes_per_s`` of a :class:`RingGraph` (0: one GPU a node). Worked out once."""
+    key = ("local wires", tuple(dict.fromkeys((p.orders, p.rails) for p in patterns)))
+    known: tuple[str, float] | None = cluster.memo.get(key)
+    if known is not None:
+        return known
+    kinds: dict[str, float] = {}
+    for pattern in {(p.orders, p.rails): p for p in patterns}.values():
+        if len(pattern.orders[0]) == 1:
+            continue
+        if pattern.nvlink:
+            wires = cluster.node.wires
+            scale_up = [(i, s) for i, s in pattern.loads if i < len(wires) and wires[i].kind in SCALE_UP]
+            rate = min(cluster.library_bytes_per_s(i) / share for i, share in scale_up)
+            kinds["nvlink"] = min(kinds.get("nvlink", rate), rate)
+            continue
+        order = pattern.orders[0]
+        hops = [cluster.local_route(a, b) for a, b in pairwise((*order, order[0]))]
+        hw = "shm" if any(cluster.link(i).kind == "memory" for hop in hops for i in hop.links) else "pci"
+        rate = min(cluster.library_bytes_per_s(hop.links[0]) for hop in hops)
+        kinds[hw] = min(kinds.get(hw, rate), rate)
+    found = next(((hw, kinds[hw]) for hw in ("shm", "pci", "nvlink") if hw in kinds), ("nvlink", 0.0))
+    cluster.memo[key] = found
+    return found
 
 
 # --- 2. the choice -----------------------------------------------------------------------------
@@ -813,25 +860,60 @@ def _message_latency_s(cluster: Cluster, pairs: Iterable[tuple[int, int]]) -> fl
     return (BASE_LATENCY_US["ring"][simple] + worst) * US
 
 
-def _message_channels(cluster: Cluster, pairs: Iterable[tuple[int, int]], num_bytes: float) -> int:
-    """Return the channels of the widest of some messages: by the NVLinks of the path, by the speed of the NIC, or 2.
+def _path_hw(cluster: Cluster, route: Route) -> str:
+    """Return what a route inside a node is: ``nvlink``, ``pci`` (peer access) or ``shm`` (through host memory)."""
+    if route.kind in ("NVL", "NVB"):
+        return "nvlink"
+    return "shm" if any(cluster.link(link).kind == "memory" for link in route.links) else "pci"
 
-    Source: nccl src/graph/paths.cc, ncclTopoGetNchannels; src/enqueue.cc, addP2pToPlan (parts).
+
+def p2p_limit(cluster: Cluster, num_ranks: int, spans: bool) -> int:
+    """Return the channels that all messages of a communicator share: those of its rings, up to a power of two.
+
+    The rings are taken to be those of a communicator that fills its nodes as evenly as its size says. Source:
+    src/graph/paths.cc, ncclTopoComputeP2pChannels.
     """
-    most = 0
-    spans = any(cluster.domain_of(a) != cluster.domain_of(b) for a, b in pairs)
-    for source, target in pairs:
-        if cluster.domain_of(source) != cluster.domain_of(target):
-            channels, chunk = -int(-cluster.nic_line_bytes_per_s // (P2P_CHANNEL_NET_BW * GB)), 128 * 1024
+    key = ("p2p limit", num_ranks, spans)
+    known: int | None = cluster.memo.get(key)
+    if known is None:
+        if not spans:
+            group = tuple(range(min(max(num_ranks, 2), cluster.gpus_per_domain)))
         else:
-            route = cluster.local_route(cluster.local_index(source), cluster.local_index(target))
-            fast = route.kind in ("NVL", "NVB")
-            wires = min(cluster.node.wires[link].count for link in route.links) if fast else 1
-            channels, chunk = 2 * wires, (512 if fast else 128) * 1024
-        channels = min(1 << (channels - 1).bit_length(), MAX_P2P_CHANNELS)
-        parts = int(-(-num_bytes // (chunk // (2 if spans else 8))))
-        most = max(most, min(channels, max(parts, 1)))
-    return most
+            nodes = min(cluster.num_domains, num_ranks)
+            each = min(max(num_ranks // nodes, 1), cluster.gpus_per_domain)
+            group = tuple(d * cluster.gpus_per_domain + g for d in range(min(nodes, 2)) for g in range(each))
+        channels = ring_graph(cluster, group).compute_channels if len(group) > 1 else 1
+        known = cluster.memo[key] = 1 << (channels - 1).bit_length()
+    return known
+
+
+def p2p_channels(cluster: Cluster, num_ranks: int, num_messages: int, num_bytes: float, spans: bool) -> int:
+    """Return the channels of one of ``num_messages`` messages that a rank of a communicator sends together.
+
+    By the NVLinks of the path, by the speed of the NIC, or 2; over the network fewer where all ranks' messages would
+    not fit into one round of batches. Small messages take few; inside a node they take more as parts exceed 32 chunks.
+    Source: src/graph/paths.cc, ncclTopoGetNchannels, ncclTopoComputeP2pChannels; src/enqueue.cc,
+    scheduleP2pTasksToPlan, addP2pToPlan.
+    """
+    limit = p2p_limit(cluster, num_ranks, spans)
+    if spans:
+        most = -int(-cluster.nic_line_bytes_per_s // (P2P_CHANNEL_NET_BW * GB))
+        most = 1 << (max(most, 2) - 1).bit_length()
+        while most * -(-num_ranks // P2P_PER_BATCH) > limit and most > 1:
+            most //= 2
+        return max(1, min(most, int(-(-num_bytes // (nccl_time.P2P_CHUNK["net"] // 2)))))
+    route = cluster.local_route(0, 1)
+    fast = route.kind in ("NVL", "NVB")
+    wires = min(cluster.node.wires[link].count for link in route.links) if fast else 1
+    most = min(1 << (2 * wires - 1).bit_length(), limit)
+    least = most
+    while least * num_ranks > limit and least > 1:
+        least //= 2
+    chunk = nccl_time.P2P_CHUNK["nvlink" if fast else "pci"]
+    channels = max(1, min(least, int(-(-num_bytes // (chunk // 8)))))
+    while num_bytes / channels > 32 * chunk and channels <= most // 2:
+        channels *= 2
+    return channels
 
 
 def _phase(
@@ -859,20 +941,12 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
     wire_bytes = collective.wire_bytes(kind, n, tensor_bytes)
     loads: Loads = {}
     if kind == "all_to_all":
-        group_s = 0.0
-        for group in groups:
-            _all_to_all_loads(cluster, group, tensor_bytes, loads)
-            group_s = group_s or _links_s(cluster, loads)
-        pairs = [(groups[0][0], other) for other in groups[0][1:]]
-        latency_s = _message_latency_s(cluster, pairs)
-        sms = _message_channels(cluster, pairs, tensor_bytes / n)
-        return Traffic("pairwise/Simple", (_phase(latency_s, loads, group_s),), wire_bytes, sms)
+        return _plan_all_to_all(cluster, groups, tensor_bytes, wire_bytes)
     if kind == "barrier":
         kind, tensor_bytes = "all_reduce", max(tensor_bytes, 4)
     graphs = [ring_graph(cluster, tuple(group)) for group in groups]
     choice = choose(cluster, graphs[0], kind, tensor_bytes)
     volume = tensor_bytes * WIRE_OVERHEAD[choice.protocol]
-    cap = choice.algorithm_bw
     group_s = 0.0
     for graph, group in zip(graphs, groups, strict=True):
         if choice.algorithm == "ring":
@@ -884,29 +958,120 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
         else:
             _nvls_loads(cluster, graph, kind, volume, loads)
         group_s = group_s or _links_s(cluster, loads)
-    if choice.algorithm in ("nvls", "nvls_tree"):
-        cap = _nvls_bytes_per_s(cluster, graphs[0], choice, kind)
     sms = _sms(cluster, graphs[0], choice, tensor_bytes)
-    phase = _phase(choice.latency_s, loads, group_s, float(tensor_bytes), cap)
+    latency_s, flow_s = _kernel_s(cluster, graphs[0], choice, kind, tensor_bytes, sms)
+    cap = tensor_bytes / flow_s if flow_s > 0 else 0.0
+    phase = _phase(latency_s, loads, group_s, float(tensor_bytes) if cap else 0.0, cap)
     return Traffic(choice.name, (phase,), wire_bytes, sms)
 
 
-def _nvls_bytes_per_s(cluster: Cluster, graph: RingGraph, choice: Choice, kind: str) -> float:
-    """Return the algorithm bandwidth that NVLS reaches: NVLinks at NVLS's efficiency carry S + S/heads each way.
+def _measured(cluster: Cluster, name: str, hw: str) -> Coefficients | None:
+    """Return the measured coefficients of an algorithm over ``hw`` for this GPU, if there are any."""
+    key = ("measured", name, hw)
+    if key not in cluster.memo:
+        found = nccl_time.measured_by(cluster.spec.gpu, name, hw)
+        cluster.memo[key] = found[1] if found else None
+    coefficients: Coefficients | None = cluster.memo[key]
+    return coefficients
 
-    On one node NCCL's own figure is for choosing only; it takes no account of how a switch's reads and multicasts
-    share the links. Between nodes NCCL's limit of a channel holds as well.
+
+def kernel_work(
+    cluster: Cluster, graph: RingGraph, name: str, kind: str, tensor_bytes: int, channels: int
+) -> tuple[str, Work]:
+    """Return (``hw``, work) of a collective: what its measured coefficients are multiplied with."""
+    hw = "net" if graph.num_nodes > 1 else graph.hw
+    wires, part = graph.local_bytes_per_s, 0.0
+    if name.startswith("nvls"):
+        wires = _nvlink_bytes_per_s(cluster, graph)
+        heads = min(len(graph.nodes[0][1]), MAX_NVLS_HEADS)
+        part = nccl_time.nvls_round_bytes(tensor_bytes, channels, heads)
+    return hw, Work(kind, graph.num_ranks, graph.num_nodes, tensor_bytes, channels, wires, part)
+
+
+def _kernel_s(
+    cluster: Cluster, graph: RingGraph, choice: Choice, kind: str, tensor_bytes: int, channels: int
+) -> tuple[float, float]:
+    """Return (latency, time of the bytes on idle wires).
+
+    What was never measured takes as long as NCCL itself expects.
     """
-    local = min(len(graph.nodes[0][1]), MAX_NVLS_HEADS)
-    heads = local if graph.num_nodes == 1 else len(graph.patterns[0].rails)
-    efficiency = NVLS_EFFICIENCY[_generation(cluster)]
+    hw, work = kernel_work(cluster, graph, choice.name, kind, tensor_bytes, channels)
+    coefficients = _measured(cluster, choice.name, hw)
+    if coefficients is None:
+        return choice.latency_s, tensor_bytes / choice.algorithm_bw
+    latency_s, flow_s = nccl_time.split(choice.name, coefficients, nccl_time.terms(choice.name, hw, work))
+    if kind in ("broadcast", "reduce") and choice.algorithm == "ring":
+        # The coefficients are those of rings; a chain's steps cost what NCCL expects of them.
+        base_s = BASE_LATENCY_US["ring"][PROTOCOLS.index(choice.protocol)] * US
+        latency_s = coefficients[0] + choice.latency_s - base_s
+    if choice.algorithm == "nvls":
+        rounds = tensor_bytes / work.part
+        round_s = (latency_s + flow_s) / (rounds + 2)
+        limit = _nvls_bytes_per_s(cluster, graph, kind)
+        latency_s, flow_s = 2 * round_s, max(rounds * round_s, tensor_bytes / limit)
+    return latency_s, flow_s
+
+
+def _nvls_bytes_per_s(cluster: Cluster, graph: RingGraph, kind: str) -> float:
+    """Return the algorithm bandwidth that NVLS can reach on one node: NVLinks at NVLS's efficiency carry S + S/heads
+    each way. NCCL's own figure is for choosing only; it takes no account of how reads and multicasts share the links.
+    """
+    heads = min(len(graph.nodes[0][1]), MAX_NVLS_HEADS)
     per_byte = 1 + 1 / heads if kind == "all_reduce" else 1.0
-    limit = efficiency * _nvlink_bytes_per_s(cluster, graph) / per_byte
-    return min(limit, choice.algorithm_bw) if graph.num_nodes > 1 else limit
+    return NVLS_EFFICIENCY[_generation(cluster)] * _nvlink_bytes_per_s(cluster, graph) / per_byte
 
 
-def plan_point_to_point(cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int) -> Traffic:
-    """Return the traffic of messages of ``tensor_bytes`` from the first to the second GPU of each pair, together."""
+def _plan_all_to_all(
+    cluster: Cluster, groups: Sequence[tuple[int, ...]], tensor_bytes: int, wire_bytes: int
+) -> Traffic:
+    """Return the traffic of an all-to-all: messages of S/n between all, in batches (see :func:`p2p_channels`)."""
+    loads: Loads = {}
+    group, n = groups[0], len(groups[0])
+    group_s = nics_s = 0.0
+    for members in groups:
+        _all_to_all_loads(cluster, members, tensor_bytes, loads)
+        group_s = group_s or _links_s(cluster, loads)
+        nics_s = nics_s or max((b / cluster.bytes_per_s(i) for i, b in loads.items() if cluster.is_nic(i)), default=0.0)
+    channels = p2p_channels(cluster, n, n, tensor_bytes / n, nics_s > 0)
+    sms = min(channels * n, p2p_limit(cluster, n, nics_s > 0))
+    if nics_s > 0:
+        latency_s = _message_latency_s(cluster, [(group[0], group[-1])]) + -(-n // P2P_PER_BATCH) * P2P_NET_BATCH_S
+        flow_s = max(group_s, nics_s / P2P_NET_SHARE)
+    else:
+        latency_s, flow_s = _messages_s(cluster, group, n, tensor_bytes, channels, group_s)
+    cap = tensor_bytes / flow_s if flow_s > 0 else 0.0
+    return Traffic("pairwise/Simple", (_phase(latency_s, loads, group_s, float(tensor_bytes), cap),), wire_bytes, sms)
+
+
+def message_work(cluster: Cluster, group: Sequence[int], tensor_bytes: float, channels: int) -> tuple[str, Work]:
+    """Return (``hw``, work) of an all-to-all of a group inside one node."""
+    n = len(group)
+    routes = [cluster.local_route(cluster.local_index(group[0]), cluster.local_index(other)) for other in group[1:]]
+    hw = max((_path_hw(cluster, route) for route in routes), key=("nvlink", "pci", "shm").index)
+    ports = {route.links[0] for route in routes}
+    wires = sum(cluster.library_bytes_per_s(port) for port in sorted(ports))
+    return hw, Work("all_to_all", n, 1, tensor_bytes, channels, wires, tensor_bytes / n / channels)
+
+
+def _messages_s(
+    cluster: Cluster, group: Sequence[int], n: int, tensor_bytes: int, channels: int, links_s: float
+) -> tuple[float, float]:
+    """Return (latency, time of the bytes) of an all-to-all inside one node."""
+    hw, work = message_work(cluster, group, tensor_bytes, channels)
+    coefficients = _measured(cluster, "p2p", hw)
+    if coefficients is None:
+        return _message_latency_s(cluster, [(group[0], other) for other in group[1:]]), links_s
+    latency_s, flow_s = nccl_time.split("p2p", coefficients, nccl_time.terms("p2p", hw, work))
+    return latency_s, flow_s
+
+
+def plan_point_to_point(
+    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, num_ranks: int = 2
+) -> Traffic:
+    """Return the traffic of messages of ``tensor_bytes`` from the first to the second GPU of each pair, together.
+
+    ``num_ranks`` of the communicator: the more there are, the fewer channels a message gets.
+    """
     moving = [(source, target) for source, target in pairs if source != target]
     if not moving:
         return Traffic("none", (), 0)
@@ -916,9 +1081,29 @@ def plan_point_to_point(cluster: Cluster, pairs: Sequence[tuple[int, int]], tens
         for link in cluster.route(source, target).links:
             loads[link] = loads.get(link, 0.0) + tensor_bytes
         group_s = group_s or _links_s(cluster, loads)
-    phase = _phase(_message_latency_s(cluster, moving), loads, group_s)
-    sms = _message_channels(cluster, moving, tensor_bytes)
-    return Traffic("direct/Simple", (phase,), tensor_bytes, sms)
+    source, target = moving[0]
+    spans = any(cluster.domain_of(a) != cluster.domain_of(b) for a, b in moving)
+    channels = p2p_channels(cluster, max(num_ranks, 2), 1, tensor_bytes, spans)
+    latency_s = _message_latency_s(cluster, moving)
+    rate = P2P_LOCAL_CHANNEL_BYTES_PER_S * channels
+    if spans:
+        rate = 1 / (1 / (channels * P2P_NET_CHANNEL_BYTES_PER_S) + 1 / P2P_NET_PROXY_BYTES_PER_S)
+        if cluster.domain_of(source) == cluster.domain_of(target):
+            source, target = next((a, b) for a, b in moving if cluster.domain_of(a) != cluster.domain_of(b))
+    else:
+        route = cluster.local_route(cluster.local_index(source), cluster.local_index(target))
+        hw = _path_hw(cluster, route)
+        coefficients = _measured(cluster, "p2p", hw)
+        if coefficients is not None:
+            start, peer, simple, _, _, chunk = coefficients
+            ring = _measured(cluster, "ring/Simple", hw)
+            share = 1 / ring[3] if ring is not None and ring[3] else 1.0
+            part = tensor_bytes / channels
+            latency_s = start + peer + chunk * min(part, nccl_time.P2P_CHUNK[hw])
+            latency_s += simple if part > nccl_time.P2P_LL_BYTES else 0.0
+            rate = min(rate, min(cluster.library_bytes_per_s(link) for link in route.links) * share)
+    phase = _phase(latency_s, loads, group_s, float(tensor_bytes), rate)
+    return Traffic("direct/Simple", (phase,), tensor_bytes, channels)
 
 
 def plan_copy(cluster: Cluster, gpus: Sequence[int], direction: str, num_bytes: int) -> Traffic:

@@ -116,11 +116,11 @@ def test_no_nvls_where_nccl_has_none() -> None:
 
 
 def test_small_messages_take_the_protocol_of_low_latency() -> None:
-    """8 A100, 1 KiB: ring LL costs 6.6 + 14 x 0.6 us, tree LL 6.8 + 2 x 7 x 0.6 us (nccl src/graph/tuning.cc)."""
+    """8 A100, 1 KiB: by NCCL's figures ring LL costs 6.6 + 14 x 0.6 us, tree LL 6.8 + 2 x 7 x 0.6 us."""
     cluster = machine("dgx-a100-80gb")
     traffic = plan_collective(cluster, [tuple(range(8))], "all_reduce", 1024)
     assert traffic.algorithm == "ring/LL"
-    assert traffic.phases[0].latency_s == pytest.approx(15e-6)
+    assert alone_s(cluster, traffic) == pytest.approx(21.8e-6, rel=0.35)  # aiconfigurator@095f58a51: 21.8 us
     assert traffic.sms == 1
 
 
