@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from sim.ir.ledger import DTYPE_BYTES, Attention, Dim, DType, Gemm, Layer, Op, Pointwise, Tensor
@@ -120,7 +120,7 @@ class Passes:
     """The chunks of a microbatch. They share storages: what forward saves, backward frees.
 
     A split backward is two: ``backward`` makes the gradients of activations, ``weight_gradient`` those of the weights
-    of matmuls (all other parameters' come with the first). Else ``weight_gradient`` is empty.
+    of matmuls (all other parameters' come with the first, unless autograd splits). Else ``weight_gradient`` is empty.
     """
 
     forward: Chunk
@@ -243,12 +243,15 @@ def plan_layer(
     fused: frozenset[str] = frozenset(),
     *,
     split: bool = False,
+    retained: bool = False,
 ) -> LayerPlan:
     """Work out what lives when in the passes of one layer.
 
     ``fused`` are parameters whose gradient the kernel adds to where it accumulates: it is no tensor of its own.
     ``split``: ops that only make gradients of parameters come after all others, in a pass of their own; what they read
-    lives until then.
+    lives until then. ``retained``: it is autograd that splits, which keeps all that forward saved for the second pass
+    and hands over every gradient there (``retain_graph`` of ``stage_backward_input`` in
+    torch/distributed/pipelining/_backward.py); a kernel that makes both kinds is counted once, in the first.
 
     ``gradient_dtype`` is the dtype in which autograd hands over parameter gradients: that of the parameters.
     ``batch_inputs`` and the layer's buffers may be read and saved; they stay whatever the layer does.
@@ -277,9 +280,10 @@ def plan_layer(
     grads: dict[str, int] = {f"grad:{layer.output.name}": _GRAD_OUTPUT} if layer.output is not None else {}
     node_of: dict[str, int] = {}  # forward op -> node that releases what it saved
     waiting, whole = bool(again), len(inside) == len(layer.forward)
-    later = [op for op in layer.backward if split and op.gradients and not op.writes]
+    backward = _parted(layer.backward) if split and retained else layer.backward
+    later = [op for op in backward if split and op.gradients and not op.writes]
     num_weight_gradients = len(later)
-    for op in (*(op for op in layer.backward if not any(op is other for other in later)), *later):
+    for op in (*(op for op in backward if not any(op is other for other in later)), *later):
         ours = not inside.isdisjoint(op.releases)
         # the other form runs again when the first saved tensor is asked for, which no collective of gradients does
         starts = whole and (recompute.reentrant or op.exchange is None)
@@ -293,9 +297,24 @@ def plan_layer(
         index = tape.run(op, ("pre_back", "post_back"), names, backward_border)
         grads.update({t.name: names[t.name] for t in (*op.writes, *op.keeps)})
         node_of.update(dict.fromkeys(op.releases, index))
+    if later and retained:
+        node_of = dict.fromkeys(node_of, len(tape.nodes) - 1)
     _hold_saved(tape, recompute, node_of, first, second)
-    forward, backward, weights = _steps(tape, num_forward, num_weight_gradients)
-    return LayerPlan(forward, backward, tuple(tape.slots), weights)
+    forward, whole_backward, weights = _steps(tape, num_forward, num_weight_gradients)
+    return LayerPlan(forward, whole_backward, tuple(tape.slots), weights)
+
+
+def _parted(ops: Sequence[Op]) -> list[Op]:
+    """Part what makes gradients of activations and of parameters in two; the second is the gradient alone."""
+    parts: list[Op] = []
+    for op in ops:
+        if not (op.gradients and op.writes):
+            parts.append(op)
+            continue
+        parts.append(replace(op, gradients=()))
+        alone = replace(op, name=f"{op.name}.parameters", kernels=(), writes=(), keeps=(), scratch=(), releases=())
+        parts.append(replace(alone, exchange=None, awaits=()))
+    return parts
 
 
 def _hold_saved(
@@ -450,14 +469,16 @@ class Emitter:
         gradient_dtype: DType,
         *,
         fused: Callable[[Layer], frozenset[str]] = lambda layer: frozenset(),
+        retained: bool = False,
         inside: tuple[bool, bool] = (False, False),
     ) -> None:
-        """``fused`` as in :func:`plan_layer`; ``inside``: whether a stage comes before this one, and after it."""
+        """``fused``, ``retained`` as in :func:`plan_layer`; ``inside``: whether a stage comes before, and after."""
         self.layers = tuple(layers)
         self.batch_inputs = tuple(batch_inputs)
         self.names = layer_names(self.layers)
         self._recompute = recompute
         self._fused = {id(layer): fused(layer) for layer in self.layers}
+        self._retained = retained
         self._split_plans: tuple[LayerPlan, ...] = ()
         self.gradient_dtype = gradient_dtype
         self.plans = self._plans(split=False)
@@ -474,7 +495,13 @@ class Emitter:
         for layer in self.layers:
             if id(layer) not in plans:
                 plans[id(layer)] = plan_layer(
-                    layer, self._recompute, self.gradient_dtype, self.batch_inputs, self._fused[id(layer)], split=split
+                    layer,
+                    self._recompute,
+                    self.gradient_dtype,
+                    self.batch_inputs,
+                    self._fused[id(layer)],
+                    split=split,
+                    retained=self._retained,
                 )
         return tuple(plans[id(layer)] for layer in self.layers)
 

@@ -322,6 +322,7 @@ def _emitter(job: _Job, stage: Stage) -> Emitter:
         _recompute(job.scenario),
         job.ledger.parameter_dtype,
         fused=fused,
+        retained=job.scenario.framework == "fsdp2",
         inside=(stage.index > 0, stage.index < len(job.stages) - 1),
     )
 

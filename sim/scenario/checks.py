@@ -18,6 +18,8 @@ IN_A_V = ("zb-v", "v-half", "v-min", "dualpipev")
 """Schedules that go down the ranks and back: rank r holds stages r and 2pp-1-r, whatever vpp says."""
 TWO_CHUNKS = (*IN_A_V, "dualpipe")
 """Schedules that give each rank two chunks of the model; DualPipe's are of two copies of it."""
+SPLIT_BACKWARD = ("zb-h1", "zb-2p", *TWO_CHUNKS)
+"""Schedules with passes of their own for the gradients of weights."""
 
 
 def divisors(number: int) -> list[int]:
@@ -273,6 +275,25 @@ def schedule_is_the_frameworks(d: Draft) -> Iterator[Problem]:
             ("parallelism", "schedule"),
             "schedule dualpipe has each stage on two ranks, and a stage of torch's pipelines is on one",
             "write schedule: dualpipev, its half with one copy of the model; or framework: megatron",
+        )
+
+
+def recompute_is_not_split(d: Draft) -> Iterator[Problem]:
+    """torch splits a backward by ``autograd.grad`` (torch/distributed/pipelining/_backward.py).
+
+    The reentrant checkpoint refuses that (``CheckpointFunction.backward`` in torch/utils/checkpoint.py); the other runs
+    forward again for the gradients of inputs, and again for every group of weights, as each is a graph task of its own.
+    """
+    if d.framework == "fsdp2" and d.pp > 1 and d.schedule in SPLIT_BACKWARD and d.recompute != "none":
+        why = (
+            "torch recomputes for every group of weights again"
+            if d.code == "torch"
+            else "a reentrant checkpoint does not run under autograd.grad"
+        )
+        yield Problem(
+            ("training", "recompute"),
+            f"recompute {d.recompute} does not go with schedule {d.schedule}, which splits the backward: {why}",
+            "write recompute: none, or schedule: 1f1b or interleaved",
         )
 
 
@@ -707,6 +728,7 @@ RULES: tuple[Rule, ...] = (
 def run_rules(draft: Draft, rules: tuple[Rule, ...] = RULES) -> Iterator[Problem]:
     """Yield what every rule finds; a rule that needs a value which is not known is skipped."""
     for rule in rules:
+    recompute_is_not_split,
         found: list[Problem] = []
         try:
             found.extend(rule(draft))

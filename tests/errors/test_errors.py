@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from sim.errors import ScenarioError
+from sim.interop.values import Problem
+from sim.scenario.checks import RULES, Rule, run_rules
+from sim.scenario.draft import Draft
 from sim.scenario.load import load_scenario
 
 HERE = Path(__file__).parent
@@ -44,6 +47,26 @@ def test_every_finding_names_its_file_and_a_remedy(name: str, monkeypatch: pytes
         assert finding.file == "--set" or Path(finding.file).suffix in (".yaml", ".json", "")
         assert finding.remedy, f"{finding} says nothing to do"
         assert "\n" not in finding.problem + finding.remedy
+
+
+def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE)
+    broken: set[str] = set()
+
+    def noted(rule: Rule) -> Rule:
+        def rule_and_note(draft: Draft) -> Iterator[Problem]:
+            for problem in rule(draft):
+                broken.add(rule.__name__)
+                yield problem
+
+        return rule_and_note
+
+    monkeypatch.setattr(run_rules, "__defaults__", (tuple(map(noted, RULES)),))
+    for name in CASES:
+        args = Path(f"{name}.args")
+        with pytest.raises(ScenarioError):
+            load_scenario(f"{name}.yaml", args.read_text().splitlines() if args.exists() else ())
+    assert {rule.__name__ for rule in RULES} - broken == set()
 
 
 def test_there_are_at_least_sixty() -> None:

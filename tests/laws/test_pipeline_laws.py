@@ -250,6 +250,31 @@ def test_nothing_of_a_step_is_held_when_it_ends(
         assert after[1] == after[2]
 
 
+@settings(max_examples=15, deadline=None)
+@given(cases(tuple(name for name in EVERY if name != "dualpipe")), st.sampled_from(["torch", "huggingface"]))
+def test_autograd_splits_no_memory_off_and_nothing_is_left(case: tuple[str, int, int, int], code: str) -> None:
+    """torch keeps all that forward saved until the gradients of weights: as many microbatches as the order holds."""
+    name, p, m, v = case
+    spec = SCHEDULES[name]
+    own = "interleaved-torch" if name == "interleaved" else name
+    asked = scenario(p, m, v=1 if spec.num_chunks else v, schedule=name, framework="fsdp2", code=code)
+    world = world_of(asked)
+    for program, order in zip(world.programs, SCHEDULES[own].orders(p, m, v), strict=True):
+        assert held_microbatches(program, "attention.logsumexp") == held(order)
+        after = []
+        live: Counter[tuple[int, int]] = Counter()
+        for calls in (program.setup, program.first_step, program.step):
+            for call in calls:
+                for instruction in program.chunks[call.chunk]:
+                    if isinstance(instruction, (Alloc, Free)):
+                        storage = instruction.storage
+                        key = (id(storage), call.microbatch if storage.per_microbatch else 0)
+                        assert live[key] == isinstance(instruction, Free), (storage.name, call)
+                        live[key] ^= 1
+            after.append(+live)
+        assert after[1] == after[2]
+
+
 @settings(max_examples=25, deadline=None)
 @given(cases(EVERY))
 def test_sends_match_receives(case: tuple[str, int, int, int]) -> None:

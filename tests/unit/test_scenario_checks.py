@@ -63,8 +63,8 @@ def _dotted(key: str, problem: str) -> str:
     if section:
         return f"{section[1]}.{key}"
     for name, keys in {
-        "parallelism": ("dp", "tp", "pp", "cp", "ep", "zero", "vpp", "schedule"),
-        "training": ("attention", "precision", "global_batch_size", "sequence_length"),
+        "parallelism": ("dp", "tp", "pp", "cp", "ep", "zero", "vpp", "schedule", "cp_comm"),
+        "training": ("attention", "precision", "global_batch_size", "sequence_length", "loss", "recompute"),
         "model": ("num_attention_heads", "head_dim", "num_key_value_heads", "num_experts_per_tok"),
         "cluster": ("num_gpus",),
     }.items():
