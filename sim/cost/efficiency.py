@@ -135,6 +135,12 @@ def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str
     return GemmCoefficients(**{field: values[field] for field in fields}), whose
 
 
+def sustained_droop(source: Source, droop: float) -> float:
+    """Return the droop of 16-bit matmuls that follow each other: as measured so, else as found in short bursts."""
+    entry = read("sustained.yaml").get(source.name)
+    return droop if entry is None else float(entry["droop"])
+
+
 def sdpa_kernel(gpu: GpuFacts) -> tuple[str, str]:
     """Return the kernel of torch's scaled_dot_product_attention on ``gpu``, and what that assumes ("" if nothing).
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sim.catalog.load import gpu
 from sim.catalog.schema import GpuFacts
 from sim.cost import efficiency
 from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_bound_s, gemm_s
@@ -220,3 +221,12 @@ def test_earlier_flash_kernels_are_slower_by_what_their_successors_paper_says(
     for direction, slower in (("forward", forward), ("backward", backward)):
         old, new = (attention(16384, direction, name) for name in (kernel, "flash-2"))
         assert model().kernel_s(old, 0) / model().kernel_s(new, 0) == pytest.approx(slower, rel=0.05)
+
+
+def test_b200_falls_to_half_its_peak_where_matmuls_follow_each_other() -> None:
+    """SimuMax's table, measured on B200: products of 1e11 FLOP and more reach 0.45 to 0.5 of 2250 TFLOP/s."""
+    b200 = gpu("b200-sxm-180gb")
+    kernel = gemm(4096, 28672, 8192)
+    flops = 2 * 4096 * 28672 * 8192
+    assert 0.44 < flops / model(b200).kernel_s(kernel, 0) / 2250e12 < 0.51
+    assert flops / model(b200, sustained=False).kernel_s(kernel, 0) / 2250e12 > 0.6
