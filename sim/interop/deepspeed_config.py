@@ -155,7 +155,7 @@ _SECTION_NOT_MODELLED = {
 }
 _DTYPES = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16", "bf16": "bf16",
            "bfloat16": "bf16", "bfp16": "bf16", "float": "fp32"}  # fmt: skip
-_OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
+_OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "lion": "lion"}
 
 _BATCH = integer(1, 10**7, 1)
 _CLIPPING = number(0, 1e9, "1.0")
@@ -317,10 +317,12 @@ def _read_optimizer(given: Mapping[str, Any], path: Path, problems: list[Problem
         params = given.get("params")
         plain = isinstance(params, Mapping) and params.get("adam_w_mode") is False
         reading.optimizer = "adam" if kind.lower() == "adam" and plain else _OPTIMIZERS[kind.lower()]
+        if reading.optimizer == "sgd" and isinstance(params, Mapping) and params.get("momentum"):
+            reading.optimizer = "sgd-momentum"
         return
     at = (*path, "type")
     problems.append(
-        Problem(at, f"{dotted(at)}: {show(kind)} is not an optimizer that sim knows", "write AdamW, Adam or SGD")
+        Problem(at, f"{dotted(at)}: {show(kind)} is not an optimizer that sim knows", "write AdamW, Adam, SGD or Lion")
     )
 
 

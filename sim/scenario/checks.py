@@ -392,6 +392,32 @@ def context_parallelism_divides(d: Draft) -> Iterator[Problem]:
         )
 
 
+_OPTIMIZERS_OF = {
+    "ddp": ("adamw", "adam", "sgd", "sgd-momentum", "adafactor", "adam-8bit", "lion", "muon"),
+    "fsdp1": ("adamw", "adam", "sgd", "sgd-momentum", "adam-8bit", "lion"),
+    "fsdp2": ("adamw", "adam", "sgd", "sgd-momentum", "adam-8bit", "lion"),
+    "deepspeed": ("adamw", "adam", "sgd", "sgd-momentum", "adam-8bit", "lion"),
+    "megatron": ("adamw", "adam", "sgd", "sgd-momentum"),
+}
+"""Adafactor and Muon want whole matrices, which only DDP has; Megatron brings its own optimizers."""
+
+
+def optimizer_steps_there(d: Draft) -> Iterator[Problem]:
+    """Not every optimizer can step what a framework leaves of the parameters."""
+    path, known = ("training", "optimizer"), _OPTIMIZERS_OF[d.framework]
+    if d.optimizer not in known:
+        yield Problem(
+            path, f"optimizer {d.optimizer} under framework {d.framework} is not simulated", f"write {either(known)}"
+        )
+    elif d.framework == "deepspeed" and d.optimizer in ("sgd-momentum", "adam-8bit", "lion"):
+        if d.zero == 0:
+            yield Problem(path, f"optimizer {d.optimizer} with DeepSpeed needs zero 1 to 3 here", "write zero: 1")
+        elif d.offload_optimizer != "none":
+            yield Problem(
+                path, f"DeepSpeed has no optimizer {d.optimizer} for the host", "write adamw, or leave the offload out"
+            )
+
+
 def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
     """Megatron's head has its own losses; the ones in pieces are written for a whole vocabulary."""
     path = ("training", "loss")
@@ -702,12 +728,14 @@ RULES: tuple[Rule, ...] = (
     layers_per_stage_adds_up,
     inner_stages_have_layers,
     schedule_is_the_frameworks,
+    recompute_is_not_split,
     dual_pipes_are_filled,
     virtual_stages_need_a_schedule,
     interleaving_needs_full_groups,
     expert_parallelism_divides,
     context_parallelism_divides,
     heads_divide_over_context,
+    optimizer_steps_there,
     loss_is_the_codes,
     context_parallelism_has_a_kernel,
     key_heads_divide,
@@ -728,7 +756,6 @@ RULES: tuple[Rule, ...] = (
 def run_rules(draft: Draft, rules: tuple[Rule, ...] = RULES) -> Iterator[Problem]:
     """Yield what every rule finds; a rule that needs a value which is not known is skipped."""
     for rule in rules:
-    recompute_is_not_split,
         found: list[Problem] = []
         try:
             found.extend(rule(draft))

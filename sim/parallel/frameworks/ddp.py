@@ -38,7 +38,8 @@ from sim.ir.program import (
     Storage,
     Wait,
 )
-from sim.parallel.optimizer import clip_gradients, foreach_step, numel, state_storages
+from sim.parallel.frameworks.torch_step import matrix_columns, torch_states, torch_update
+from sim.parallel.optimizer import OF_MATRICES, Shapes, clip_gradients, numel
 from sim.scenario.schema import DdpSettings
 
 FIRST_BUCKET_BYTES = 1 << 20
@@ -279,9 +280,24 @@ class Ddp:
             out.append(Compute("unscale", Pointwise("elementwise", (flat,), (flat,))))
             out += [Record("found_inf", COMPUTE), HostWait("found_inf")]
         if self.gradient_clipping:
-            out.extend(clip_gradients(total, self.dtype))
+            out.extend(clip_gradients(list(self.sizes.values()), self.dtype))
+        shapes = self._matrices()
         if first_step:
-            out.extend(Alloc(storage) for storage in state_storages(self.optimizer, parameters, self.dtype))
-        out.extend(foreach_step(self.optimizer, parameters, self.dtype, self.dtype))
+            out.extend(Alloc(storage) for storage in torch_states(self.optimizer, parameters, self.dtype, shapes))
+        kind = self.settings.optimizer_implementation
+        out.extend(torch_update(self.optimizer, parameters, self.dtype, kind, shapes=shapes))
         out.extend(Free(gradient) for gradient in self.gradients.values())
         return tuple(out)
+
+    def _matrices(self) -> Shapes:
+        """Return (rows, columns) of what the optimizer treats as matrices: for Muon those of the blocks alone."""
+        if self.optimizer not in OF_MATRICES:
+            return {}
+        whole = self.optimizer == "adafactor"
+        return {
+            f"{layer.kind}.{p.name}": (p.num_elements // columns, columns)
+            for layer in self.layers
+            if whole or layer.kind == "block"
+            for p in layer.parameters
+            if len(p.shape) > 1 and (columns := matrix_columns(p.shape))
+        }

@@ -320,10 +320,12 @@ class Steps:
 
         FusedAdam is one multi-tensor kernel without temporaries (deepspeed/ops/adam/fused_adam.py).
         """
-        if not self.plan.fused or self.plan.optimizer not in ("adam", "adamw"):
+        if not self.plan.fused or self.plan.optimizer not in ("adam", "adamw", "lion"):
             return foreach_step(self.plan.optimizer, parameters, "fp32", "fp32")
         total = sum(count for _, count in parameters)
         one: Flat = (total, "fp32")
+        if self.plan.optimizer == "lion":  # deepspeed/ops/lion/fused_lion.py
+            return [pointwise("fused_lion", "optimizer", (one, one, one), (one, one))]
         return [pointwise("fused_adam", "optimizer", (one, one, one, one), (one, one, one))]
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from sim.ir.ledger import DTYPE_BYTES, DType
-from sim.ir.program import Alloc, Free, Instruction, Storage
+from sim.ir.ledger import DType, Shape
+from sim.ir.program import Instruction, Storage
 from sim.parallel.frameworks.flat import Flat, pointwise
-from sim.parallel.optimizer import OPTIMIZERS, foreach_step, state_storages
+from sim.parallel.optimizer import OPTIMIZERS, Shapes, foreach_step, looped_step, state_storages
 
 Implementation = Literal["foreach", "fused", "for-loop"]
 
 
-def torch_states(optimizer: str, parameters: Sequence[tuple[str, int]], dtype: DType) -> tuple[Storage, ...]:
+def torch_states(
+    optimizer: str, parameters: Sequence[tuple[str, int]], dtype: DType, shapes: Shapes | None = None
+) -> tuple[Storage, ...]:
     """Return the states of (name, elements) parameters; a rank without a part of a parameter has none."""
-    return state_storages(optimizer, [(name, count) for name, count in parameters if count], dtype)
+    return state_storages(optimizer, [(name, count) for name, count in parameters if count], dtype, shapes)
 
 
 def torch_update(
@@ -28,25 +30,28 @@ def torch_update(
     dtype: DType,
     implementation: Implementation,
     gradient_dtype: DType | None = None,
+    shapes: Shapes | None = None,
 ) -> list[Instruction]:
     """Return the step over (name, elements) parameters whose states have their dtype; gradients too, if not given."""
     low = gradient_dtype or dtype
     held = [(name, count) for name, count in parameters if count]
-    if implementation == "foreach":
-        return foreach_step(optimizer, held, dtype, low)
+    if implementation == "foreach" or optimizer == "muon":
+        return foreach_step(optimizer, held, dtype, low, shapes)
     spec = OPTIMIZERS[optimizer]
     if implementation == "fused":  # one multi-tensor kernel without temporaries (_fused_adamw_)
         total = sum(count for _, count in held)
         kept: tuple[Flat, ...] = ((total, dtype),) * (1 + len(spec.states))
         return [pointwise(f"fused_{optimizer}", "optimizer", (*kept, (total, low)), kept)]
-    out: list[Instruction] = []
-    for name, count in held:
-        flat: Flat = (count, dtype)
-        temporary = Storage(f"exp_avg_sq_sqrt.{name}", count * DTYPE_BYTES[dtype], "temporary")
-        for kernel, reads, writes in spec.kernels:
-            if kernel == "sqrt":
-                out.append(Alloc(temporary))
-            out.append(pointwise(f"{optimizer}.{kernel}", "optimizer", (flat,) * len(reads), (flat,) * len(writes)))
-        if spec.has_temporary:
-            out.append(Free(temporary))
-    return out
+    return looped_step(optimizer, held, dtype, low)
+
+
+def matrix_columns(shape: Shape) -> int:
+    """Return the columns of a weight [out, in]: named dimensions of one side of a projection are one to torch.
+
+    Only ``linear_proj`` and its like have two dimensions on the inner side: [hidden][heads, head_dim].
+    """
+    inner = shape[-2:] if shape[-1].name == "head_dim" and len(shape) > 2 else shape[-1:]
+    columns = 1
+    for dim in inner:
+        columns *= dim.size
+    return columns
