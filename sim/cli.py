@@ -232,6 +232,72 @@ def catalog(
         print_catalogue(_screen(), content)
 
 
+@app.command("import")
+def import_(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILE-or-DIR ...",
+            help="A Megatron-LM script, a torchtitan TOML, an accelerate YAML, a ds_config.json, a Hugging Face "
+            "model's directory; several are laid over each other.",
+            show_default=False,
+        ),
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option("--command", metavar="TEXT", help="Megatron-LM's command line, in quotes.")
+    ] = None,
+    set_: Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the scenario here, not to standard output.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a scenario from what starts a training run elsewhere."""
+    from sim.importing import import_scenario
+
+    imported = import_scenario(sources or (), command, set_ or (), out.parent if out else Path())
+    _write_scenario(imported.text, out)
+    if not quiet:
+        for note in imported.notes:
+            typer.echo(f"note: {note}", err=True)
+        if imported.unread:
+            typer.echo(f"note: not read, as sim does not know what they do: {', '.join(imported.unread)}", err=True)
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(metavar="[FILE]", help="The scenario to write.", show_default=True)] = Path(
+        "scenario.yaml"
+    ),
+) -> None:
+    """Ask a few questions and write a scenario."""
+    from sim.asking import ask_scenario
+
+    if out.exists() and not typer.confirm(f"{out} is there already. Write over it?", err=True):
+        raise typer.Exit
+    try:
+        text = ask_scenario(lambda question, default: str(typer.prompt(question, default=default, err=True)),
+                            lambda words: typer.echo(words, err=True))  # fmt: skip
+    except typer.Abort:
+        typer.echo("sim init: the answers ended before the questions; nothing is written", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    _write_scenario(text, out)
+
+
+def _write_scenario(text: str, out: Path | None) -> None:
+    """Write a scenario that was just made, and say at once what is wrong with it or how to go on."""
+    from sim.scenario.load import load_scenario_text
+
+    if out is None:
+        _screen().write(text)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    load_scenario_text(text, str(out or "the scenario above"), folder=out.parent if out else ".")
+    if out is not None:
+        typer.echo(f"{out}: ok; now: sim run {out}", err=True)
+
+
 @app.command()
 def schema(
     kind: Annotated[str, typer.Argument(metavar="[scenario|topology|runs]", help="Which schema.")] = "scenario",

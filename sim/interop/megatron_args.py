@@ -1,0 +1,280 @@
+"""Megatron-LM's arguments: from a launch script, a file of arguments or a command line to a scenario's keys.
+
+Names and defaults: megatron/training/arguments.py of Megatron-LM; launchers' names: torch/distributed/run.py and
+deepspeed/launcher/runner.py. What has no effect on memory or time (paths, learning rates, logging) is passed over in
+silence, whatever else is not understood is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sim.interop.imported import Imported
+from sim.interop.shell import words_of
+from sim.interop.values import Problem, show
+
+_Values = Mapping[str, list[str]]
+_DEFAULT = "Megatron's default"
+
+_WHOLE = {
+    "model.num_hidden_layers": ("num-layers", "encoder-num-layers"),
+    "model.hidden_size": ("hidden-size",),
+    "model.num_attention_heads": ("num-attention-heads",),
+    "model.head_dim": ("kv-channels",),
+    "model.vocab_size": ("vocab-size", "padded-vocab-size"),
+    "model.num_local_experts": ("num-experts",),
+    "model.num_experts_per_tok": ("moe-router-topk",),
+    "model.moe_intermediate_size": ("moe-ffn-hidden-size",),
+    "parallelism.tp": ("tensor-model-parallel-size",),
+    "parallelism.pp": ("pipeline-model-parallel-size",),
+    "parallelism.cp": ("context-parallel-size",),
+    "parallelism.ep": ("expert-model-parallel-size",),
+    "training.sequence_length": ("seq-length", "encoder-seq-length"),
+    "training.micro_batch_size": ("micro-batch-size",),
+    "training.global_batch_size": ("global-batch-size",),
+    "megatron.bucket_size": ("ddp-bucket-size",),
+}
+"""Path of the scenario -> options of one whole number."""
+_FLAGS = {
+    "use-distributed-optimizer": ("parallelism.zero", 1),
+    "sequence-parallel": ("parallelism.sp", True),
+    "overlap-grad-reduce": ("megatron.overlap_grad_reduce", True),
+    "overlap-param-gather": ("megatron.overlap_param_gather", True),
+    "accumulate-allreduce-grads-in-fp32": ("megatron.accumulate_allreduce_grads_in_fp32", True),
+    "no-gradient-accumulation-fusion": ("megatron.gradient_accumulation_fusion", False),
+    "no-overlap-p2p-communication": ("megatron.overlap_p2p_communication", False),
+    "no-check-for-nan-in-loss-and-grad": ("megatron.check_for_nan_in_grad", False),
+    "disable-bias-linear": ("model.bias", False),
+}
+_VOCABULARIES = {"GPT2BPETokenizer": 50257, "GPTSentencePieceTokenizer": None, "Llama2Tokenizer": 32000}
+"""Tokenizers whose vocabulary is always the same (megatron/training/tokenizer/tokenizer.py)."""
+_CP_COMM = {"p2p": "p2p", "all_gather": "all_gather", "a2a": "a2a"}
+_SILENT = re.compile(
+    r"(lr|min-lr|weight-decay|adam|sgd|start-weight|end-weight|init-method|norm-epsilon|layernorm-epsilon|train-|eval-|"
+    r"exit-|log-|save|load|data-|split|seed|tensorboard|wandb|tokenizer|vocab-file|merge-file|distributed-|no-load|"
+    r"no-save|finetune|override|use-checkpoint|ckpt|dist-ckpt|async-save|auto-detect|num-workers|dataloader|reset-|"
+    r"rotary-|attention-softmax|apply-query|no-masked-softmax|no-rope-fusion|timing-|profile|use-pytorch-profiler|"
+    r"manual-gc|eod-|create-attention|no-create-attention|mmap|no-mmap|master|rdzv|node_rank|node-rank|max_restarts|"
+    r"max-restarts|tee|redirects|role|hostfile|include|exclude|local-ranks-filter|use-mcore|use-legacy|rampup|"
+    r"loss-scale|initial-loss|min-loss|loss-scale-window|hysteresis|lr-|override-|mock-data|straggler|error-|rerun|"
+    r"make-vocab|moe-aux|moe-router-load|moe-router-score|moe-router-pre|moe-z-loss|no-bias-gelu|no-bias-swiglu|"
+    r"no-bias-dropout|empty-unused|one-logger|no-one-logger|ntasks|nodes|cpus|gpus-per|container|mpi|job|output|"
+    r"no-initialization|calculate|enable-one|use-tp-pp-dp|te-rng|use-cpu-init|no-async|tp-comm|iteration|disable-"
+    r"straggler|ddp-average|ddp-num-buckets|use-dist|consumed|retro|bert|test-mode|skip|hybrid|decoder-first-pipeline)"
+)
+
+
+def options_of(words: list[str]) -> dict[str, list[str]]:
+    """Return option -> the words after it up to the next option; the last one wins, as in argparse."""
+    found: dict[str, list[str]] = {}
+    at: list[str] | None = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            at = found[name] = [value] if equals else []
+        elif at is not None:
+            at.append(word)
+    return found
+
+
+def read_megatron_args(script: str) -> Imported:
+    """Return the scenario that a launch script, or a line of arguments, stands for."""
+    said = Imported()
+    given = {name.replace("_", "-"): values for name, values in options_of(words_of(script)).items()}
+    if "num-layers" not in given and "encoder-num-layers" not in given:
+        said.problems.append(
+            Problem((), "has no --num-layers: not a command of Megatron-LM", "name the script that starts training")
+        )
+        return said
+    read: set[str] = set()
+
+    def whole(*names: str) -> tuple[int | None, str]:
+        for name in names:
+            if name in given:
+                read.add(name)
+                value = given[name][0] if given[name] else ""
+                if value.isdigit():
+                    return int(value), f"--{name}"
+                said.problems.append(_unknown_value(name, value))
+        return None, ""
+
+    def word(*names: str) -> str | None:
+        for name in names:
+            if name in given:
+                read.add(name)
+                return given[name][0] if given[name] else ""
+        return None
+
+    def flag(name: str) -> bool:
+        if name in given:
+            read.add(name)
+        return name in given
+
+    said.say("framework", "megatron", "Megatron-LM's arguments")
+    for path, names in _WHOLE.items():
+        value, origin = whole(*names)
+        said.say(path, value, origin)
+    for name, (path, value) in _FLAGS.items():
+        if flag(name):
+            said.say(path, value, f"--{name}")
+    _cluster(said, whole)
+    _model(said, given, whole, word, flag)
+    _dropout(said, word)
+    _training(said, word, flag)
+    _parallelism(said, whole, word)
+    for name in given:
+        if name not in read and not _SILENT.match(name):
+            said.unread.append(f"--{name}")
+    return said
+
+
+def _unknown_value(name: str, value: str) -> Problem:
+    if value.startswith("$"):
+        return Problem(
+            (), f"--{name} is {value}, which the script does not say", f"set it: {value.strip('${}')}=... before"
+        )
+    return Problem((), f"--{name} {show(value)} is not a whole number", f"write --{name} and a number")
+
+
+def _cluster(said: Imported, whole: Any) -> None:
+    gpus, per_node = whole("nproc-per-node", "num-gpus", "ntasks-per-node", "gpus-per-node")
+    nodes, how_many = whole("nnodes", "num-nodes", "nodes")
+    if gpus is not None:
+        said.say("cluster.num_gpus", gpus * (nodes or 1), f"{per_node} x {how_many or 'one node'}")
+
+
+def _model(said: Imported, given: _Values, whole: Any, word: Any, flag: Any) -> None:
+    swiglu = flag("swiglu")
+    if flag("squared-relu"):
+        said.notes.append("--squared-relu: taken as relu; the square is one kernel more")
+    said.say("model.hidden_act", "silu" if swiglu else "gelu", "--swiglu" if swiglu else _DEFAULT)
+    hidden = said.values.get(("model", "hidden_size"))
+    width, origin = whole("ffn-hidden-size")
+    if width is None and hidden is not None:
+        # arguments.py: with swiglu two thirds of 4 h, down to a multiple of 64
+        width = int(4 * hidden.value * 2 / 3 / 64) * 64 if swiglu else 4 * hidden.value
+        origin = _DEFAULT
+    said.say("model.intermediate_size", width, origin)
+    groups, origin = whole("num-query-groups")
+    if flag("group-query-attention"):
+        said.say("model.num_key_value_heads", groups or 1, origin or "--group-query-attention")
+    norm = word("normalization")
+    said.say("model.norm", "rmsnorm" if norm == "RMSNorm" else "layernorm", "--normalization" if norm else _DEFAULT)
+    kind = word("position-embedding-type") or ("rope" if flag("use-rotary-position-embeddings") else None)
+    position = {"rope": "rope", "none": "none", "learned_absolute": "learned", None: "learned"}.get(kind)
+    if position is None:
+        said.notes.append(f"--position-embedding-type {kind}: taken as rope")
+        position = "rope"
+    said.say("model.position", position, "--position-embedding-type" if kind else _DEFAULT)
+    length, origin = whole("max-position-embeddings")
+    if position == "learned":
+        said.say("model.max_position_embeddings", length, origin)
+    if not said.has("model.bias"):
+        said.say("model.bias", True, _DEFAULT)
+    if flag("add-qkv-bias") and said.values["model", "bias"].value is False:
+        said.say("model.attention_bias", True, "--add-qkv-bias")
+        said.say("model.attention_output_bias", False, "--add-qkv-bias")
+    untied = flag("untie-embeddings-and-output-weights")
+    said.say("model.tie_word_embeddings", not untied,
+             "--untie-embeddings-and-output-weights" if untied else _DEFAULT)  # fmt: skip
+    if not said.has("model.vocab_size"):
+        tokenizer = (given.get("tokenizer-type") or [""])[0]
+        if known := _VOCABULARIES.get(tokenizer):
+            said.say("model.vocab_size", known, f"--tokenizer-type {tokenizer}")
+        else:
+            said.problems.append(
+                Problem(
+                    ("model", "vocab_size"),
+                    "the vocabulary is that of a tokenizer which the script only names",
+                    "say it: --set model.vocab_size=128256",
+                )
+            )
+
+
+def _dropout(said: Imported, word: Any) -> None:
+    """0.1 both, unless said (``_add_regularization_args``)."""
+    for name, path in (("hidden-dropout", "model.dropout"), ("attention-dropout", "model.attention_dropout")):
+        value = word(name)
+        try:
+            said.say(path, float(value) if value else 0.1, f"--{name}" if value else _DEFAULT)
+        except ValueError:
+            said.problems.append(_unknown_value(name, str(value)))
+
+
+def _training(said: Imported, word: Any, flag: Any) -> None:
+    fp8 = word("fp8-format", "fp8")
+    recipe = word("fp8-recipe")
+    precision = "bf16" if flag("bf16") else "fp16" if flag("fp16") else "fp32"
+    origin = f"--{precision}" if precision != "fp32" else "neither --bf16 nor --fp16"
+    if fp8:
+        said.say("training.precision", "mxfp8" if recipe == "mxfp8" else "fp8", "--fp8-format")
+        if recipe in ("delayed", "tensorwise", "blockwise"):
+            said.say("megatron.fp8_recipe", recipe, "--fp8-recipe")
+    elif word("fp4-format"):
+        said.say("training.precision", "nvfp4", "--fp4-format")
+    else:
+        said.say("training.precision", precision, origin)
+    if (optimizer := word("optimizer")) not in (None, "adam"):
+        said.say("training.optimizer", optimizer, "--optimizer")
+    _recompute(said, word, flag)
+    attention = word("attention-backend")
+    kernels = {"flash": "flash-2", "fused": "cudnn", "unfused": "math", "local": "math"}
+    if flag("use-flash-attn"):
+        said.say("training.attention", "flash-2", "--use-flash-attn")
+    elif attention in kernels:
+        said.say("training.attention", kernels[attention], "--attention-backend")
+    clip = word("clip-grad")
+    try:
+        said.say("training.gradient_clipping", float(clip) if clip else 1.0, "--clip-grad" if clip else _DEFAULT)
+    except ValueError:
+        said.problems.append(_unknown_value("clip-grad", str(clip)))
+    if (implementation := word("transformer-impl")) is not None:
+        said.say("megatron.transformer_impl", implementation, "--transformer-impl")
+    if flag("cross-entropy-loss-fusion"):
+        said.notes.append("--cross-entropy-loss-fusion: the loss is taken as Megatron's vocabulary-parallel one")
+
+
+def _recompute(said: Imported, word: Any, flag: Any) -> None:
+    kind, origin = word("recompute-granularity"), "--recompute-granularity"
+    if kind is None and flag("recompute-activations"):
+        kind, origin = "selective", "--recompute-activations"
+    if kind is None and (flag("checkpoint-activations") or flag("deepspeed-activation-checkpointing")):
+        kind, origin = "full", "--checkpoint-activations"
+    method, layers = word("recompute-method"), word("recompute-num-layers")
+    word("recompute-modules")
+    if kind == "full" and method == "block":
+        said.notes.append(
+            f"--recompute-method block of {layers} layers a stage: taken as full recompute of every layer, "
+            "which holds less and takes longer"
+        )
+    elif kind == "full" and layers not in (None, "1"):
+        said.notes.append(f"--recompute-num-layers {layers}: taken as 1, which holds more inputs and fewer at a time")
+    said.say("training.recompute", kind or "none", origin if kind else _DEFAULT)
+
+
+def _parallelism(said: Imported, whole: Any, word: Any) -> None:
+    pp = said.values.get(("parallelism", "pp"))
+    layers = said.values.get(("model", "num_hidden_layers"))
+    per_stage, origin = whole("num-layers-per-virtual-pipeline-stage")
+    chunks, chunks_origin = whole("num-virtual-stages-per-pipeline-rank")
+    if per_stage and pp and layers:
+        chunks, chunks_origin = layers.value // pp.value // per_stage, origin
+    if chunks and chunks > 1:
+        said.say("parallelism.schedule", "interleaved", chunks_origin)
+        said.say("parallelism.vpp", chunks, chunks_origin)
+    elif pp and pp.value > 1:
+        said.say("parallelism.schedule", "1f1b", _DEFAULT)
+    if (exchange := word("cp-comm-type")) is not None:
+        if exchange in _CP_COMM:
+            said.say("parallelism.cp_comm", _CP_COMM[exchange], "--cp-comm-type")
+        else:
+            said.notes.append(f"--cp-comm-type {exchange}: taken as the ring")
+    first, last = whole("decoder-first-pipeline-num-layers")[0], whole("decoder-last-pipeline-num-layers")[0]
+    if (first or last) and pp and layers:
+        middle = pp.value - bool(first) - bool(last)
+        rest = layers.value - (first or 0) - (last or 0)
+        if middle > 0 and rest % middle == 0:
+            stages = [*([first] if first else []), *[rest // middle] * middle, *([last] if last else [])]
+            said.say("parallelism.layers_per_stage", stages, "--decoder-first- and last-pipeline-num-layers")

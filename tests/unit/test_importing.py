@@ -1,0 +1,224 @@
+"""Scenarios from other programs' files: what each line of them becomes, and what is said where they are silent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sim.asking import ask_scenario
+from sim.errors import ScenarioError
+from sim.importing import import_scenario
+from sim.interop.megatron_args import options_of, read_megatron_args
+from sim.interop.shell import words_of
+from sim.scenario.load import load_scenario_text
+
+SCRIPT = r"""#!/bin/bash
+# Runs the "175B" parameter model; it's a comment with a quote
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+GPUS_PER_NODE=8
+NUM_NODES=${NNODES:-16}
+WORLD_SIZE=$(($GPUS_PER_NODE*$NUM_NODES))
+CHECKPOINT_PATH=$1 #<Specify path>
+DISTRIBUTED_ARGS=(
+    --nproc_per_node $GPUS_PER_NODE
+    --nnodes $NUM_NODES   # how many
+    --master_addr $MASTER_ADDR
+)
+GPT_MODEL_ARGS=(
+    --num-layers 96
+    --hidden-size 12288
+    --num-attention-heads 96
+    --seq-length 2048
+    --max-position-embeddings 2048
+    --attention-backend flash # Can use (flash/fused/unfused/local)
+)
+TRAINING_ARGS="
+    --micro-batch-size 1 \
+    --global-batch-size $((WORLD_SIZE*12)) \
+    --clip-grad 1.0 --fp16 --lr 6.0e-5
+"
+if [ -n "$SP" ]; then
+    TRAINING_ARGS="$TRAINING_ARGS --use-distributed-optimizer"
+fi
+torchrun ${DISTRIBUTED_ARGS[@]} pretrain_gpt.py \
+    ${GPT_MODEL_ARGS[@]} \
+    $TRAINING_ARGS --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --frobnicate 3 \
+    --tokenizer-type GPT2BPETokenizer 2>&1 | tee log
+"""
+
+
+def values(imported) -> dict[str, object]:
+    return {".".join(path): said.value for path, said in imported.values.items()}
+
+
+def test_variables_arrays_and_arithmetic_of_a_script_are_expanded():
+    options = options_of(words_of(SCRIPT))
+    assert options["nproc_per_node"] == ["8"]
+    assert options["nnodes"] == ["16"]
+    assert options["global-batch-size"] == ["1536"]  # 8 * 16 * 12
+    assert options["master_addr"][0] == "$MASTER_ADDR"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--num-layers 2 --bf16",
+        "# only arguments\n--num-layers 2 \\\n  --bf16",
+        'A="--num-layers 2"\nB=(--bf16)\nrun $A ${B[@]}',
+        "ARGS=(--num-layers 2)\nARGS+=(--bf16)",
+    ],
+)
+def test_arguments_are_found_however_they_are_written(text):
+    assert options_of(words_of(text)) == {"num-layers": ["2"], "bf16": []}
+
+
+def test_a_quote_that_does_not_end_is_no_traceback():
+    assert "--num-layers" in words_of("run --num-layers 2 'oops")
+
+
+def test_a_megatron_script_becomes_a_scenario():
+    said = values(read_megatron_args(SCRIPT))
+    assert said["model.num_hidden_layers"] == 96
+    assert said["model.intermediate_size"] == 4 * 12288
+    assert said["model.vocab_size"] == 50257
+    assert said["model.dropout"] == 0.1
+    assert said["model.tie_word_embeddings"] is True
+    assert said["cluster.num_gpus"] == 128
+    assert said["parallelism.tp"] == 8
+    assert said["parallelism.zero"] == 1
+    assert said["parallelism.schedule"] == "1f1b"
+    assert said["training.precision"] == "fp16"
+    assert said["training.attention"] == "flash-2"
+    assert said["training.gradient_clipping"] == 1.0
+
+
+def test_what_is_not_understood_is_named_and_what_does_not_matter_is_not():
+    assert read_megatron_args(SCRIPT).unread == ["--frobnicate"]
+
+
+def test_a_llama_in_megatron_has_gates_groups_and_virtual_stages():
+    said = values(read_megatron_args(
+        "--num-layers 80 --hidden-size 8192 --num-attention-heads 64 --group-query-attention --num-query-groups 8 "
+        "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+        "--untie-embeddings-and-output-weights --vocab-size 128256 --seq-length 8192 --micro-batch-size 1 --bf16 "
+        "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 5 --hidden-dropout 0 "
+        "--attention-dropout 0 --recompute-activations"
+    ))  # fmt: skip
+    assert said["model.num_key_value_heads"] == 8
+    assert said["model.intermediate_size"] == 21824  # int(4 * 8192 * 2 / 3 / 64) * 64
+    assert (said["model.norm"], said["model.position"], said["model.bias"]) == ("rmsnorm", "rope", False)
+    assert (said["parallelism.schedule"], said["parallelism.vpp"]) == ("interleaved", 4)  # 80 / 4 / 5
+    assert (said["model.dropout"], said["training.recompute"]) == (0.0, "selective")
+
+
+def test_an_imported_scenario_loads_and_each_line_says_where_it_comes_from(tmp_path):
+    script = tmp_path / "train.sh"
+    script.write_text(SCRIPT)
+    imported = import_scenario([str(script)], None, ["cluster.node=dgx-a100-80gb"], tmp_path)
+    scenario = load_scenario_text(imported.text, "imported", simulate=False)
+    assert (scenario.parallelism.tp, scenario.parallelism.pp, scenario.training.global_batch_size) == (8, 16, 1536)
+    assert "hidden_size: 12288                    # --hidden-size" in imported.text
+    assert "node: dgx-a100-80gb" in imported.text
+    assert "# Not read: --frobnicate" in imported.text
+
+
+def test_what_the_files_leave_open_is_asked_for_all_at_once(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    with pytest.raises(ScenarioError) as error:
+        import_scenario([str(tmp_path)])
+    said = str(error.value)
+    for path in ("cluster.node", "framework", "training.sequence_length", "training.micro_batch_size"):
+        assert f"nothing says {path}" in said
+        assert f"--set {path}=" in said
+
+
+def test_a_models_directory_with_deepspeeds_settings(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                    "num_attention_heads": 4, "vocab_size": 1000})
+    )  # fmt: skip
+    (model / "ds_config.json").write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}})
+    )
+    (model / "generation_config.json").write_text("{}")
+    sets = ["cluster.node=dgx-h100", "training.sequence_length=2048"]
+    imported = import_scenario([str(model)], None, sets, tmp_path)
+    scenario = load_scenario_text(imported.text, "imported", simulate=False, folder=tmp_path)
+    assert (scenario.framework, scenario.parallelism.zero) == ("deepspeed", 2)
+    assert (scenario.training.micro_batch_size, scenario.training.precision) == (4, "bf16")
+
+
+def test_a_torchtitan_job(tmp_path):
+    job = tmp_path / "job.toml"
+    job.write_text(
+        '[model]\nname = "llama3"\nflavor = "8B"\nconverters = ["float8"]\n'
+        "[training]\nlocal_batch_size = 2\nseq_len = 8192\n"
+        "[parallelism]\ndata_parallel_shard_degree = 4\ndata_parallel_replicate_degree = 2\n"
+        "tensor_parallel_degree = 8\n"
+        'pipeline_parallel_degree = 2\npipeline_parallel_schedule = "Interleaved1F1B"\n'
+        '[activation_checkpoint]\nmode = "full"\n[compile]\nenable = true\n[mystery]\nx = 1\n'
+    )
+    imported = import_scenario([str(job)], None, ["cluster.node=dgx-h100"])
+    for line in ("model: llama-3.1-8b", "dp: 8", "tp: 8", "pp: 2", "schedule: interleaved", "shard_size: 4",
+                 "precision: fp8", "recompute: full", "compile: true", "micro_batch_size: 2"):  # fmt: skip
+        assert line in imported.text
+    assert imported.unread == ("[mystery]",)
+
+
+def test_an_accelerate_configuration_with_a_models_config(tmp_path):
+    (tmp_path / "accelerate.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nmixed_precision: bf16\nnum_processes: 8\n"
+        "fsdp_config: {fsdp_sharding_strategy: SHARD_GRAD_OP, fsdp_activation_checkpointing: true}\n"
+    )
+    sets = ["model=llama-2-7b", "cluster.node=dgx-h100", "training.sequence_length=2048", "training.micro_batch_size=1"]
+    imported = import_scenario([str(tmp_path / "accelerate.yaml")], None, sets)
+    scenario = load_scenario_text(imported.text, "imported", simulate=False)
+    assert (scenario.framework, scenario.parallelism.zero, scenario.cluster.num_gpus) == ("fsdp1", 2, 8)
+    assert (scenario.training.recompute, scenario.training.code) == ("full", "huggingface")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.sh", "echo hello\n", "has no --num-layers"),
+        ("a.sh", "run --num-layers $LAYERS --bf16\n", "--num-layers is $LAYERS, which the script does not say"),
+        ("a.sh", "run --num-layers two --bf16\n", "--num-layers 'two' is not a whole number"),
+        ("a.json", "{", "is not JSON"),
+        ("a.json", "[1]", "is not a mapping"),
+        ("a.json", '{"a": 1}', "is neither a model's config.json nor a ds_config.json"),
+        ("a.toml", "[model", "is not TOML"),
+        ("a.toml", "[x]\ny = 1\n", "has neither [model] nor [training]"),
+        ("a.yaml", "model: llama-2-7b\ncluster: {node: dgx-h100}\n", "is a scenario already"),
+        ("a.yaml", "distributed_type: TPU\n", "distributed_type 'TPU' is not one that sim knows"),
+    ],
+)
+def test_a_file_that_is_something_else_is_told_so(tmp_path, name, text, said):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ScenarioError) as error:
+        import_scenario([str(path)])
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_nothing_to_import_is_told_so():
+    with pytest.raises(ScenarioError, match="nothing to import"):
+        import_scenario([])
+
+
+def test_init_asks_again_until_the_answer_is_good_and_writes_what_loads():
+    answers = iter(
+        ["llama-9", "llama-3.1-8b", "dgx-h200", "16", "megatron", "", "2", "1", "4096", "1", "bf16", "none", ""]
+    )
+    said: list[str] = []
+
+    def ask(question: str, default: str) -> str:
+        return next(answers) or default
+
+    scenario = load_scenario_text(ask_scenario(ask, said.append), "asked", simulate=False)
+    assert any("unknown model 'llama-9'" in words for words in said)
+    assert (scenario.framework, scenario.parallelism.zero, scenario.parallelism.tp) == ("megatron", 1, 2)
+    assert scenario.training.global_batch_size == 8  # 16 GPUs / tp 2, one microbatch each
