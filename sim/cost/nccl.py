@@ -980,12 +980,12 @@ def kernel_work(
 ) -> tuple[str, Work]:
     """Return (``hw``, work) of a collective: what its measured coefficients are multiplied with."""
     hw = "net" if graph.num_nodes > 1 else graph.hw
-    wires, part = graph.local_bytes_per_s, 0.0
+    wires, part, heads = graph.local_bytes_per_s, 0.0, 0
     if name.startswith("nvls"):
         wires = _nvlink_bytes_per_s(cluster, graph)
         heads = min(len(graph.nodes[0][1]), MAX_NVLS_HEADS)
         part = nccl_time.nvls_round_bytes(tensor_bytes, channels, heads)
-    return hw, Work(kind, graph.num_ranks, graph.num_nodes, tensor_bytes, channels, wires, part)
+    return hw, Work(kind, graph.num_ranks, graph.num_nodes, tensor_bytes, channels, wires, part, heads)
 
 
 def _kernel_s(

@@ -6,7 +6,7 @@ of an algorithm with a protocol is a sum of terms, each with one measured coeffi
     ring/LL      start + hop x steps + S/n (steps / channel + 1 / tail) / channels
     ring/LL128   start + hop x steps + S/n steps / (share x wires)
     ring/Simple  start + hop x steps + S/n (steps / (share x wires) + 1 / last of the kind)
-    nvls/Simple  (S/R + 2) rounds of R = channels x heads x chunk bytes: round + R / byte
+    nvls/Simple  (S/R + 2) rounds of R = channels x heads x chunk bytes: round x heads + R / byte
     nvls_tree    level x log2(nodes) + S / (share x wires)
     p2p          start + peer x peers + simple + S/n (peers / (share x wires) + 1 / last) + chunk in flight / chunk
 
@@ -63,6 +63,7 @@ class Work:
     channels: int
     wires: float
     part: float = 0.0
+    heads: int = 0
 
 
 def nvls_round_bytes(tensor_bytes: float, channels: int, heads: int, chunk: int = 131072) -> int:
@@ -92,7 +93,7 @@ def terms(name: str, hw: str, work: Work) -> tuple[float, ...]:
         return (1.0, steps, turns, over_wires, *last)
     if name == "nvls/Simple":
         rounds = size / work.part + 2
-        return rounds, rounds * work.part
+        return rounds * work.heads, rounds * work.part
     if name == "nvls_tree/Simple":
         return work.num_nodes.bit_length() - 1, size / work.wires
     in_flight = min(work.part, P2P_CHUNK[hw])
