@@ -112,7 +112,7 @@ def _read(source: str, folder: FilePath, findings: list[Finding]) -> Imported:
         return read_torchtitan(text)
     if path.suffix in (".yaml", ".yml"):
         return _yaml(text, source, findings)
-    return read_megatron_args(text)
+    return read_megatron_args(text, os.environ)
 
 
 def _directory(path: FilePath, folder: FilePath) -> Imported:

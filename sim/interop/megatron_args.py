@@ -79,10 +79,10 @@ def options_of(words: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def read_megatron_args(script: str) -> Imported:
-    """Return the scenario that a launch script, or a line of arguments, stands for."""
+def read_megatron_args(script: str, environment: Mapping[str, str] | None = None) -> Imported:
+    """Return the scenario that a launch script, or a line of arguments, stands for when run in that environment."""
     said = Imported()
-    given = {name.replace("_", "-"): values for name, values in options_of(words_of(script)).items()}
+    given = {name.replace("_", "-"): values for name, values in options_of(words_of(script, environment)).items()}
     if "num-layers" not in given and "encoder-num-layers" not in given:
         said.problems.append(
             Problem((), "has no --num-layers: not a command of Megatron-LM", "name the script that starts training")
@@ -90,14 +90,14 @@ def read_megatron_args(script: str) -> Imported:
         return said
     read: set[str] = set()
 
-    def whole(*names: str) -> tuple[int | None, str]:
+    def whole(path: str, *names: str) -> tuple[int | None, str]:
         for name in names:
             if name in given:
                 read.add(name)
                 value = given[name][0] if given[name] else ""
                 if value.isdigit():
                     return int(value), f"--{name}"
-                said.problems.append(_unknown_value(name, value))
+                said.problems.append(_unknown_value(path, name, value))
         return None, ""
 
     def word(*names: str) -> str | None:
@@ -114,7 +114,7 @@ def read_megatron_args(script: str) -> Imported:
 
     said.say("framework", "megatron", "Megatron-LM's arguments")
     for path, names in _WHOLE.items():
-        value, origin = whole(*names)
+        value, origin = whole(path, *names)
         said.say(path, value, origin)
     for name, (path, value) in _FLAGS.items():
         if flag(name):
@@ -130,17 +130,20 @@ def read_megatron_args(script: str) -> Imported:
     return said
 
 
-def _unknown_value(name: str, value: str) -> Problem:
+def _unknown_value(path: str, name: str, value: str) -> Problem:
+    """An option whose value a script takes from outside, or that is none."""
+    remedy = f"say it: --set {path}=..."
     if value.startswith("$"):
-        return Problem(
-            (), f"--{name} is {value}, which the script does not say", f"set it: {value.strip('${}')}=... before"
-        )
-    return Problem((), f"--{name} {show(value)} is not a whole number", f"write --{name} and a number")
+        variable = value.strip("${}()")
+        if variable.isidentifier():
+            remedy += f", or in the environment: {variable}=... sim import ..."
+        return Problem(tuple(path.split(".")), f"--{name} is {value}, which the script does not say", remedy)
+    return Problem(tuple(path.split(".")), f"--{name} {show(value)} is not a number", f"write --{name} and a number")
 
 
 def _cluster(said: Imported, whole: Any) -> None:
-    gpus, per_node = whole("nproc-per-node", "num-gpus", "ntasks-per-node", "gpus-per-node")
-    nodes, how_many = whole("nnodes", "num-nodes", "nodes")
+    gpus, per_node = whole("cluster.num_gpus", "nproc-per-node", "num-gpus", "ntasks-per-node", "gpus-per-node")
+    nodes, how_many = whole("cluster.num_gpus", "nnodes", "num-nodes", "nodes")
     if gpus is not None:
         said.say("cluster.num_gpus", gpus * (nodes or 1), f"{per_node} x {how_many or 'one node'}")
 
@@ -151,13 +154,13 @@ def _model(said: Imported, given: _Values, whole: Any, word: Any, flag: Any) -> 
         said.notes.append("--squared-relu: taken as relu; the square is one kernel more")
     said.say("model.hidden_act", "silu" if swiglu else "gelu", "--swiglu" if swiglu else _DEFAULT)
     hidden = said.values.get(("model", "hidden_size"))
-    width, origin = whole("ffn-hidden-size")
+    width, origin = whole("model.intermediate_size", "ffn-hidden-size")
     if width is None and hidden is not None:
         # arguments.py: with swiglu two thirds of 4 h, down to a multiple of 64
         width = int(4 * hidden.value * 2 / 3 / 64) * 64 if swiglu else 4 * hidden.value
         origin = _DEFAULT
     said.say("model.intermediate_size", width, origin)
-    groups, origin = whole("num-query-groups")
+    groups, origin = whole("model.num_key_value_heads", "num-query-groups")
     if flag("group-query-attention"):
         said.say("model.num_key_value_heads", groups or 1, origin or "--group-query-attention")
     norm = word("normalization")
@@ -168,7 +171,7 @@ def _model(said: Imported, given: _Values, whole: Any, word: Any, flag: Any) -> 
         said.notes.append(f"--position-embedding-type {kind}: taken as rope")
         position = "rope"
     said.say("model.position", position, "--position-embedding-type" if kind else _DEFAULT)
-    length, origin = whole("max-position-embeddings")
+    length, origin = whole("model.max_position_embeddings", "max-position-embeddings")
     if position == "learned":
         said.say("model.max_position_embeddings", length, origin)
     if not said.has("model.bias"):
@@ -200,7 +203,7 @@ def _dropout(said: Imported, word: Any) -> None:
         try:
             said.say(path, float(value) if value else 0.1, f"--{name}" if value else _DEFAULT)
         except ValueError:
-            said.problems.append(_unknown_value(name, str(value)))
+            said.problems.append(_unknown_value(path, name, str(value)))
 
 
 def _training(said: Imported, word: Any, flag: Any) -> None:
@@ -229,7 +232,7 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
     try:
         said.say("training.gradient_clipping", float(clip) if clip else 1.0, "--clip-grad" if clip else _DEFAULT)
     except ValueError:
-        said.problems.append(_unknown_value("clip-grad", str(clip)))
+        said.problems.append(_unknown_value("training.gradient_clipping", "clip-grad", str(clip)))
     if (implementation := word("transformer-impl")) is not None:
         said.say("megatron.transformer_impl", implementation, "--transformer-impl")
     if flag("cross-entropy-loss-fusion"):
@@ -257,8 +260,8 @@ def _recompute(said: Imported, word: Any, flag: Any) -> None:
 def _parallelism(said: Imported, whole: Any, word: Any) -> None:
     pp = said.values.get(("parallelism", "pp"))
     layers = said.values.get(("model", "num_hidden_layers"))
-    per_stage, origin = whole("num-layers-per-virtual-pipeline-stage")
-    chunks, chunks_origin = whole("num-virtual-stages-per-pipeline-rank")
+    per_stage, origin = whole("parallelism.vpp", "num-layers-per-virtual-pipeline-stage")
+    chunks, chunks_origin = whole("parallelism.vpp", "num-virtual-stages-per-pipeline-rank")
     if per_stage and pp and layers:
         chunks, chunks_origin = layers.value // pp.value // per_stage, origin
     if chunks and chunks > 1:
@@ -271,7 +274,9 @@ def _parallelism(said: Imported, whole: Any, word: Any) -> None:
             said.say("parallelism.cp_comm", _CP_COMM[exchange], "--cp-comm-type")
         else:
             said.notes.append(f"--cp-comm-type {exchange}: taken as the ring")
-    first, last = whole("decoder-first-pipeline-num-layers")[0], whole("decoder-last-pipeline-num-layers")[0]
+    uneven = "parallelism.layers_per_stage"
+    first = whole(uneven, "decoder-first-pipeline-num-layers")[0]
+    last = whole(uneven, "decoder-last-pipeline-num-layers")[0]
     if (first or last) and pp and layers:
         middle = pp.value - bool(first) - bool(last)
         rest = layers.value - (first or 0) - (last or 0)

@@ -12,7 +12,7 @@ import ast
 import operator
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 _ASSIGNMENT = re.compile(r"(?:(?:export|local|readonly|declare(?:\s+-\w+)*)\s+)*([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(
@@ -29,21 +29,23 @@ _OPERATIONS: dict[type[ast.AST], Callable[[int, int], int]] = {
 }
 
 
-def words_of(script: str) -> list[str]:
+def words_of(script: str, environment: Mapping[str, str] | None = None) -> list[str]:
     """Return the words of the command with the most options, or of the whole text where there is no such command.
 
-    A text without any command (the arguments alone, from a file) is that whole text.
+    A text without any command (the arguments alone, from a file) is that whole text. Variables that the script does not
+    set are those of ``environment``.
     """
+    outside = dict(environment or {})
     variables: dict[str, str] = {}
     best: list[str] = []
     for statement in _statements(script):
         found = _ASSIGNMENT.fullmatch(statement.strip())
         if found and not _is_command(found[3]):
             name, append, value = found.groups()
-            value = _expand(_unwrapped(value), variables)
+            value = _expand(_unwrapped(value), {**outside, **variables})
             variables[name] = f"{variables.get(name, '')} {value}" if append else value
             continue
-        words = _split(_expand(statement, variables))
+        words = _split(_expand(statement, {**outside, **variables}))
         if _options(words) > _options(best):
             best = words
     collected = [word for value in variables.values() for word in _split(value)]

@@ -73,6 +73,17 @@ def test_arguments_are_found_however_they_are_written(text):
     assert options_of(words_of(text)) == {"num-layers": ["2"], "bf16": []}
 
 
+def test_what_a_script_takes_from_outside_comes_from_the_environment_or_set(tmp_path, monkeypatch):
+    script = tmp_path / "train.sh"
+    script.write_text(SCRIPT.replace("--num-layers 96", "--num-layers $LAYERS"))
+    with pytest.raises(ScenarioError, match="which the script does not say"):
+        import_scenario([str(script)])
+    set_ = import_scenario([str(script)], None, ["cluster.node=dgx-h100", "model.num_hidden_layers=48"])
+    assert "num_hidden_layers: 48" in set_.text
+    monkeypatch.setenv("LAYERS", "32")
+    assert "num_hidden_layers: 32" in import_scenario([str(script)], None, ["cluster.node=dgx-h100"]).text
+
+
 def test_a_quote_that_does_not_end_is_no_traceback():
     assert "--num-layers" in words_of("run --num-layers 2 'oops")
 
@@ -185,7 +196,7 @@ def test_an_accelerate_configuration_with_a_models_config(tmp_path):
     [
         ("a.sh", "echo hello\n", "has no --num-layers"),
         ("a.sh", "run --num-layers $LAYERS --bf16\n", "--num-layers is $LAYERS, which the script does not say"),
-        ("a.sh", "run --num-layers two --bf16\n", "--num-layers 'two' is not a whole number"),
+        ("a.sh", "run --num-layers two --bf16\n", "--num-layers 'two' is not a number"),
         ("a.json", "{", "is not JSON"),
         ("a.json", "[1]", "is not a mapping"),
         ("a.json", '{"a": 1}', "is neither a model's config.json nor a ds_config.json"),
