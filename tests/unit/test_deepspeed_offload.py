@@ -21,7 +21,7 @@ LARGEST = 1024 * 256
 PERSISTENT = 308_736
 CPU = {"offload_optimizer": "cpu", "reduce_bucket_size": 500_000}
 ROOT = Path(__file__).parents[2]
-SHARED = [("dgx-2", 16, 2.0), ("pcie-8x-4090", 8, 1.0), ("pcie-8x-4090-switch", 8, 4.0)]
+SHARED = [("dgx-2", 16, 4.0), ("pcie-8x-4090", 8, 1.0), ("pcie-8x-4090-switch", 8, 4.0)]
 """Node, GPUs, and how many of them share a switch's one uplink."""
 
 
