@@ -15,7 +15,7 @@ from sim.engine.rendezvous import Meetings, Moved, solo_transfers
 from sim.engine.stream import Machine
 from sim.errors import CollectiveMismatchError, ContentionError, DeadlockError
 from sim.ir.program import World
-from sim.ir.timeline import Part, Repeat, Span, Spans, Timeline
+from sim.ir.timeline import Part, Repeat, Runs, Span, Spans, Timeline
 from sim.ir.traffic import Traffic
 from sim.units import Ticks
 
@@ -85,14 +85,15 @@ def _run(world: World, cost: Cost, trusting: bool, skipping: bool) -> Timeline:
         for host, own in zip(hosts, streams, strict=True)
     }
     parts: dict[int, list[Part]] = {}
+    runs: dict[int, Runs] = {}
     for host, own in zip(hosts, streams, strict=True):
         if watch is not None and cuts:
-            parts[host.program.rank] = watch.spans_of(host)
+            parts[host.program.rank], runs[host.program.rank] = watch.spans_of(host), watch.runs_of(host)
         else:
             parts[host.program.rank] = list(chain(host.spans, *(stream.spans for stream in own)))
     repeats = any(not isinstance(part, Span) for own in parts.values() for part in own)
     return Timeline(
-        spans=Spans(parts) if repeats else tuple(span for own in parts.values() for span in own),  # type: ignore[misc]
+        spans=Spans(parts, runs) if repeats else tuple(span for own in parts.values() for span in own),  # type: ignore[misc]
         end=max(rank_end.values(), default=Ticks(0)),
         rank_end=rank_end,
         releases=tuple(release for host in hosts for release in host.releases()),

@@ -58,7 +58,7 @@ from sim.ir.program import (
     Wait,
     World,
 )
-from sim.ir.timeline import Later, Part, Repeat, Span
+from sim.ir.timeline import Later, Part, Repeat, Runs, Span
 from sim.ir.traffic import Link, Phase, Traffic
 
 MIN_PERIODS = 6
@@ -444,6 +444,21 @@ class Watch:
         microbatches = tuple([call.microbatch for call in host.program.step])
         return [part for name, spans in _all_spans(host) for part in self._parts(rank, name, spans, 0, 0, microbatches)]
 
+    def runs_of(self, host: Host) -> Runs:
+        """Return what was noted around and in each cut, stream by stream."""
+        rank = host.program.rank
+        cuts = [cut for cut in self.cuts if rank not in cut.finished]
+        streams: list[list[Sequence[Span | Repeat]]] = []
+        for name, spans in _all_spans(host):
+            at = 0
+            parts: list[Sequence[Span | Repeat]] = []
+            for cut in cuts:
+                first, last = cut.first.spans.get((rank, name), 0), cut.last.spans.get((rank, name), 0)
+                parts += [spans[at:first], spans[first:last]]
+                at = last
+            streams.append([*parts, spans[at:]])
+        return Runs(tuple((cut.times, cut.period) for cut in cuts), streams)
+
     def _parts(
         self, rank: int, name: str, spans: Sequence[Span | Repeat], start: int, nth: int, microbatches: Sequence[int]
     ) -> list[Part]:
@@ -452,12 +467,9 @@ class Watch:
             return list(spans[start:])
         cut = self.cuts[nth]
         first, last = cut.first.spans.get((rank, name), 0), cut.last.spans.get((rank, name), 0)
-        if rank in cut.finished or last == len(spans):
-            after: list[Part] = []
-            tail = list(spans[last:])
-            assert not tail
-        else:
-            after = self._parts(rank, name, spans, last, nth + 1, microbatches)
+        if rank in cut.finished:
+            return list(spans[start:])
+        after = self._parts(rank, name, spans, last, nth + 1, microbatches)
         meetings = {group[1]: shift for group, shift in cut.shifts.items() if group and group[0] == "meetings"}  # type: ignore[index]
         meetings[""] = cut.shifts.get(("copies", rank, name), 0)
         how = (cut.period, cut.shifts.get(("calls", rank), 0), meetings, microbatches)

@@ -138,6 +138,68 @@ class Later:
 Part = Span | Repeat | Later
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """So many equal periods of a rank, one after the other.
+
+    From ``at_least`` of them on, each adds the same to every sum and every time that is covered by something: with
+    fewer, what came before them meets what comes after.
+    """
+
+    times: int
+    period: int
+    at_least: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of equal periods of one rank: (times, ticks) of each, and what was noted around and in them.
+
+    ``streams``: of each stream what comes before, in and after each: [before, in, before, in, ..., after].
+    """
+
+    times: tuple[tuple[int, int], ...]
+    streams: Sequence[Sequence[Sequence[Span | Repeat]]]
+
+    def found(self) -> tuple[Run, ...]:
+        """Return the runs, with the number of periods from which on each is like the others."""
+        runs = []
+        for nth, (times, period) in enumerate(self.times):
+            at = 2 * nth + 1
+            before = _extent([part for stream in self.streams for parts in stream[:at] for part in parts])
+            inside = _extent([part for stream in self.streams for part in stream[at]])
+            after = _extent([part for stream in self.streams for parts in stream[at + 1 :] for part in parts])
+            # one may be put in at tick x if all before ends by x, and all after begins later: in the last period
+            latest = max(before[1] if before else 0, inside[1] - period if inside else 0)
+            earliest = min([extent[0] for extent in (inside, after) if extent is not None], default=latest)
+            runs.append(Run(times, period, max(0, -((earliest - latest) // period))))
+        return tuple(runs)
+
+
+def _extent(parts: Sequence[Span | Repeat]) -> tuple[int, int] | None:
+    """Return when the first of them starts and the last one ends."""
+    bounds = [
+        (part.start + part.pattern[0][0].start, part.start + part.pattern[-1][0].end)
+        if isinstance(part, Repeat)
+        else (part.start, part.end)
+        for part in parts
+    ]
+    return (min(start for start, _ in bounds), max(end for _, end in bounds)) if bounds else None
+
+
+def _with(parts: Sequence[Part], times: Sequence[int]) -> Sequence[Part]:
+    """Return parts with so many periods in each run; they are nested, what comes after one holds the next."""
+    found: list[Part] = []
+    for part in parts:
+        if not isinstance(part, Later):
+            found.append(part)
+        elif part.again:
+            found.append(replace(part, times=range(1, times[0] + 1)))
+        else:
+            found.append(replace(part, parts=_with(part.parts, times[1:]), times=range(times[0], times[0] + 1)))
+    return found
+
+
 def unrolled(parts: Sequence[Part]) -> Iterator[Span | Repeat]:
     """Yield spans and patterns, each time that they happened."""
     for part in parts:
@@ -150,9 +212,22 @@ def unrolled(parts: Sequence[Part]) -> Iterator[Span | Repeat]:
 class Spans(Sequence[Span]):
     """Spans of which many repeat: kept as patterns, told one by one. Equal to the tuple of them."""
 
-    def __init__(self, parts: Mapping[int, Sequence[Part]]) -> None:
+    def __init__(self, parts: Mapping[int, Sequence[Part]], runs: Mapping[int, Runs] | None = None) -> None:
         self._parts = parts
         """By rank, in the order in which the spans stand."""
+        self._runs = runs or {}
+
+    def runs(self, rank: int) -> tuple[Run, ...]:
+        """Return the runs of equal periods of one representative."""
+        return self._runs[rank].found() if rank in self._runs else ()
+
+    def shortened(self, rank: int, times: Sequence[int]) -> Iterator[Span]:
+        """Yield the spans of one representative as if its runs had so many periods."""
+        for part in unrolled(_with(self._parts.get(rank, ()), times)):
+            if isinstance(part, Span):
+                yield part
+            else:
+                yield from part.spans()
 
     def of(self, rank: int) -> Iterator[Span]:
         """Yield the spans of one representative."""
@@ -236,3 +311,14 @@ class Timeline:
     def distinct(self) -> Iterator[Span]:
         """Yield every span, of those that only repeat earlier ones at other times the first."""
         return self.spans.distinct() if isinstance(self.spans, Spans) else iter(self.spans)
+
+    def runs(self, rank: int) -> tuple[Run, ...]:
+        """Return the runs of equal periods of one representative: whatever is summed up need not look at each."""
+        return self.spans.runs(rank) if isinstance(self.spans, Spans) else ()
+
+    def shortened(self, rank: int, times: Sequence[int]) -> Timeline:
+        """Return one representative's part of the timeline, as if its runs had so many periods."""
+        assert isinstance(self.spans, Spans)
+        fewer = sum((run.times - count) * run.period for run, count in zip(self.runs(rank), times, strict=True))
+        end = Ticks(self.end - fewer)
+        return Timeline(tuple(self.spans.shortened(rank, times)), end, {rank: Ticks(self.rank_end[rank] - fewer)})

@@ -14,8 +14,9 @@ So the parts add up to the step, in integer ticks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sim.ir.timeline import Span, Timeline
 
@@ -23,6 +24,7 @@ PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
 _COMPUTE, _OPTIMIZER, _EXPOSED, _BUBBLE, _HOST_OPTIMIZER, _HOST = range(6)
 
 Interval = tuple[int, int]
+Key = TypeVar("Key", str, tuple[str, str, str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,32 @@ def slowest_rank(timeline: Timeline) -> int:
     return min(timeline.rank_end, key=lambda rank: (-timeline.rank_end[rank], rank))
 
 
+def _grown(timeline: Timeline, rank: int, measure: Callable[[Timeline], dict[Key, int]]) -> dict[Key, int]:
+    """Return the sums that ``measure`` makes of a rank's timeline, without looking at all of what repeats.
+
+    Where periods repeat, each adds the same to every sum from some number of them on (``timeline.Run``): two short
+    timelines tell how much.
+    """
+    runs = timeline.runs(rank)
+    few = [min(run.at_least, run.times) for run in runs]
+    if all(run.times - count < 2 for run, count in zip(runs, few, strict=True)):
+        return measure(timeline)
+    found = measure(timeline.shortened(rank, few))
+    sums = dict(found)
+    for nth, run in enumerate(runs):
+        more = [count + (at == nth) for at, count in enumerate(few)]
+        left = run.times - few[nth]
+        for name, value in measure(timeline.shortened(rank, more)).items() if left else ():
+            sums[name] = sums.get(name, 0) + left * (value - found.get(name, 0))
+    return sums
+
+
 def step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
     """Return ticks by part for one rank; they add up to ``timeline.end``."""
+    return _grown(timeline, rank, lambda line: _step_parts(line, rank))
+
+
+def _step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
     layers: list[list[Interval]] = [[] for _ in range(6)]
     for span in timeline.of(rank):
         in_optimizer = span.phase == "optimizer"
@@ -77,32 +103,47 @@ def step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
 
 def communication(timeline: Timeline, rank: int) -> tuple[CommunicationTotal, ...]:
     """Return the totals by kind and axis, largest exposed time first."""
-    computing = merge(i for s in timeline.of(rank) if s.kind == "compute" for i in busy(s))
+    sums = _grown(timeline, rank, lambda line: _communication_sums(line, rank))
+    weights: dict[tuple[str, str], dict[str, int]] = {}
+    for kind, axis, what, algorithm in sums:
+        if what == "weight":
+            weights.setdefault((kind, axis), {})[algorithm] = sums[kind, axis, what, algorithm]
+    totals = []
+    for (kind, axis), weight in weights.items():
+        of = {what: sums[kind, axis, what, ""] for what in _SUMS}
+        algorithm = max(sorted(weight), key=lambda name: weight[name])
+        totals.append(CommunicationTotal(kind=kind, axis=axis, algorithm=algorithm, **of))
+    return tuple(sorted(totals, key=lambda t: (-t.exposed, -t.time, t.kind, t.axis)))
+
+
+_SUMS = ("num_ranks", "count", "tensor_bytes", "wire_bytes", "time", "exposed")
+
+
+def _communication_sums(timeline: Timeline, rank: int) -> dict[tuple[str, str, str, str], int]:
+    """Return figures by (kind, axis, what, algorithm); of an algorithm the bytes that it moved, its weight."""
+    spans = list(timeline.of(rank))
+    computing = merge(i for s in spans if s.kind == "compute" for i in busy(s))
     groups: dict[tuple[str, str], list[Span]] = defaultdict(list)
-    for span in timeline.of(rank):
+    for span in spans:
         if span.transfer is not None:
             groups[span.transfer.kind, span.transfer.axis].append(span)
-    totals = []
-    for (kind, axis), spans in groups.items():
-        transfers = [s.transfer for s in spans if s.transfer is not None]
-        flowing = merge((s.transfer.start, s.end) for s in spans if s.transfer is not None)
-        weight: dict[str, int] = defaultdict(int)
+    sums: dict[tuple[str, str, str, str], int] = {}
+    for group, of_group in groups.items():
+        transfers = [s.transfer for s in of_group if s.transfer is not None]
+        flowing = merge((s.transfer.start, s.end) for s in of_group if s.transfer is not None)
         for transfer in transfers:
-            weight[transfer.algorithm] += transfer.tensor_bytes
-        totals.append(
-            CommunicationTotal(
-                kind=kind,
-                axis=axis,
-                algorithm=max(sorted(weight), key=lambda name: weight[name]),
-                num_ranks=transfers[0].num_ranks,
-                count=len(spans),
-                tensor_bytes=sum(t.tensor_bytes for t in transfers),
-                wire_bytes=sum(t.wire_bytes for t in transfers),
-                time=sum(s.end - s.transfer.start for s in spans if s.transfer is not None),
-                exposed=length(subtract(flowing, computing)),
-            )
+            key = (*group, "weight", transfer.algorithm)
+            sums[key] = sums.get(key, 0) + transfer.tensor_bytes
+        figures = (
+            transfers[0].num_ranks,
+            len(of_group),
+            sum(t.tensor_bytes for t in transfers),
+            sum(t.wire_bytes for t in transfers),
+            sum(s.end - s.transfer.start for s in of_group if s.transfer is not None),
+            length(subtract(flowing, computing)),
         )
-    return tuple(sorted(totals, key=lambda t: (-t.exposed, -t.time, t.kind, t.axis)))
+        sums.update({(*group, what, ""): figure for what, figure in zip(_SUMS, figures, strict=True)})
+    return sums
 
 
 def busy(span: Span) -> Iterable[Interval]:
