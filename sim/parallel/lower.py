@@ -487,6 +487,9 @@ def _of_stage(job: _Job, stage: Stage, emitter: Emitter) -> Framework:
     if scenario.framework == "fsdp2":
         from sim.parallel.frameworks.fsdp2 import fsdp2
 
+        if scenario.parallelism.tp > 1:
+            partial = tuple((i, name) for i, layer in enumerate(stage.layers) for name in job.partial(layer))
+            plan = replace(plan, tp=scenario.parallelism.tp, partial=partial)
         return fsdp2(stage.layers, scenario.fsdp2, plan)
     from sim.parallel.frameworks.fsdp1 import fsdp1
 

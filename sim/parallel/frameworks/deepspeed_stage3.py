@@ -9,6 +9,8 @@ parameter_offload.py of DeepSpeed 0.19.8.
 * What is fetched together is one all-gather into one flat buffer; when it has arrived each parameter is copied out,
   and the buffer goes when the last of them has been asked for. A parameter fetched alone is used where it arrived.
 * A module that is left lets go of its parameters, unless the record uses them again within ``max_reuse_distance``.
+* ``memory_efficient_linear`` replaces ``F.linear`` by a function that hands over the weight's gradient before the
+  bias's (linear.py, ``LinearFunctionForZeroStage3``); autograd's own comes in the other order.
 * Gradients are copied into a permanent bucket, reduce-scattered when the next does not fit, added to one flat buffer.
 * ``offload_optimizer``: that flat buffer, master, moments and fp32 gradients live on the host, and DeepSpeedCPUAdam
   steps; with a ``ratio`` the first sub groups stay on the GPU. ``offload_param``: the partitions live on the host too,
@@ -98,6 +100,21 @@ class _Handle:
         self.complete = False
 
 
+def _biased_linears(layers: Sequence[Layer]) -> frozenset[_Place]:
+    """Return the modules that own a bias beside a weight of two dimensions or more."""
+    found: set[_Place] = set()
+    known: dict[int, tuple[str, ...]] = {}
+    for index, layer in enumerate(layers):
+        modules = known.get(id(layer))
+        if modules is None:
+            matrices = {p.module for p in layer.parameters if p.name.endswith(".weight") and len(p.shape) > 1}
+            modules = known[id(layer)] = tuple(
+                p.module for p in layer.parameters if p.name.endswith(".bias") and p.module in matrices
+            )
+        found.update((index, module) for module in modules)
+    return frozenset(found)
+
+
 class Stage3(DeepSpeed):
     """Hooks, setup and optimizer step of ZeRO 3.
 
@@ -128,6 +145,9 @@ class Stage3(DeepSpeed):
         self.modules = self._modules()
         self.trace: list[_Place] | None = None
         self.recorded: list[_Place] = []
+        self.linears = _biased_linears(self.layers) if settings.memory_efficient_linear else frozenset()
+        self.early: dict[_Place, Storage] = {}
+        self.weighed: set[_Place] = set()
         self.pending: dict[int, Storage] = {}
         # one storage of a gathered parameter: it is gathered, dropped and gathered again
         self.whole = [self._gathered(index) for index in range(len(self.parameters))]
@@ -326,6 +346,7 @@ class Stage3(DeepSpeed):
         self.in_bucket: list[tuple[Trained, Storage | None]] = []
         self.elements = 0
         self.leftovers: list[_Place] = []
+        self.early, self.weighed = {}, set()
         self.started = self.turned = False
 
     def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
@@ -526,6 +547,22 @@ class Stage3(DeepSpeed):
     # gradients
 
     def gradient_ready(self, layer: int, parameter: str, gradient: Storage) -> Iterable[Instruction]:
+        """A linear's weight comes before its bias, whichever the ledger has first."""
+        module, _, leaf = parameter.rpartition(".")
+        if (layer, module) not in self.linears:
+            return self._to_bucket(layer, parameter, gradient)
+        if leaf == "bias" and (layer, module) not in self.weighed:
+            self.early[layer, module] = gradient
+            return ()
+        out = self._to_bucket(layer, parameter, gradient)
+        if leaf == "weight":
+            self.weighed.add((layer, module))
+            bias = self.early.pop((layer, module), None)
+            if bias is not None:
+                out.extend(self._to_bucket(layer, f"{module}.bias", bias))
+        return out
+
+    def _to_bucket(self, layer: int, parameter: str, gradient: Storage) -> list[Instruction]:
         """``reduce_independent_p_g_buckets_and_remove_grads`` and ``__add_grad_to_ipg_bucket``."""
         trained = self.owner[layer, parameter]
         count, size, stream = trained.num_elements, self.settings.reduce_bucket_size, self.reduce_stream

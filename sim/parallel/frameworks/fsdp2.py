@@ -152,8 +152,12 @@ class Fsdp2:
         self.nccl = Communicator(plan.dp_axis, plan.dp)
         self.nccl_reshard = Communicator(plan.reshard_axis, self.reshard_ranks or 1)
         self.nccl_replicate = Communicator(plan.replicate_axis, plan.replicas)
+        self.nccl_tp = Communicator("tp", plan.tp)
         self.first = self.last = True
         self._make_groups()
+        self.partial: dict[str, list[int]] = {}
+        for index, name in plan.partial:
+            self.partial.setdefault(self.group_of[index].name, []).append(self.slot[index, name])
         self.exit = (len(self.layers) - 1, exit_module(self.layers[-1]))
 
     # groups
@@ -278,7 +282,7 @@ class Fsdp2:
     def begin_microbatch(self, first: bool, last: bool) -> None:
         """Say which microbatch of a step is written next."""
         self.first, self.last = first, last
-        for communicator in (self.nccl, self.nccl_reshard, self.nccl_replicate):
+        for communicator in (self.nccl, self.nccl_reshard, self.nccl_replicate, self.nccl_tp):
             communicator.reset()
         self.reduces = last or (self.settings.gradient_sync == "every" and not self.plan.pipeline)
         # the first reduction of a step makes the sharded gradients, later ones add to them
@@ -536,15 +540,32 @@ class Fsdp2:
             group.grads.clear()
             group.has_accumulated = True
 
+    def _sum_partial(self, group: Group, held: dict[int, Storage], dtype: DType, out: list[Instruction]) -> None:
+        """``unsharded_grad_data`` of _fsdp_param.py: DTensor gradients that are partial sums over tp are redistributed.
+
+        These are of parameters that every tensor-parallel rank has whole: norms under sequence parallelism.
+        """
+        for slot in self.partial.get(group.name, ()):
+            count = group.params[slot].num_elements
+            summed = flat_storage("gradient.summed", count, dtype, "gradients")
+            event = f"fsdp.summed.{group.name}.{slot}"
+            size = count * DTYPE_BYTES[dtype]
+            out += [Alloc(summed), copy("fsdp.sum.copy", count, dtype, dtype)]
+            out.extend(self.nccl_tp.asynchronous(event, "all_reduce", size, dtype, COMPUTE, event))
+            out += [wait(event, COMPUTE), Free(held[slot])]
+            held[slot] = summed
+
     def _reduce(self, group: Group, out: list[Instruction]) -> None:
         """``foreach_reduce``. The reduce-scatter before has its input taken away only now: one is in flight."""
         if group.has_accumulated:
-            grads: Iterable[Storage] = group.accumulated
+            held = dict(enumerate(group.accumulated))
             source = self.reduce_dtype
             group.has_accumulated = False
         else:
-            grads = tuple(group.grads.values())
+            held = group.grads
             source = self.param_dtype
+        self._sum_partial(group, held, source, out)
+        grads: Iterable[Storage] = tuple(held.values())
         group.grads.clear()
         if self.reducing is not None:
             out.append(wait(f"fsdp.reduced.{self.reducing.name}", COMPUTE))

@@ -28,6 +28,8 @@ class Plan:
     ``replicate_axis``     name of the axis over them
     ``reshard_axis``       name of the axis over which FSDP2 gathers again after resharding to fewer ranks
     ``pipeline``           other microbatches' passes run between the forward and the backward of one
+    ``tp``                 tensor-parallel ranks
+    ``partial``            (layer, parameter) whose gradients each tensor-parallel rank has a part of
     """
 
     dp: int
@@ -46,6 +48,8 @@ class Plan:
     replicate_axis: str = "dp_replicate"
     reshard_axis: str = "dp_reshard"
     pipeline: bool = False
+    tp: int = 1
+    partial: tuple[tuple[int, str], ...] = ()
 
     @property
     def loss_scaling(self) -> bool:
