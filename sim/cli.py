@@ -217,6 +217,67 @@ def validate(
 
 
 @app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan file.", show_default=False)],
+    set_: Set = None,
+    json: Json = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write the answer: JSON, CSV, plots, one HTML page, scenarios."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes; all cores if left out.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME", help="loky (this machine), dask or ray (a cluster), sequential.")
+    ] = "loky",
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="ADDRESS", help="Of the cluster's scheduler: tcp://host:8786.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Where simulations are kept; DIR/cache of --out if left out."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Search strategies and clusters: what to buy, and how to run it."""
+    from time import perf_counter
+
+    from sim.planner.answer import answer
+    from sim.planner.load import load_plan
+    from sim.planner.run import BACKENDS, Runner
+    from sim.planner.search import search
+
+    if backend not in BACKENDS:
+        raise ScenarioError([Finding("--backend", 0, f"unknown back end {backend!r}", f"write {', '.join(BACKENDS)}")])
+    began = perf_counter()
+    question = load_plan(file, set_ or ())
+    if out is not None:
+        from sim.report.save import prepare
+
+        prepare(out)
+    folder = cache or (out / "cache" if out is not None else None)
+    with _progress(f"planning {question.name}", quiet) as step:
+        with Runner(folder, jobs, backend, address) as runner:
+            found = search(question, runner, step)
+        content = answer(found)
+    if out is not None:
+        from sim.planner.save import save
+
+        with _progress(f"writing {out}", quiet):
+            save(content, out)
+    content["searched"]["seconds"] = round(perf_counter() - began, 3)
+    if json:
+        _print_json(content)
+    else:
+        from sim.planner.tables import print_answer
+
+        print_answer(_screen(), content, quiet)
+    if content["recommended"] is None:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+@app.command()
 def catalog(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="gpu, node, network, link or model.")] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them.")] = None,
@@ -300,15 +361,17 @@ def _write_scenario(text: str, out: Path | None) -> None:
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(metavar="[scenario|topology|runs]", help="Which schema.")] = "scenario",
+    kind: Annotated[str, typer.Argument(metavar="[scenario|plan|topology|runs]", help="Which schema.")] = "scenario",
 ) -> None:
     """Print a JSON Schema, for editors and other programs."""
     from sim.catalog.json_schema import topology_schema
+    from sim.planner.fields import plan_schema
     from sim.scenario.load import scenario_json_schema
     from sim.validation.runs import runs_schema
 
     kinds: dict[str, Callable[[], dict[str, Any]]] = {
         "scenario": scenario_json_schema,
+        "plan": plan_schema,
         "topology": topology_schema,
         "runs": lambda: runs_schema(scenario_json_schema()),
     }

@@ -112,8 +112,8 @@ class Failures(_Frozen):
     """Until a broken node is back."""
     spare_nodes: int | None = None
     """None: as many as keep a job from waiting in 99 of 100 failures."""
-    straggler_factor: float = Field(ge=1.0)
-    """How much longer a step takes on real GPUs of one kind than on equal ones."""
+    gpu_spread: float = Field(ge=0.0, le=0.2)
+    """Standard deviation of the speed of GPUs of one kind; all wait for the slowest."""
     checkpoint_interval_s: PositiveFloat | None = None
     """None: the best one."""
     replicas: PositiveInt = 200

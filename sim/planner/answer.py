@@ -1,0 +1,275 @@
+"""What a search means: what to buy, how to run it, why the others lose, and what would change that. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sim.planner.economics import Cost, Economics
+from sim.planner.schema import Plan
+from sim.planner.search import Discarded, Search, Tried, goal_value, keeps_goal, misses
+from sim.planner.space import Candidate, scenario_of
+from sim.units import format_bytes, format_duration, format_energy, format_money
+
+SCHEMA_VERSION = 1
+
+
+def answer(search: Search) -> dict[str, Any]:
+    """Return the answer as ``sim plan --json`` prints it, without how long it took."""
+    plan = search.plan
+    economics = Economics(plan)
+    fitting = [one for one in search.tried if one.cost is not None]
+    ranked = sorted(fitting, key=lambda one: (goal_value(plan, one.cost), one.candidate))  # type: ignore[arg-type]
+    best = next((one for one in ranked if one.cost is not None and keeps_goal(plan, one.cost)), None)
+    front = search.front
+    reference = best or (ranked[0] if ranked else None)
+    entries = {id(one): entry(plan, one, economics, _why(plan, one, reference)) for one in ranked}
+    rejected = [
+        *(_rejected(plan, one.candidate, _does_not_fit(plan, one), _nearest(search, one.candidate))
+          for one in search.tried if one.cost is None),
+        *(_rejected(plan, one.candidate, _discarded(plan, one), _nearest(search, one.candidate) if not one.by else "")
+          for one in search.discarded),
+    ]  # fmt: skip
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "plan": plan.name,
+        "question": question(plan),
+        "recommended": {**entries[id(best)], "words": recommendation(plan, best, ranked, search)} if best else None,
+        "nothing": None if best else _nothing(plan, ranked, search),
+        "front": [entries[id(one)] for one in front],
+        "ranked": [entries[id(one)] for one in ranked],
+        "rejected": rejected,
+        "searched": {
+            "candidates": search.num_candidates,
+            "pruned": len(search.discarded),
+            "pruned_by_memory": sum(one.by is None for one in search.discarded),
+            "simulated": len(search.tried),
+        },
+        "assumptions": list(plan.assumptions),
+    }
+
+
+def question(plan: Plan) -> str:
+    """Return the plan as a question of one sentence."""
+    work, goal = plan.workload, plan.goal
+    amount = f"{work.tokens:,.3g} tokens".replace("e+", "e") if work.tokens else f"{work.steps:,} steps"
+    wanted = {
+        "cheapest": "for the least money",
+        "fastest": "soonest",
+        "least_energy": "with the least energy",
+        "fewest_gpus": "on the fewest GPUs",
+        "trade_off": f"if a day sooner is worth {format_money(goal.usd_per_s * 86400)}",
+    }[goal.objective]
+    limits = ""
+    if goal.deadline_s is not None:
+        limits += f" within {format_duration(goal.deadline_s)}"
+    if goal.budget_usd is not None:
+        limits += f"{' and' if limits else ''} for at most {format_money(goal.budget_usd)}"
+    return f"What trains {model_name(plan)} on {amount}{limits}, {wanted}?"
+
+
+def model_name(plan: Plan) -> str:
+    return plan.draft.name or "the model"
+
+
+def cluster_words(plan: Plan, candidate: Candidate) -> str:
+    """Return "64 x dgx-h100 (512 GPUs)"."""
+    site = plan.sites[candidate.site]
+    nodes = -(-candidate.num_gpus // site.node.num_gpus)
+    if candidate.num_gpus < site.node.num_gpus:
+        return f"{candidate.num_gpus} GPUs of one {site.name}"
+    return f"{nodes:,} x {site.name} ({candidate.num_gpus:,} GPUs)"
+
+
+def entry(plan: Plan, one: Tried, economics: Economics, why: str) -> dict[str, Any]:
+    """Return a candidate that fits, with its figures and its scenario."""
+    cost, c, outcome = one.cost, one.candidate, one.outcome
+    assert cost is not None
+    site = plan.sites[c.site]
+    reliable = economics.reliability(c.site, c.num_gpus)
+    return {
+        "cluster": cluster_words(plan, c),
+        "node": site.node.name,
+        "network": site.network.name if site.network and c.num_gpus > site.node.num_gpus else None,
+        "num_gpus": c.num_gpus,
+        "strategy": c.words(),
+        "time_s": cost.time_s,
+        "usd": cost.usd,
+        "joules": cost.joules,
+        "power_w": cost.power_w,
+        "keeps_goal": keeps_goal(plan, cost),
+        "why": why,
+        "step": {"time_s": outcome["step_s"], **{f"{k}_s": v for k, v in outcome["parts"].items()},
+                 "mfu": outcome["mfu"], "tokens_per_s": outcome["tokens_per_s"]},
+        "memory": {"peak_device_bytes": outcome["peak_device_bytes"], "capacity_bytes": outcome["capacity_bytes"],
+                   "probability_fits": outcome["probability_fits"], "at_peak": dict(outcome["at_peak"]),
+                   "beside": dict(outcome["beside"])},
+        "money": {"gpus": cost.usd_gpus, "power": cost.usd_power, "people": cost.usd_people,
+                  "storage": cost.usd_storage, "provider": site.offer.provider, "term": site.offer.term,
+                  "usd_per_gpu_hour": site.offer.usd_per_gpu_hour, "date": site.offer.date,
+                  "source": site.offer.source},
+        "run": {"goodput": cost.goodput, "mtbf_s": reliable.mtbf_s, "checkpoint_s": reliable.checkpoint_s,
+                "checkpoint_interval_s": reliable.interval_s, "recovery_s": reliable.recovery_s,
+                "spare_nodes": reliable.spare_nodes, "straggler_factor": reliable.straggler_factor},
+        "scenario": scenario_of(plan, c),
+    }  # fmt: skip
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Search) -> str:
+    """Return the recommendation with the three figures that carry it: time, money, and what the step reaches."""
+    cost, c = best.cost, best.candidate
+    assert cost is not None
+    site = plan.sites[c.site]
+    how = {"bought": "Buy", "given": "Take", "unknown": "Take"}.get(site.offer.term, "Rent")
+    from_ = f" from {site.offer.provider} ({site.offer.term})" if how == "Rent" else ""
+    price = f" at {site.offer.usd_per_gpu_hour:.2f} USD a GPU-hour" if site.offer.usd_per_gpu_hour else ""
+    text = (
+        f"{how} {cluster_words(plan, c)}{from_}{price} and run {c.words()}. "
+        f"It takes {format_duration(cost.time_s)}, costs {format_money(cost.usd)} and draws "
+        f"{format_energy(cost.joules)}: a step of {format_duration(best.outcome['step_s'])} reaches "
+        f"{best.outcome['mfu']:.0%} of the GPUs' peak."
+    )
+    other = next((o for o in ranked if o is not best and o.candidate.site != c.site), None)
+    if other is not None and other.cost is not None:
+        name = plan.sites[other.candidate.site].name
+        text += f" The best on {name} would take {format_duration(other.cost.time_s)} and cost "
+        text += f"{format_money(other.cost.usd)}."
+    return text
+
+
+def _nothing(plan: Plan, ranked: Sequence[Tried], search: Search) -> str:
+    """Say what comes nearest where nothing keeps the plan's limits."""
+    if not ranked:
+        near = min(search.tried, key=lambda t: t.outcome["short_bytes"] or 1 << 62, default=None)
+        if near is not None:
+            return f"Nothing fits. Nearest: {cluster_words(plan, near.candidate)}, {near.candidate.words()}: " + (
+                _does_not_fit(plan, near)
+            )
+        best = min(search.discarded, key=lambda d: d.over_bytes, default=None)
+        if best is None:
+            return "No candidate is valid: no axis divides the model and the GPUs that the plan names."
+        return (
+            f"Nothing fits. Nearest: {cluster_words(plan, best.candidate)}, {best.candidate.words()}, "
+            f"{format_bytes(best.over_bytes)} over on stage {best.bound.stage} at the least."
+        )
+    near_one = min(ranked, key=lambda one: _excess(plan, one.cost))
+    assert near_one.cost is not None
+    return (
+        f"Nothing keeps the goal. Nearest: {cluster_words(plan, near_one.candidate)}, {near_one.candidate.words()}: "
+        f"{misses(plan, near_one.cost)}."
+    )
+
+
+def _excess(plan: Plan, cost: Cost | None) -> float:
+    """Return by what factor a candidate misses the limits of the goal, the worst of them."""
+    assert cost is not None
+    goal = plan.goal
+    late = cost.time_s / goal.deadline_s if goal.deadline_s else 0.0
+    dear = cost.usd / goal.budget_usd if goal.budget_usd else 0.0
+    power = cost.power_w / plan.constraints.max_power_w if plan.constraints.max_power_w else 0.0
+    return max(late, dear, power)
+
+
+def _why(plan: Plan, one: Tried, best: Tried | None) -> str:
+    """Say why a candidate that fits is not the one, by its largest loss."""
+    assert one.cost is not None
+    if best is None or one is best or best.cost is None:
+        return misses(plan, one.cost) if not keeps_goal(plan, one.cost) else ""
+    said = []
+    if not keeps_goal(plan, one.cost):
+        said.append(misses(plan, one.cost))
+    else:
+        mine, theirs = goal_value(plan, one.cost), goal_value(plan, best.cost)
+        word = {
+            "cheapest": "dearer", "fastest": "slower", "least_energy": "more energy", "fewest_gpus": "more GPUs",
+            "trade_off": "worse",
+        }[plan.goal.objective]  # fmt: skip
+        more = mine / theirs - 1 if theirs else 0.0
+        said.append(f"{more:.1%} {word}" if more >= 0.0005 else f"as good within {max(more, 0):.2%}")
+    if loss := _largest_loss(plan, one):
+        said.append(loss)
+    return "; ".join(said)
+
+
+AXES_IN_WORDS = {
+    "tp": "tensor parallelism", "dp": "data parallelism", "pp": "the pipeline's messages", "cp": "context parallelism",
+    "dp_cp": "data parallelism", "embedding": "tied embeddings", "world": "the norm of the gradients",
+}  # fmt: skip
+WORTH_SAYING = 0.10
+
+
+def _largest_loss(plan: Plan, one: Tried) -> str:
+    """Name the largest part of the step in which nothing useful is computed, if it is worth it."""
+    outcome, c = one.outcome, one.candidate
+    step = outcome["step_s"]
+    site = plan.sites[c.site]
+    exposed, bubble = outcome["parts"]["exposed_communication"] / step, outcome["parts"]["bubble"] / step
+    if max(exposed, bubble) < WORTH_SAYING:
+        if c.recompute == "full":
+            return "a quarter of its kernels' time is spent on computing activations again"
+        return ""
+    if bubble > exposed:
+        return f"the pipeline of {c.pp} stages is empty for {bubble:.0%} of the step"
+    axis = max(outcome["exposed"], key=lambda name: (outcome["exposed"][name], name), default="dp")
+    short = axis.split(".")[0]
+    name = AXES_IN_WORDS.get(short, axis)
+    wires = {kind for _, _, kind, _ in site.node.wires}
+    fast = any(kind.startswith(("nvlink", "xgmi", "nvswitch")) for kind in wires)
+    inside = short == "tp" and c.tp <= site.node.num_gpus
+    over = ("NVLink" if fast else "PCIe") if inside else (site.network.name if site.network else "the node")
+    return f"{name} across {over}: {exposed:.0%} of the step is exposed communication"
+
+
+def _does_not_fit(plan: Plan, one: Tried) -> str:
+    outcome = one.outcome
+    if outcome["short_bytes"]:
+        return f"does not fit: {format_bytes(outcome['short_bytes'])} over on stage {outcome['short_stage']}"
+    if outcome["host_short_bytes"]:
+        return f"does not fit: a node's host memory lacks {format_bytes(outcome['host_short_bytes'])}"
+    free = outcome["capacity_bytes"] - outcome["peak_device_bytes"]
+    return (
+        f"fits with {format_bytes(max(0, free))} free, less than the margin of {plan.constraints.memory_margin:.0%} "
+        "that the plan asks for"
+    )
+
+
+def _discarded(plan: Plan, one: Discarded) -> str:
+    if one.by is None:
+        return f"does not fit: at least {format_bytes(one.over_bytes)} over on stage {one.bound.stage}"
+    assert one.by.cost is not None
+    theirs = one.by.cost
+    return (
+        f"at best {format_duration(one.best.time_s)} and {format_money(one.best.usd)}; "
+        f"{cluster_words(plan, one.by.candidate)} with {one.by.candidate.words()} takes "
+        f"{format_duration(theirs.time_s)} and {format_money(theirs.usd)}"
+    )
+
+
+def _rejected(plan: Plan, candidate: Candidate, why: str, nearest: str) -> dict[str, Any]:
+    found = {"candidate": f"{cluster_words(plan, candidate)}: {candidate.words()}", "why": why}
+    return {**found, "nearest_change": nearest} if nearest else found
+
+
+_CHANGES = ("recompute", "micro_batch_size", "zero", "shard_size", "vpp", "tp", "pp", "cp")
+
+
+def _nearest(search: Search, candidate: Candidate) -> str:
+    """Return the smallest change of a candidate that does not fit which was simulated and fits ("" if none was)."""
+    best: tuple[int, int, Candidate] | None = None
+    for one in search.tried:
+        other = one.candidate
+        if one.cost is None or (other.site, other.num_gpus, other.framework) != (
+            candidate.site, candidate.num_gpus, candidate.framework,
+        ):  # fmt: skip
+            continue
+        changed = [i for i, name in enumerate(_CHANGES) if getattr(other, name) != getattr(candidate, name)]
+        if changed and (best is None or (len(changed), sum(changed), other) < best):
+            best = (len(changed), sum(changed), other)
+    if best is None or best[0] > 3:
+        return ""
+    other = best[2]
+    names = [name for name in _CHANGES if getattr(other, name) != getattr(candidate, name)]
+    return "fits with " + ", ".join(f"{name} {getattr(other, name)}" for name in names)

@@ -1,0 +1,127 @@
+"""The run, not only the step: failures, checkpoints, restarts, spare nodes, stragglers.
+
+A cluster of N GPUs in n nodes is interrupted at the rate  1/M = N / (MTBF of a GPU) + n / (MTBF of a node's rest).
+After an interruption the job waits for detection, perhaps for a node, and for the restart (R together), and does again
+what it had done since the last checkpoint. A checkpoint every tau seconds of work takes delta. Expected wall time:
+
+    T_wall = M e^(R/M) (e^((tau + delta)/M) - 1) T_work / tau
+
+Source: Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22 (2006), eq. 20.
+Its minimum is near tau = sqrt(2 delta M) - delta (Young, CACM 17 (1974), first order; Daly's eq. 37 is the higher one).
+
+Stragglers: all wait for the slowest of N GPUs whose speeds are normal with standard deviation s: a step is longer by
+s times the expected largest of N standard normals (Blom's quantile, "Statistical Estimates", 1958).
+
+Leaves out: several nodes failing at once, checkpoints that fail, work that goes on at a smaller size meanwhile.
+Checked by: sim/engine/outages.py, which simulates the same run event by event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, expm1, sqrt
+from statistics import NormalDist
+
+from sim.planner.schema import Plan, Site
+
+ENOUGH_SPARES = 0.99
+"""Share of failures at which a spare node stands ready, where the planner chooses their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """How a cluster fails and goes on.
+
+    ``mtbf_s`` between interruptions of the job; ``recovery_s`` from one to the next step of training, lost work apart;
+    ``checkpoint_s`` of one, every ``interval_s`` of work.
+    """
+
+    mtbf_s: float
+    recovery_s: float
+    checkpoint_s: float
+    interval_s: float
+    spare_nodes: int
+    straggler_factor: float
+
+    def expected_s(self, work_s: float) -> float:
+        """Return the expected wall time of so much work."""
+        return expected_s(work_s, self.mtbf_s, self.recovery_s, self.checkpoint_s, self.interval_s)
+
+
+def expected_s(work_s: float, mtbf_s: float, recovery_s: float, checkpoint_s: float, interval_s: float) -> float:
+    """Return Daly's expected wall time. One interval at least is worked through."""
+    interval_s = min(interval_s, work_s) or 1e-9
+    grown = expm1(min(500.0, (interval_s + checkpoint_s) / mtbf_s))
+    return mtbf_s * exp(min(500.0, recovery_s / mtbf_s)) * grown * work_s / interval_s
+
+
+def young_s(mtbf_s: float, checkpoint_s: float) -> float:
+    """Return Young's optimal interval of work between checkpoints, to first order: sqrt(2 delta M)."""
+    return sqrt(2 * checkpoint_s * mtbf_s)
+
+
+def daly_s(mtbf_s: float, checkpoint_s: float) -> float:
+    """Return Daly's optimal interval, to higher order (eq. 37); M itself where checkpoints take longer than 2 M."""
+    if checkpoint_s >= 2 * mtbf_s:
+        return mtbf_s
+    x = checkpoint_s / (2 * mtbf_s)
+    return sqrt(2 * checkpoint_s * mtbf_s) * (1 + sqrt(x) / 3 + x / 9) - checkpoint_s
+
+
+def slowest_of(num_gpus: int, spread: float) -> float:
+    """Return how much longer all take that wait for the slowest of so many."""
+    if num_gpus <= 1 or not spread:
+        return 1.0
+    return 1.0 + spread * NormalDist().inv_cdf((num_gpus - 0.375) / (num_gpus + 0.25))
+
+
+def spares_for(failures_per_s: float, repair_s: float) -> int:
+    """Return the spare nodes with which a failure finds one ready in 99 of 100 cases.
+
+    Nodes under repair at one time are Poisson with mean rate * repair time (an M/G/infinity queue).
+    """
+    mean, spares = failures_per_s * repair_s, 0
+    term = total = exp(-min(700.0, mean))
+    while total < ENOUGH_SPARES and spares < 10_000:
+        spares += 1
+        term *= mean / spares
+        total += term
+    return spares
+
+
+def waiting_s(failures_per_s: float, repair_s: float, spares: int) -> float:
+    """Return the mean wait for a node at a failure: none where a spare is ready, else for the next repair.
+
+    With k > spares nodes away the next comes back after repair / (k + 1) on average.
+    """
+    mean = failures_per_s * repair_s
+    term, wait = exp(-min(700.0, mean)), 0.0
+    for away in range(10_000):
+        if away >= spares:
+            wait += term * repair_s / (away + 1)
+        term *= mean / (away + 1)
+        if away > mean and term < 1e-12:
+            break
+    return wait
+
+
+def reliability(plan: Plan, site: Site, num_gpus: int) -> Reliability:
+    """Return how a cluster of a plan fails and goes on."""
+    failures, storage = plan.failures, plan.storage
+    nodes = -(-num_gpus // site.node.num_gpus)
+    rate = num_gpus / failures.gpu_mtbf_s + nodes / failures.node_mtbf_s
+    spares = failures.spare_nodes if failures.spare_nodes is not None else spares_for(rate, failures.repair_s)
+    checkpoint_s = (
+        plan.num_parameters
+        * storage.bytes_per_parameter
+        / min(nodes * storage.write_bytes_per_s_per_node, storage.write_bytes_per_s)
+    )
+    recovery_s = failures.detect_s + failures.restart_s + waiting_s(rate, failures.repair_s, spares)
+    return Reliability(
+        mtbf_s=1 / rate,
+        recovery_s=recovery_s,
+        checkpoint_s=checkpoint_s,
+        interval_s=failures.checkpoint_interval_s or max(1.0, daly_s(1 / rate, checkpoint_s)),
+        spare_nodes=spares,
+        straggler_factor=slowest_of(num_gpus, failures.gpu_spread),
+    )

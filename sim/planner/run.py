@@ -1,0 +1,134 @@
+"""Simulations of a wave: in this process, on all cores, or on a cluster, through a cache that survives a kill.
+
+A trial is found again by the content of its scenario, of the model's file and of the program itself. Entries are
+written to a temporary name and renamed, so that a file is whole or absent whenever the process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from sim.planner.trial import VERSION, trial
+
+BACKENDS = ("loky", "sequential", "dask", "ray")
+
+
+@cache
+def program_digest() -> str:
+    """Return a digest of the program's own files: another program may answer otherwise."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    folders = [root, root.parent / "topologies"]
+    for folder in folders:
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml", ".json") and p.is_file()):
+            if "planner" in path.parts and path.name != "trial.py":
+                continue
+            digest.update(str(path.relative_to(folder)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def key_of(scenario: dict[str, Any], folder: str) -> str:
+    """Return the name under which a trial is found again."""
+    files = []
+    for value in (scenario.get("model"), scenario.get("cluster", {}).get("node")):
+        name = value.get("config") if isinstance(value, dict) else value
+        if isinstance(name, str) and ("/" in name or name.endswith((".json", ".yaml", ".yml"))):
+            path = Path(folder) / name
+            files.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+    text = json.dumps([VERSION, program_digest(), scenario, files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Runner:
+    """Simulates scenarios, those that are new to the cache on ``jobs`` processes of a joblib back end.
+
+    A context: ``address`` is the scheduler of a Dask cluster; without one a local cluster is started.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path | None = None,
+        jobs: int | None = None,
+        backend: str = "loky",
+        address: str | None = None,
+    ) -> None:
+        self._dir = cache_dir
+        self._jobs = jobs or num_cores()
+        self._backend = backend if self._jobs > 1 or backend not in ("loky",) else "sequential"
+        self._address = address
+        self._cluster = contextlib.ExitStack()
+        self.num_simulated = 0
+        """Trials that were not in the cache."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._cluster.close()
+
+    def run(self, scenarios: Sequence[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
+        """Return the outcomes in the order given. Each is in the cache as soon as it is known."""
+        keys = [key_of(scenario, folder) for scenario in scenarios]
+        known = {key: found for key in dict.fromkeys(keys) if (found := self._read(key)) is not None}
+        new = {key: scenario for key, scenario in zip(keys, scenarios, strict=True) if key not in known}
+        for key, outcome in self._simulate(new, folder):
+            known[key] = outcome
+            self._write(key, outcome)
+            self.num_simulated += 1
+        return [known[key] for key in keys]
+
+    def _simulate(self, new: dict[str, dict[str, Any]], folder: str) -> Any:
+        if not new:
+            return
+        if self._backend == "sequential" or (self._backend == "loky" and len(new) == 1):
+            for key, scenario in new.items():
+                yield key, trial(scenario, folder)
+            return
+        from joblib import Parallel, delayed
+
+        options = {"n_jobs": self._jobs} if self._backend == "loky" else {"n_jobs": -1}
+        parallel = Parallel(backend=self._backend, return_as="generator_unordered", batch_size=1, **options)
+        yield from parallel(delayed(_keyed)(key, scenario, folder) for key, scenario in new.items())
+
+    def _path(self, key: str) -> Path:
+        assert self._dir is not None
+        return self._dir / f"{key}.json"
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        if self._dir is None:
+            return None
+        try:
+            found = json.loads(self._path(key).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.get("version") == VERSION else None
+
+    def _write(self, key: str, outcome: dict[str, Any]) -> None:
+        if self._dir is None:
+            return
+        self._dir.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self._dir, prefix=".", suffix=".new")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(outcome, file)
+        Path(name).replace(self._path(key))
+
+
+def _keyed(key: str, scenario: dict[str, Any], folder: str) -> tuple[str, dict[str, Any]]:
+    """In a process of its own, which makes no cycles worth collecting between trials."""
+    gc.disable()
+    return key, trial(scenario, folder)
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

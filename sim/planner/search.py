@@ -1,0 +1,176 @@
+"""The search: bounds first, simulations best first, until what is left cannot be on the front.
+
+A candidate is discarded only where its lower bound says so: it holds more memory than the GPU has, or a simulated
+candidate is at least as good as its bound in time, money, energy and GPUs. Both cannot discard a candidate of the
+front, so the front is that of an exhaustive search (tests/laws/test_planner_laws.py).
+
+Candidates are simulated in waves: the next wave is chosen from what all waves before it have shown, and its size does
+not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sim.planner.bounds import Bound, Bounds
+from sim.planner.economics import Cost, Economics
+from sim.planner.schema import Plan
+from sim.planner.space import Candidate, candidates, scenario_of
+from sim.units import format_duration, format_money, format_power
+
+WAVE = 8
+"""Candidates of a wave."""
+
+
+class Runner(Protocol):
+    """Whoever simulates the scenarios of a wave, in the order given."""
+
+    def run(self, scenarios: Sequence[dict[str, Any]], folder: str) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A candidate that was simulated. ``cost`` is None where it does not fit."""
+
+    candidate: Candidate
+    bound: Bound
+    outcome: Mapping[str, Any]
+    cost: Cost | None
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """A candidate that its bound excludes. ``by`` is what it cannot beat; None where it cannot fit."""
+
+    candidate: Candidate
+    bound: Bound
+    best: Cost
+    by: Tried | None
+    over_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Search:
+    """What a search found."""
+
+    plan: Plan
+    num_candidates: int = 0
+    tried: list[Tried] = field(default_factory=list)
+    discarded: list[Discarded] = field(default_factory=list)
+
+    @property
+    def front(self) -> list[Tried]:
+        """What nothing tried is better than, in the order of time."""
+        return front(self.tried)
+
+
+def front(tried: Iterable[Tried]) -> list[Tried]:
+    """Return what nothing else is better than or as good as; of equals the one that was generated first."""
+    fitting = [one for one in tried if one.cost is not None]
+    fitting.sort(key=lambda one: (one.cost.objectives() if one.cost else (), one.candidate))
+    found: list[Tried] = []
+    for one in fitting:
+        assert one.cost is not None
+        if not any(_dominates(other.cost, one.cost.objectives()) for other in found if other.cost):
+            found.append(one)
+    return found
+
+
+def _dominates(cost: Cost, other: tuple[float, float, float, int]) -> bool:
+    return all(mine <= theirs for mine, theirs in zip(cost.objectives(), other, strict=True))
+
+
+def search(
+    plan: Plan, runner: Runner, say: Callable[[str], None] = lambda words: None, *, exhaustive: bool = False
+) -> Search:
+    """Return every candidate of a plan, tried or discarded. ``exhaustive``: try all, whatever the bounds say."""
+    economics, bounds = Economics(plan), Bounds(plan)
+    found = Search(plan)
+    every = candidates(plan)
+    found.num_candidates = len(every)
+    say(f"{len(every):,} candidates")
+    queue: list[tuple[float, Candidate, Bound, Cost]] = []
+    for candidate in every:
+        bound = bounds.bound(candidate)
+        best = economics.cost(candidate, bound.time_s, min(bound.compute_s, bound.time_s))
+        room = plan.sites[candidate.site].gpu.total_memory_bytes * (1 - plan.constraints.memory_margin)
+        if bound.memory_bytes > room and not exhaustive:
+            found.discarded.append(Discarded(candidate, bound, best, None, int(bound.memory_bytes - room)))
+            continue
+        queue.append((_rank(plan, best), candidate, bound, best))
+    queue.sort(key=lambda entry: entry[:2])
+    fitting: list[Tried] = []
+    while queue:
+        wave: list[tuple[float, Candidate, Bound, Cost]] = []
+        rest: list[tuple[float, Candidate, Bound, Cost]] = []
+        for entry in queue:
+            _, candidate, bound, best = entry
+            by = None if exhaustive else next((t for t in fitting if _beats(t, best)), None)
+            if by is not None:
+                found.discarded.append(Discarded(candidate, bound, best, by))
+            elif len(wave) < WAVE:
+                wave.append(entry)
+            else:
+                rest.append(entry)
+        queue = rest
+        if not wave:
+            break
+        outcomes = runner.run([scenario_of(plan, entry[1]) for entry in wave], plan.folder)
+        for (_, candidate, bound, _), outcome in zip(wave, outcomes, strict=True):
+            one = Tried(candidate, bound, outcome, _cost(plan, economics, candidate, bound, outcome))
+            found.tried.append(one)
+            if one.cost is not None:
+                fitting.append(one)
+        say(f"{len(found.tried):,} simulated, {len(queue):,} left of {len(every):,}")
+    return found
+
+
+def _beats(tried: Tried, bound: Cost) -> bool:
+    return tried.cost is not None and _dominates(tried.cost, bound.objectives())
+
+
+def _cost(
+    plan: Plan, economics: Economics, candidate: Candidate, bound: Bound, outcome: Mapping[str, Any]
+) -> Cost | None:
+    room = outcome["capacity_bytes"] * (1 - plan.constraints.memory_margin)
+    if not outcome["fits"] or outcome["peak_device_bytes"] > room:
+        return None
+    step_s = outcome["step_s"]
+    return economics.cost(candidate, step_s, min(bound.compute_s, step_s))
+
+
+def goal_value(plan: Plan, cost: Cost) -> float:
+    """Return by what the goal orders candidates: less is better."""
+    goal = plan.goal
+    return {
+        "cheapest": cost.usd,
+        "fastest": cost.time_s,
+        "least_energy": cost.joules,
+        "fewest_gpus": cost.num_gpus + cost.time_s * 1e-12,
+        "trade_off": cost.usd + goal.usd_per_s * cost.time_s,
+    }[goal.objective]
+
+
+def keeps_goal(plan: Plan, cost: Cost) -> bool:
+    """Whether a cost keeps deadline, budget and power of a plan."""
+    return not misses(plan, cost)
+
+
+def misses(plan: Plan, cost: Cost) -> str:
+    """Say which limits of a plan a cost does not keep, and by how much; "" if it keeps all."""
+    goal, limit = plan.goal, plan.constraints.max_power_w
+    said = []
+    if goal.deadline_s is not None and cost.time_s > goal.deadline_s:
+        said.append(f"{format_duration(cost.time_s - goal.deadline_s)} too late")
+    if goal.budget_usd is not None and cost.usd > goal.budget_usd:
+        said.append(f"{format_money(cost.usd - goal.budget_usd)} over the budget")
+    if limit is not None and cost.power_w > limit:
+        said.append(f"draws {format_power(cost.power_w)}, {format_power(cost.power_w - limit)} too much")
+    return " and ".join(said)
+
+
+def _rank(plan: Plan, cost: Cost) -> float:
+    """Return the order in which candidates are tried: by the goal, those that miss a limit after all others."""
+    return goal_value(plan, cost) + (0.0 if keeps_goal(plan, cost) else 1e15)
