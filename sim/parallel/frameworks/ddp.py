@@ -14,6 +14,7 @@ Source: torch/nn/parallel/distributed.py and torch/csrc/distributed/c10d/reducer
 * ``no_sync`` on all microbatches but the last of a step: gradients only accumulate. A static graph cannot start with
   it: its first backward has to synchronise (reducer.cpp asserts so).
 * Registered buffers are broadcast before a forward that follows a synchronised backward, coalesced by dtype.
+* One rank alone is not wrapped, as Accelerate, Lightning Fabric and the Hugging Face Trainer leave it: no buckets.
 * The optimizer is torch's, with its states made in the first step.
 
 Leaves out: the host's walk through the autograd graph under ``find_unused_parameters``.
@@ -106,7 +107,7 @@ class Ddp:
             out.extend(Alloc(Storage(f"{layer.kind}.{t.name}", t.num_bytes, "buffers")) for t in layer.buffers)
         out.append(Mark("setup", "reducer"))
         out.extend(Alloc(bucket) for bucket in self.buckets)
-        if self.settings.find_unused_parameters or self.settings.static_graph:
+        if self.num_ranks > 1 and (self.settings.find_unused_parameters or self.settings.static_graph):
             out.append(Alloc(Storage("used parameters", INDEX_BYTES * len(self.sizes), "buffers")))
         return tuple(out)
 
@@ -117,7 +118,7 @@ class Ddp:
         host reads both.
         """
         self.is_first_step = False
-        if self.finds_unused:
+        if self.finds_unused or self.num_ranks == 1:
             return ()
         old = self.buckets
         self.use_buckets(first_step=False)
@@ -134,7 +135,9 @@ class Ddp:
         element = DTYPE_BYTES[self.dtype]
         given = self.settings.bucket_cap_mb
         first, cap = (FIRST_BUCKET_BYTES, BUCKET_BYTES) if given is None else (int(given * 2**20),) * 2
-        if self.finds_unused:
+        if self.num_ranks == 1:
+            assignment: list[list[_Key]] = []
+        elif self.finds_unused:
             assignment = self._filled(tuple(self.sizes), first, cap)[::-1]
         elif first_step:
             assignment = [list(self.order)]
@@ -216,7 +219,7 @@ class Ddp:
         else:
             out.append(Compute("accumulate gradient", Pointwise("elementwise", (tensor, tensor), (tensor,))))
             out.append(Free(gradient))
-        if not self.last:
+        if not self.last or self.num_ranks == 1:
             return out
         number = self.bucket_of[key]
         out.append(Compute("copy to bucket", Pointwise("elementwise", (tensor,), (tensor,))))
