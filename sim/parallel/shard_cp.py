@@ -11,8 +11,9 @@ head_dim].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sim.ir.ledger import (
     Attention,
@@ -42,13 +43,13 @@ def shard_cp(layer: Layer, plan: ShardPlan) -> Layer:
             forward.append(_divided(op, plan.cp))
             continue
         call = kept[op.name] = _Call.of(op, kernel, plan)
-        forward.extend(_FORWARD[plan.cp_comm](call, op))
+        forward.extend(_FORWARD[_way(plan)](call, op))
     for op in layer.backward:
         if _attention(op) is None:
             backward.append(_divided(op, plan.cp))
             continue
         (released,) = op.releases
-        backward.extend(_BACKWARD[plan.cp_comm](kept[released], op))
+        backward.extend(_BACKWARD[_way(plan)](kept[released], op))
     return replace(
         layer,
         forward=tuple(forward),
@@ -57,6 +58,11 @@ def shard_cp(layer: Layer, plan: ShardPlan) -> Layer:
         output=None if layer.output is None else divide_seq(layer.output, plan.cp),
         buffers=tuple(divide_seq(t, plan.cp) for t in layer.buffers),
     )
+
+
+def _way(plan: ShardPlan) -> str:
+    """torch's ``context_parallel`` has ways of its own; heads for sequence is the same whoever does it."""
+    return f"torch.{plan.cp_comm}" if plan.style == "dtensor" and plan.cp_comm != "a2a" else plan.cp_comm
 
 
 def _attention(op: Op) -> Attention | None:
@@ -375,5 +381,146 @@ def _kernel_by_head(kernel: Kernel, cp: int) -> Kernel:
     )
 
 
-_FORWARD = {"p2p": _ring_forward, "all_gather": _gather_forward, "a2a": _ulysses_forward}
-_BACKWARD = {"p2p": _ring_backward, "all_gather": _gather_backward, "a2a": _ulysses_backward}
+# --- torch's ring (_templated_ring_attention) ------------------------------------------------------
+#
+# Source: torch/distributed/tensor/experimental/_context_parallel/_attention.py of PyTorch 2.13. Keys and values travel
+# as one tensor, either all of them in one gather ("allgather", torch's default) or one hop at a time
+# (``permute_tensor``, "alltoall"). Outputs are merged step by step in fp32. Backward fetches keys and values again, and
+# sends their gradients round in fp32, a hop a step, the last one home.
+
+
+def _visiting(call: _Call, op: Op, name: str, *, gathers: bool) -> tuple[list[list[Op]], list[str]]:
+    """Return the exchanges to be issued before each step, and where each step's keys and values are."""
+    more = {"module": op.module, "region": op.region, "releases": op.releases}
+    local = Tensor("", (), call.dtype)
+
+    def cat(i: int, source: tuple[str, ...]) -> Op:
+        sent = replace(local, name=f"{name}.kv{i}.sent", shape=call.tensor("", pair=2).shape)
+        return Op(f"{name}.cat{i}", (Pointwise("copy", (sent,), (sent,)),), source, (sent,), **more)  # type: ignore[arg-type]
+
+    before: list[list[Op]] = [[] for _ in range(call.cp)]
+    places = [""]
+    for i in range(call.cp - 1):
+        if gathers and i:
+            places.append(places[-1])
+            continue
+        first = cat(i, call.reads if i == 0 else (places[-1],))
+        target = replace(call.tensor("", pair=2, whole=gathers), name=f"{name}.kv{i + 1}")
+        message = target if gathers else first.writes[0]
+        exchange = Exchange(
+            "all_gather" if gathers else "send_recv", CP_AXIS if gathers else CP_RING_AXIS, message, blocking=False
+        )
+        moved = Op(f"{name}.fetch{i}", (), (first.writes[0].name,), (target,), exchange=exchange, **more)  # type: ignore[arg-type]
+        before[i] += [first, moved]
+        places.append(target.name)
+    return before, places
+
+
+def _fetch_of(name: str, i: int, *, gathers: bool) -> tuple[str, ...]:
+    """Return the exchange that a step waits for."""
+    if i == 0 or (gathers and i > 1):
+        return ()
+    return (f"{name}.fetch{i - 1}",)
+
+
+def _torch_forward(call: _Call, op: Op, *, gathers: bool) -> Iterator[Op]:
+    """cp steps, each merged into the sum of those before; what is saved is local, as without context parallelism."""
+    name, module, region = op.name, op.module, op.region
+    before, places = _visiting(call, op, name, gathers=gathers)
+    lse_before = ""
+    whole = [Tensor(f"{name}.merged{i}", call.out.shape, "fp32") for i in range(call.cp)]
+    lses = [replace(call.lse, name=f"{name}.logsumexp{i}") for i in range(call.cp)]
+    for i in range(call.cp):
+        yield from before[i]
+        out, lse = replace(call.out, name=f"{name}.out{i}"), replace(call.lse, name=f"{name}.step_lse{i}")
+        yield Op(
+            f"{name}.step{i}", (call.part("forward", i),), (call.reads if i == 0 else (call.query, places[i])),
+            (out, lse), module=module, region=region, awaits=_fetch_of(name, i, gathers=gathers),
+        )  # fmt: skip
+        block = Tensor(f"{name}.block{i}", call.out.shape, "fp32")
+        cast = Pointwise("copy", (out,), (whole[i] if i == 0 else block,))
+        if i == 0:
+            copied = (Pointwise("copy", (lse,), (lses[0],)),)
+            yield Op(
+                f"{name}.merge0", (cast, *copied), (out.name, lse.name), (whole[0], lses[0]), module=module,
+                region=region,
+            )  # fmt: skip
+        else:
+            difference = replace(block, name=f"{name}.difference{i}")
+            yield Op(
+                f"{name}.merge{i}",
+                (
+                    cast,
+                    Pointwise("elementwise", (lse, lses[i - 1]), (lses[i],), 2),
+                    Pointwise("elementwise", (whole[i - 1], block), (difference,)),
+                    Pointwise("elementwise", (difference, lse), (difference,)),
+                    Pointwise("elementwise", (whole[i - 1], difference), (whole[i],)),
+                    Pointwise("elementwise", (lse, lses[i - 1]), (lses[i],), 3),
+                ),
+                (out.name, lse.name, whole[i - 1].name, lse_before), (whole[i], lses[i]), scratch=(block, difference),
+                module=module, region=region,
+            )  # fmt: skip
+        lse_before = lses[i].name
+    saves = (*call.reads, call.out.name, call.lse.name, call.state.name)
+    kernels = (Pointwise("copy", (whole[-1],), (call.out,)), Pointwise("copy", (lses[-1],), (call.lse,)))
+    yield Op(
+        name, kernels, (*call.reads, whole[-1].name, lse_before), (call.out,), saves, (call.lse, call.state),
+        module=module, region=region,
+    )  # fmt: skip
+
+
+def _torch_backward(call: _Call, op: Op, *, gathers: bool) -> Iterator[Op]:
+    """cp steps; gradients of keys and values go round in fp32, and come home after the last."""
+    name, cp = op.name, call.cp
+    more = {"module": op.module, "region": op.region, "releases": op.releases}
+    dq, dk, dv = (divide_seq(t, cp) for t in op.writes)
+    scratch = tuple(divide_seq(t, cp) for t in op.scratch)
+    extra = tuple(_divided_kernel(op, k, cp) for k in op.kernels[1:])
+    saved = (op.reads[0], *call.reads, call.out.name, call.lse.name, call.state.name)
+    total = Tensor(f"{name}.grad_query", dq.shape, "fp32")
+    pair = replace(call.tensor("", pair=2), dtype="fp32")
+    start = replace(pair, name=f"{name}.grad_kv")
+    before, places = _visiting(call, op, name, gathers=gathers)
+    zero = (Pointwise("elementwise", (), (total,)), Pointwise("elementwise", (), (start,)))
+    yield Op(f"{name}.start", zero, saved[1:2], (total, start), **more)  # type: ignore[arg-type]
+    summed, awaits = start.name, ()  # type: str, tuple[str, ...]
+    for i in range(cp):
+        yield from before[i]
+        own = call.tensor(f"backward.grad_kv{i}", pair=2)
+        part = replace(dq, name=f"{name}.dq{i}")
+        keys = () if i == 0 else (places[i],)
+        yield Op(
+            f"{name}.step{i}", (call.part("backward", i), *extra), (*saved, *keys), (part, own), scratch=scratch,
+            awaits=_fetch_of(name, i, gathers=gathers), **more,  # type: ignore[arg-type]
+        )  # fmt: skip
+        sent, back = replace(pair, name=f"{name}.grad_kv{i}.sent"), replace(pair, name=f"{name}.grad_kv{i}.home")
+        adds = (
+            Pointwise("elementwise", (start, own), (start,)),
+            Pointwise("elementwise", (total, part), (total,)),
+            Pointwise("copy", (start,), (sent,)),
+        )
+        yield Op(
+            f"{name}.add{i}", adds, (own.name, part.name, summed, total.name), (sent,), awaits=awaits,
+            **more,  # type: ignore[arg-type]
+        )  # fmt: skip
+        exchange = Exchange("send_recv", CP_RING_AXIS, sent, blocking=False)
+        yield Op(f"{name}.send{i}", (), (sent.name,), (back,), exchange=exchange, **more)  # type: ignore[arg-type]
+        summed, awaits = back.name, (f"{name}.send{i}",)
+    casts = (Pointwise("copy", (total,), (dq,)), Pointwise("copy", (start,), (dk, dv)))
+    yield Op(name, casts, (*saved, total.name, summed), (dq, dk, dv), awaits=awaits, **more)  # type: ignore[arg-type]
+
+
+_FORWARD: dict[str, Callable[[_Call, Op], Iterator[Op]]] = {
+    "p2p": _ring_forward,
+    "all_gather": _gather_forward,
+    "a2a": _ulysses_forward,
+    "torch.p2p": partial(_torch_forward, gathers=False),
+    "torch.all_gather": partial(_torch_forward, gathers=True),
+}
+_BACKWARD: dict[str, Callable[[_Call, Op], Iterator[Op]]] = {
+    "p2p": _ring_backward,
+    "all_gather": _gather_backward,
+    "a2a": _ulysses_backward,
+    "torch.p2p": partial(_torch_backward, gathers=False),
+    "torch.all_gather": partial(_torch_backward, gathers=True),
+}

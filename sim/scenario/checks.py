@@ -383,11 +383,12 @@ def expert_parallelism_divides(d: Draft) -> Iterator[Problem]:
 
 def context_parallelism_divides(d: Draft) -> Iterator[Problem]:
     """Each rank holds two equal pieces of the sequence, an early and a late one, so that a causal mask is fair."""
-    pieces = 2 * d.cp if d.cp > 1 else 1
+    twice = "" if d.framework == "deepspeed" else "2 * "  # by heads, without load balance
+    pieces = d.cp * (2 if twice else 1) if d.cp > 1 else 1
     if d.sequence_length % pieces:
         yield Problem(
             ("training", "sequence_length"),
-            f"training.sequence_length = {d.sequence_length} does not divide into 2 * cp = {pieces} pieces",
+            f"training.sequence_length = {d.sequence_length} does not divide into {twice}cp = {pieces} pieces",
             write("sequence_length", multiples(pieces, d.sequence_length)),
         )
 
@@ -436,12 +437,24 @@ def heads_divide_over_context(d: Draft) -> Iterator[Problem]:
         yield Problem(
             ("parallelism", "cp_comm"),
             f"cp_comm a2a: {kv} key heads do not divide over tp {d.tp} * cp {d.cp}",
-            "write cp_comm: p2p, or fewer context-parallel ranks",
+            "write framework: megatron, whose ring needs no heads, or fewer context-parallel ranks"
+            if d.framework == "deepspeed"
+            else "write cp_comm: p2p, or fewer context-parallel ranks",
+        )
+
+
+def exchange_is_the_frameworks(d: Draft) -> Iterator[Problem]:
+    """DeepSpeed's sequence parallelism exchanges heads for sequence alone (deepspeed/sequence/layer.py)."""
+    if d.framework == "deepspeed" and d.cp > 1 and d.cp_comm != "a2a":
+        yield Problem(
+            ("parallelism", "cp_comm"),
+            f"cp_comm {d.cp_comm} is not DeepSpeed's: Ulysses exchanges heads for sequence",
+            "write cp_comm: a2a, or framework: megatron or fsdp2",
         )
 
 
 def context_parallelism_has_a_kernel(d: Draft) -> Iterator[Problem]:
-    """A ring adds up what fused kernels give of each piece, by their log-sum-exp; a matrix of scores has none.
+    """Exchanges are of fused kernels: a ring adds up their outputs by the log-sum-exp, which scores do not have.
 
     ``math`` has no kernel in torch's context_parallel or Transformer Engine's; scaled_dot_product_attention falls back
     to it where neither flash nor the memory-efficient kernel takes the inputs
@@ -451,7 +464,7 @@ def context_parallelism_has_a_kernel(d: Draft) -> Iterator[Problem]:
         return
     path, usable = ("training", "attention"), "write attention: sdpa or flash-2, or leave cp out"
     if d.attention == "math":
-        yield Problem(path, f"attention math does not go with cp {d.cp}: a ring needs a fused kernel", usable)
+        yield Problem(path, f"attention math does not go with cp {d.cp}, which needs a fused kernel", usable)
         return
     heads, kv = d.model.num_attention_heads, d.model.num_key_value_heads
     if d.attention != "sdpa" or d.code == "megatron" or kv == heads:
@@ -737,6 +750,7 @@ RULES: tuple[Rule, ...] = (
     heads_divide_over_context,
     optimizer_steps_there,
     loss_is_the_codes,
+    exchange_is_the_frameworks,
     context_parallelism_has_a_kernel,
     key_heads_divide,
     embeddings_stay_tied,

@@ -37,6 +37,9 @@ _MODEL_DEFAULTS = {
     name: spec.default for name, spec in ModelConfig.model_fields.items() if not spec.is_required() and name != "name"
 }
 
+_CP_COMM = {"fsdp2": "all_gather", "deepspeed": "a2a"}
+"""Megatron's is p2p, torch's ``context_parallel`` gathers unless told otherwise, DeepSpeed's Ulysses swaps heads."""
+
 
 class _Resolver:
     """One resolution: the document, what is wrong so far, and where each default comes from."""
@@ -417,7 +420,9 @@ class _Resolver:
         if "order" not in wrong:
             d.order = values.get("order")
         if "cp_comm" not in wrong:
-            d.cp_comm = values.get("cp_comm", "p2p")
+            d.cp_comm = values.get("cp_comm") or _CP_COMM.get(framework or "", "p2p")
+            if "cp_comm" not in values and values.get("cp", 1) > 1:
+                self.sources["parallelism.cp_comm"] = f"{framework or 'Megatron'}'s default"
         if "schedule" not in wrong:
             d.schedule = values.get("schedule", "interleaved" if values.get("vpp", 1) > 1 else "1f1b")
             if "schedule" not in values:

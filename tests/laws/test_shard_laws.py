@@ -77,6 +77,7 @@ context_plans = st.builds(
     sp=st.booleans(),
     cp=st.sampled_from([2, 4]),
     cp_comm=st.sampled_from(["p2p", "all_gather", "a2a"]),
+    style=st.sampled_from(["megatron", "dtensor"]),
 )
 
 

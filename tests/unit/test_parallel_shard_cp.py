@@ -107,27 +107,44 @@ def test_ulysses_exchanges_heads_for_sequence() -> None:
     assert (kernel.query[0].size, kernel.heads[0].size, kernel.kv_heads[0].size) == (S, A // 4, K // 4)
 
 
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_torch_gathers_keys_and_values_once_or_sends_them_round(cp: int) -> None:
+    """Keys and values are one tensor; their gradients take cp hops of fp32, the last one home."""
+    home = [("send_recv", CP_RING_AXIS, 2 * KV // cp)] * cp
+    ways: dict[str, list[tuple[str, str, int]]] = {
+        "all_gather": [("all_gather", CP_AXIS, KV)],
+        "p2p": [("send_recv", CP_RING_AXIS, KV // cp)] * (cp - 1),
+    }
+    for how, there in ways.items():
+        found = shard(block(), ShardPlan(cp=cp, cp_comm=how, style="dtensor"))  # type: ignore[arg-type]
+        assert messages(found.forward) == there
+        assert sorted(messages(found.backward)) == sorted(there + home)
+
+
+@pytest.mark.parametrize("style", ["megatron", "dtensor"])
 @pytest.mark.parametrize("how", ["p2p", "all_gather", "a2a"])
 @pytest.mark.parametrize("cp", [2, 4])
-def test_every_rank_does_its_part_of_causal_attention(how: str, cp: int) -> None:
+def test_every_rank_does_its_part_of_causal_attention(how: str, cp: int, style: str) -> None:
     whole = block()
-    found = shard(whole, ShardPlan(cp=cp, cp_comm=how))  # type: ignore[arg-type]
+    found = shard(whole, ShardPlan(cp=cp, cp_comm=how, style=style))  # type: ignore[arg-type]
     assert cp * attention_flops(found.forward) == attention_flops(whole.forward)
     assert cp * attention_flops(found.backward) == attention_flops(whole.backward)
 
 
+@pytest.mark.parametrize("style", ["megatron", "dtensor"])
 @pytest.mark.parametrize("how", ["p2p", "all_gather", "a2a"])
-def test_attention_saves_its_part(how: str) -> None:
+def test_attention_saves_its_part(how: str, style: str) -> None:
     """Query, keys, values, output, log-sum-exp: the ring keeps the keys and values that it received last, Ulysses its
     heads of all tokens (the local output is kept by the projection besides)."""
     whole = block()
-    found = shard(whole, ShardPlan(cp=4, cp_comm=how))  # type: ignore[arg-type]
+    found = shard(whole, ShardPlan(cp=4, cp_comm=how, style=style))  # type: ignore[arg-type]
     assert 4 * attention_saves(found) == attention_saves(whole)
 
 
+@pytest.mark.parametrize("style", ["megatron", "dtensor"])
 @pytest.mark.parametrize("how", ["p2p", "all_gather", "a2a"])
-def test_selective_recompute_exchanges_again(how: str) -> None:
-    found = shard(block(), ShardPlan(cp=4, cp_comm=how))  # type: ignore[arg-type]
+def test_selective_recompute_exchanges_again(how: str, style: str) -> None:
+    found = shard(block(), ShardPlan(cp=4, cp_comm=how, style=style))  # type: ignore[arg-type]
 
     def count(mode: str) -> int:
         plan = plan_layer(found, Recompute(mode), "bf16")  # type: ignore[arg-type]
@@ -182,10 +199,11 @@ class SameCost(UnitCost):
         return 0.0
 
 
+@pytest.mark.parametrize("style", ["megatron", "dtensor"])
 @pytest.mark.parametrize("how", ["p2p", "all_gather", "a2a"])
-def test_ranks_meet(how: str) -> None:
+def test_ranks_meet(how: str, style: str) -> None:
     """Four ranks, tp 2 and cp 2, run to the end, folded into one class."""
-    plan = ShardPlan(tp=2, sp=True, cp=2, cp_comm=how)  # type: ignore[arg-type]
+    plan = ShardPlan(tp=2, sp=True, cp=2, cp_comm=how, style=style)  # type: ignore[arg-type]
     found = shard_ledger(ledger(), plan)
     emitter = Emitter(found.layers, found.batch_inputs, Recompute("full"), "bf16")
     passes = emitter.passes(NoHooks())

@@ -294,6 +294,7 @@ def test_the_schema_has_every_key_of_the_contract() -> None:
     assert set(schema["properties"]["parallelism"]["properties"]) == {
         "dp", "tp", "pp", "cp", "ep", "zero", "sp", "schedule", "vpp", "layers_per_stage",
         "order",
+        "cp_comm",
     }  # fmt: skip
     assert json.loads(json.dumps(schema)) == schema
 
