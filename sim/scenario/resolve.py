@@ -420,9 +420,7 @@ class _Resolver:
         if "order" not in wrong:
             d.order = values.get("order")
         if "cp_comm" not in wrong:
-            d.cp_comm = values.get("cp_comm") or _CP_COMM.get(framework or "", "p2p")
-            if "cp_comm" not in values and values.get("cp", 1) > 1:
-                self.sources["parallelism.cp_comm"] = f"{framework or 'Megatron'}'s default"
+            self._exchange(values, framework)
         if "schedule" not in wrong:
             d.schedule = values.get("schedule", "interleaved" if values.get("vpp", 1) > 1 else "1f1b")
             if "schedule" not in values:
@@ -436,6 +434,11 @@ class _Resolver:
             self._zero(values.get("zero"), framework)
         if "dp" not in wrong:
             self._dp(values.get("dp"))
+
+    def _exchange(self, values: Mapping[str, Any], framework: str | None) -> None:
+        self.draft.cp_comm = values.get("cp_comm") or _CP_COMM.get(framework or "", "p2p")
+        if "cp_comm" not in values and values.get("cp", 1) > 1:
+            self.sources["parallelism.cp_comm"] = f"{framework or 'Megatron'}'s default"
 
     def _zero(self, given: int | None, framework: str | None) -> None:
         d, reading = self.draft, self._ds()
