@@ -32,8 +32,8 @@ ROUND_LARGE_BYTES = 2 * MIB
 MAX_NON_SPLIT_ROUNDING_BYTES = 20 * MIB
 
 _FIRST_ADDRESS = 0x7F00_0000_0000 - 2**46
-_SHIFT = 48
-_ADDRESS_MASK = 2**_SHIFT - 1
+SHIFT = 48
+ADDRESS_MASK = 2**SHIFT - 1
 UNLIMITED = 2**62
 _UNBOUNDED_RANGE_BYTES = 2**42
 
@@ -157,7 +157,8 @@ class CachingAllocator:
     called with (bytes of the block, bytes missing), the two are kept in ``out_of_memory``, and there is no limit from
     then on. ``awaiting`` is a heap of (when ready, number, block): freed, but another stream still uses the block.
     ``trace``, if set to a list, receives (action, address, bytes, stream, name) of what PyTorch's own trace records,
-    but for alloc, free_requested and the free_completed of blocks that are free at once.
+    but for alloc, free_requested and the free_completed of blocks that are free at once. ``plain``: none of the
+    settings is used that make it look further than at the smallest block that fits. ``at_address`` has every block.
     """
 
     def __init__(self, settings: AllocatorSettings) -> None:
@@ -173,7 +174,7 @@ class CachingAllocator:
         self.trace: list[tuple[str, int, int, str, str]] | None = None
         self.segments: dict[int, Block] = {}
         self._pools: dict[tuple[str, bool], Pool] = {}
-        self._at: dict[int, Block] = {}
+        self.at_address: dict[int, Block] = {}
         self.awaiting_bytes = 0
         self.peak_awaiting_bytes = 0
         self._num_awaited = 0
@@ -183,11 +184,15 @@ class CachingAllocator:
         self._expandable = settings.expandable_segments
         self._collects = settings.allowed_bytes is not None and settings.garbage_collection_threshold > 0
         self._calls = [0, 0]
-        self._plain = not (self._expandable or self._collects or self._max_split != UNLIMITED)
+        self.plain = not (self._expandable or self._collects or self._max_split != UNLIMITED)
         self._next_address = _FIRST_ADDRESS
         # Stands before the first and after the last block of a segment, so that no neighbour is None.
         self._edge = Block(0, 0, Pool("", True, False, 0), None)
         self._edge.state = ALLOCATED
+
+    def more(self, pool: Pool, size: int) -> Block:
+        """Return a block for a request that no free block serves; it is in no free list, and may be larger."""
+        return self._find(pool, size) or self._grow(pool, size)
 
     # --- the requests --------------------------------------------------------------------------
 
@@ -202,22 +207,20 @@ class CachingAllocator:
     def malloc(self, pool: Pool, size: int) -> Block:
         """Return a block for a request of ``size`` bytes, already rounded: ``malloc`` and ``alloc_found_block``."""
         free = pool.free
-        at = bisect_left(free, size << _SHIFT)
-        if self._plain and at < len(free):
-            block = self._at[free.pop(at) & _ADDRESS_MASK]
-        else:
-            block = self._find(pool, size) or self._grow(pool, size)
+        at = bisect_left(free, size << SHIFT)
+        found = self.plain and at < len(free)
+        block = self.at_address[free.pop(at) & ADDRESS_MASK] if found else self.more(pool, size)
         rest = block.size - size
         if rest > pool.keeps and size < pool.max_split:
             address = block.address + size
             remaining = Block(address, rest, pool, block.space)
-            self._at[address] = remaining
+            self.at_address[address] = remaining
             remaining.prev = block
             remaining.next = after = block.next
             after.prev = remaining
             block.next = remaining
             block.size = size
-            remaining.key = key = rest << _SHIFT | address
+            remaining.key = key = rest << SHIFT | address
             if self._collects:
                 remaining.age = self._calls[pool.small]
             insort(free, key)
@@ -238,7 +241,7 @@ class CachingAllocator:
         after = block.next
         if not after.state:
             del free[bisect_left(free, after.key)]
-            del self._at[after.address]
+            del self.at_address[after.address]
             size += after.size
             after = after.next
             block.next = after
@@ -246,14 +249,14 @@ class CachingAllocator:
         before = block.prev
         if not before.state:
             del free[bisect_left(free, before.key)]
-            del self._at[block.address]
+            del self.at_address[block.address]
             size += before.size
             before.next = after
             after.prev = before
             block = before
         block.state = FREE
         block.size = size
-        block.key = key = size << _SHIFT | block.address
+        block.key = key = size << SHIFT | block.address
         if self._collects:
             block.age = self._calls[pool.small]
         insort(free, key)
@@ -315,7 +318,7 @@ class CachingAllocator:
 
     def _insert(self, block: Block) -> None:
         block.state = FREE
-        block.key = block.size << _SHIFT | block.address
+        block.key = block.size << SHIFT | block.address
         block.age = self._calls[block.pool.small]
         insort(block.pool.free, block.key)
 
@@ -328,15 +331,15 @@ class CachingAllocator:
         if self._collects:
             self._calls[pool.small] += 1
         free = pool.free
-        at = bisect_left(free, size << _SHIFT)
+        at = bisect_left(free, size << SHIFT)
         if at == len(free):
             return None
-        block = self._at[free[at] & _ADDRESS_MASK]
+        block = self.at_address[free[at] & ADDRESS_MASK]
         if self._expandable:
             # What counts is the size that a block can grow to: prefer a later one that cannot grow as far.
             reach = block.size + (block.next.size if block.next.state == UNMAPPED else 0)
             while at + 1 < len(free):
-                other = self._at[free[at + 1] & _ADDRESS_MASK]
+                other = self.at_address[free[at + 1] & ADDRESS_MASK]
                 other_reach = other.size + (other.next.size if other.next.state == UNMAPPED else 0)
                 if other_reach >= reach:
                     break
@@ -383,7 +386,7 @@ class CachingAllocator:
         block = Block(self._next_address, num_bytes, pool, None)
         block.prev = block.next = self._edge
         self._next_address += -(-num_bytes // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
-        self._at[block.address] = self.segments[block.address] = block
+        self.at_address[block.address] = self.segments[block.address] = block
         self._reserve("segment_alloc", block.address, num_bytes, pool)
         return block
 
@@ -396,7 +399,7 @@ class CachingAllocator:
     def _release_block(self, block: Block) -> None:
         """``release_block``: ``cudaFree`` of a segment that is one free block."""
         self._take(block)
-        del self._at[block.address], self.segments[block.address]
+        del self.at_address[block.address], self.segments[block.address]
         self._reserve("segment_free", block.address, block.size, block.pool)
 
     def _is_whole(self, block: Block) -> bool:
@@ -404,7 +407,7 @@ class CachingAllocator:
 
     def _release_blocks(self, pool: Pool) -> None:
         """``release_blocks``: free every unsplit block, unmap what is free of expandable segments."""
-        for block in [self._at[key & _ADDRESS_MASK] for key in pool.free]:
+        for block in [self.at_address[key & ADDRESS_MASK] for key in pool.free]:
             if block.space is not None:
                 self._unmap(block)
             elif self._is_whole(block):
@@ -416,13 +419,13 @@ class CachingAllocator:
             return False
         wanted = max(size, self._max_split)
         free = pool.free
-        at = bisect_left(free, wanted << _SHIFT)
+        at = bisect_left(free, wanted << SHIFT)
         if at < len(free):
-            self._release_block(self._at[free[at] & _ADDRESS_MASK])
+            self._release_block(self.at_address[free[at] & ADDRESS_MASK])
             return True
         released = 0
-        while free and released < wanted and free[-1] >> _SHIFT >= self._max_split:
-            block = self._at[free[-1] & _ADDRESS_MASK]
+        while free and released < wanted and free[-1] >> SHIFT >= self._max_split:
+            block = self.at_address[free[-1] & ADDRESS_MASK]
             released += block.size
             self._release_block(block)
         return released >= wanted
@@ -438,7 +441,7 @@ class CachingAllocator:
             block
             for pool in self._pools.values()
             if not pool.small
-            for block in (self._at[key & _ADDRESS_MASK] for key in pool.free)
+            for block in (self.at_address[key & ADDRESS_MASK] for key in pool.free)
             if self._is_whole(block)
         ]
         total_age = sum(calls - block.age for block in freeable)
@@ -474,7 +477,7 @@ class CachingAllocator:
     def _find_expandable(self, pool: Pool, size: int) -> Block:
         """``find_expandable_block``: the first run of free and unmapped blocks with room, or a new range."""
         for address in pool.unmapped:
-            block = self._at[address]
+            block = self.at_address[address]
             if block.prev.state == FREE:
                 block = block.prev
             room, last = 0, block
@@ -491,7 +494,7 @@ class CachingAllocator:
         block = Block(space.address, space.num_bytes, pool, space)
         block.prev = block.next = self._edge
         block.state = UNMAPPED
-        self._at[block.address] = self.segments[block.address] = block
+        self.at_address[block.address] = self.segments[block.address] = block
         insort(pool.unmapped, block.address)
         return block
 
@@ -548,12 +551,12 @@ class CachingAllocator:
         self._reserve("segment_unmap", begin, end - begin, pool)
         if self._is_whole(block):
             pool.unmapped.remove(block.address)
-            del self._at[block.address], self.segments[block.address]
+            del self.at_address[block.address], self.segments[block.address]
 
     def _cut(self, block: Block, size: int) -> Block:
         """Split a block in two, return the upper one."""
         upper = Block(block.address + size, block.size - size, block.pool, block.space)
-        self._at[upper.address] = upper
+        self.at_address[upper.address] = upper
         upper.prev, upper.next = block, block.next
         block.next.prev = upper
         block.next, block.size = upper, size
@@ -561,7 +564,7 @@ class CachingAllocator:
 
     def _absorb_next(self, block: Block) -> None:
         upper = block.next
-        del self._at[upper.address]
+        del self.at_address[upper.address]
         block.size += upper.size
         block.next = upper.next
         block.next.prev = block

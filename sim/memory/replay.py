@@ -10,6 +10,7 @@ does not concern memory is gone. The loop over these is what the speed of a repl
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import length_hint
@@ -18,7 +19,17 @@ from typing import Any
 from sim.ir.footprint import CATEGORIES, BlockEvent, Footprint, OutOfMemory, Sample, Segment
 from sim.ir.program import Alloc, Call, Chunk, Free, Mark, Program, Storage, UseOn, World
 from sim.ir.timeline import Position, Release, Timeline
-from sim.memory.allocator import ALLOCATED, AWAITING, UNMAPPED, AllocatorSettings, Block, CachingAllocator, round_size
+from sim.memory.allocator import (
+    ADDRESS_MASK,
+    ALLOCATED,
+    AWAITING,
+    SHIFT,
+    UNMAPPED,
+    AllocatorSettings,
+    Block,
+    CachingAllocator,
+    round_size,
+)
 from sim.memory.attribution import Owner, account, holders
 from sim.memory.runtime import NOTHING, Outside
 
@@ -206,6 +217,9 @@ class _Replay:
         self._compiler = _Compiler(settings.roundup_power2_divisions)
         self._codes: dict[str, _Code] = {}
         self._pools: list[Any] = []
+        self._spare: list[Block] = []
+        """Blocks that were merged into others, to be used anew."""
+        self._repeated: dict[int, tuple[Sequence[Call], _Ready, dict[int, tuple[int, int, int]]]] = {}
         self._releases = releases
         self._where: tuple[str, int, _Code, Iterator[_Action]] | None = None
         # states between the calls of the last run: index of the next call -> state, and which calls these were
@@ -243,7 +257,7 @@ class _Replay:
         allocator = self.allocator
         self._peak = _Peak(run, allocator.allocated_bytes, (0, 0), len(self.executed), -1)
         allocator.peak_allocated_bytes = allocator.allocated_bytes
-        repeats = _repeats(calls, ready)
+        repeats = self._repeats(calls, ready)
         before = self._checked if self._checked_calls == (calls, ready) else {}
         self._checked, self._checked_calls = {}, (calls, ready)
         index, num_calls = 0, len(calls)
@@ -263,6 +277,13 @@ class _Replay:
         self._shift_awaiting(-num_calls)
         self.peaks.append(self._peak)
         return False
+
+    def _repeats(self, calls: Sequence[Call], ready: _Ready) -> dict[int, tuple[int, int, int]]:
+        """Return :func:`_repeats` of these calls, worked out once."""
+        found = self._repeated.get(id(calls))
+        if found is None or found[1] != ready:
+            found = self._repeated[id(calls)] = (calls, ready, _repeats(calls, ready))
+        return found[2]
 
     def _run_repeated(
         self, run: str, index: int, repeat: tuple[int, int, int], calls: Sequence[Call], ready: _Ready
@@ -331,13 +352,115 @@ class _Replay:
         assert len(self.live) == num_live + code.growth, f"chunk {call.chunk!r} allocates what is already allocated"
         self.executed.append((code, bits))
 
-    def _replay_actions(
+    def _replay_actions(  # noqa: PLR0912, PLR0915 (the hot loop: calls would double its time)
         self, iterator: Iterator[_Action], code: _Code, call: int, bits: int, ready: dict[int, int] | None
     ) -> None:
-        """Replay the actions of one chunk: the hot loop.
+        """Replay the actions of one chunk.
 
         It keeps no count. Where it needs to know how far it is, which is rare, it asks the iterator what is left.
+        ``CachingAllocator.malloc`` and ``free`` stand here once more, word for word but for what a plain allocator
+        never does, as calls would take as long as the work.
         """
+        allocator = self.allocator
+        if not allocator.plain:
+            self._replay_by_call(iterator, code, call, bits, ready)
+            return
+        live, pools, awaiting, at_address = self.live, self._pools, allocator.awaiting, allocator.at_address
+        spare = self._spare
+        allocated, peak = allocator.allocated_bytes, allocator.peak_allocated_bytes
+        positions, base = code.positions, call << _CALL
+        last = len(positions) - 1
+        peak_at = -1
+        for action in iterator:
+            if action.__class__ is tuple:
+                slot, size, number = action
+                if awaiting:
+                    now = base | positions[last - length_hint(iterator)]
+                    if awaiting[0][0] <= now:
+                        allocator.allocated_bytes = allocated
+                        allocator.process_events(now)
+                        allocated = allocator.allocated_bytes
+                pool = pools[number]
+                free = pool.free
+                at = bisect_left(free, size << SHIFT)
+                if at < len(free):
+                    block = at_address[free.pop(at) & ADDRESS_MASK]
+                else:
+                    allocator.allocated_bytes = allocated
+                    block = allocator.more(pool, size)
+                    allocated = allocator.allocated_bytes
+                rest = block.size - size
+                if rest > pool.keeps:
+                    address = block.address + size
+                    if spare:
+                        remaining = spare.pop()
+                        remaining.address = address
+                        remaining.size = rest
+                        remaining.pool = pool
+                        remaining.state = 0
+                    else:
+                        remaining = Block(address, rest, pool, None)
+                    at_address[address] = remaining
+                    remaining.prev = block
+                    remaining.next = after = block.next
+                    after.prev = remaining
+                    block.next = remaining
+                    block.size = size
+                    remaining.key = key = rest << SHIFT | address
+                    insort(free, key)
+                    allocated += size
+                else:
+                    allocated += block.size
+                block.state = ALLOCATED
+                live[slot + bits if slot & _OWN else slot] = block
+                if allocated > peak:
+                    peak = allocated
+                    peak_at = last - length_hint(iterator)
+            elif action.__class__ is int:
+                block = live.pop(action + bits if action & _OWN else action)
+                if block.used_elsewhere:
+                    when = None if ready is None else ready.get(positions[last - length_hint(iterator)])
+                    if when is not None:
+                        allocator.allocated_bytes = allocated
+                        allocator.free_later(block, when)
+                        allocated = allocator.allocated_bytes
+                        continue
+                    block.used_elsewhere = False
+                size = block.size
+                allocated -= size
+                free = block.pool.free
+                after = block.next
+                if not after.state:
+                    del free[bisect_left(free, after.key)]
+                    del at_address[after.address]
+                    spare.append(after)
+                    size += after.size
+                    after = after.next
+                    block.next = after
+                    after.prev = block
+                before = block.prev
+                if not before.state:
+                    del free[bisect_left(free, before.key)]
+                    del at_address[block.address]
+                    spare.append(block)
+                    size += before.size
+                    before.next = after
+                    after.prev = before
+                    block = before
+                block.state = 0
+                block.size = size
+                block.key = key = size << SHIFT | block.address
+                insort(free, key)
+            else:
+                self._other(action, bits)  # type: ignore[arg-type]
+        allocator.allocated_bytes, allocator.peak_allocated_bytes = allocated, peak
+        if peak_at >= 0:
+            self._peak = _Peak(self._peak.run, peak, (call, positions[peak_at]), len(self.executed), peak_at)
+
+    def _replay_by_call(
+        self, iterator: Iterator[_Action], code: _Code, call: int, bits: int, ready: dict[int, int] | None
+    ) -> None:
+        """Replay the actions of one chunk, whatever the allocator's settings."""
         allocator, live, pools = self.allocator, self.live, self._pools
         malloc, free, awaiting = allocator.malloc, allocator.free, allocator.awaiting
         peak = allocator.peak_allocated_bytes
@@ -615,6 +738,8 @@ def _ready(releases: Sequence[Release]) -> _Ready:
 
 def _moved(ready: _Ready, step: Sequence[Call], other: Sequence[Call]) -> _Ready:
     """Return releases for another list of calls than the timed one: those of the same call of the same chunk."""
+    if not ready:
+        return {}
     where: dict[tuple[Call, int], int] = {}
     counts: dict[Call, int] = {}
     for index, call in enumerate(other):
