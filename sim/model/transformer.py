@@ -323,7 +323,8 @@ def _block(c: Context) -> Layer:
 
 def normalise(c: Context, tape: Tape, module: str, x: Value, *, out: str, width: Shape | None = None) -> Value:
     """The model's kind of norm, in this code."""
-    return norm(tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code=c.code, out=out, width=width)
+    code = {None: c.code, "fused": "torch", "composed": "huggingface"}[c.training.norms]
+    return norm(tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code=code, out=out, width=width)
 
 
 def _qkv(c: Context, tape: Tape, x: Value) -> tuple[Value, Value, Value]:

@@ -115,6 +115,10 @@ class Recompute:
         return frozenset(found)
 
 
+NO_RECOMPUTE = Recompute()
+"""Of a compiled block too: what it makes again is written into its backward (``sim/parallel/fuse.py``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Passes:
     """The chunks of a microbatch. They share storages: what forward saves, backward frees.

@@ -14,7 +14,7 @@ from sim.cluster.symmetry import Places
 from sim.ir.ledger import Layer, Ledger
 from sim.ir.program import Alloc, Call, Chunk, Collective, Instruction, Mark, Program, Storage, World
 from sim.parallel.cublas import workspaces
-from sim.parallel.emit import Emitter, Hooks, Recompute
+from sim.parallel.emit import NO_RECOMPUTE, Emitter, Hooks
 from sim.parallel.frameworks.plan import Plan
 from sim.parallel.mesh import ORDERS, Mesh, across, mesh_of, mirrored, within
 from sim.parallel.pipelining import (
@@ -29,7 +29,7 @@ from sim.parallel.pipelining import (
     pair_axes,
     roles,
 )
-from sim.parallel.precision import recipe_of, transformed
+from sim.parallel.precision import recipe_of, recompute_of, transformed
 from sim.parallel.schedule import LOOPED, SCHEDULES, V_SHAPED, Order, Pass, Placement, one_f_one_b
 from sim.parallel.stages import Stage, split
 from sim.scenario.schema import Scenario
@@ -319,7 +319,7 @@ def _emitter(job: _Job, stage: Stage) -> Emitter:
     return Emitter(
         stage.layers,
         stage.batch_inputs,
-        _recompute(job.scenario),
+        NO_RECOMPUTE if job.scenario.training.compile else recompute_of(job.scenario),
         job.ledger.parameter_dtype,
         fused=fused,
         retained=job.scenario.framework == "fsdp2",
@@ -403,20 +403,6 @@ def _receive_buffers(emitters: Sequence[Emitter], num_microbatches: int) -> Chun
             grad_output=border.grad_output and replace(border.grad_output, num_bytes=0),
         )
     return tuple(out)
-
-
-def _recompute(scenario: Scenario) -> Recompute:
-    """Hugging Face, DeepSpeed and Megatron use the reentrant form, torch's own examples and torchtitan the other."""
-    reentrant = scenario.training.code != "torch"
-    match scenario.training.recompute:
-        case "none":
-            return Recompute("none", reentrant)
-        case "full":
-            return Recompute("full", reentrant)
-        case "selective-op":
-            return Recompute("selective-op", reentrant=False)
-        case _:
-            return Recompute("selective", reentrant)
 
 
 # --- frameworks ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sim.ir.ledger import DType, Ledger
+from sim.parallel.emit import Recompute
 from sim.scenario.schema import Scenario
 
 if TYPE_CHECKING:
@@ -78,4 +79,15 @@ def transformed(ledger: Ledger, scenario: Scenario) -> Ledger:
             start, end = megatron.num_layers_at_start_in_bf16, megatron.num_layers_at_end_in_bf16
             ends = frozenset([*range(min(start, blocks)), *range(max(0, blocks - end), blocks)])
         ledger = quantise_ledger(ledger, recipe, cached_weights=keeps_low_weights(scenario), in_16_bit=ends)
+    if scenario.training.compile:
+        from sim.parallel.fuse import compile_ledger
+
+        ledger = compile_ledger(ledger, recompute_of(scenario), loss=scenario.training.loss == "compiled")
     return ledger
+
+
+def recompute_of(scenario: Scenario) -> Recompute:
+    """Hugging Face, DeepSpeed and Megatron use the reentrant form, torch's own examples and torchtitan the other."""
+    mode = scenario.training.recompute
+    reentrant = scenario.training.code != "torch" and mode != "selective-op"
+    return Recompute(mode, reentrant)

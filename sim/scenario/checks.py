@@ -423,6 +423,8 @@ def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
     """Megatron's head has its own losses; the ones in pieces are written for a whole vocabulary."""
     path = ("training", "loss")
     usual = ("vocab-parallel", "fused") if d.code == "megatron" else ("eager", "fused", "chunked", "linear-fused")
+    if d.compile and d.code == "torch":
+        usual = ("eager", "compiled", *usual[1:])
     if d.loss not in usual:
         yield Problem(path, f"loss {d.loss} does not go with code {d.code}", f"write loss: {either(usual)}")
     elif d.tp > 1 and d.loss in ("chunked", "linear-fused"):

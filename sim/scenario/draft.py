@@ -87,6 +87,7 @@ class Draft(_Partial):
     attention: str
     gradient_clipping: float
     compile: bool
+    norms: str | None
     code: str
     loss: str
     deepspeed: DeepSpeedReading | None

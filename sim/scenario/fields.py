@@ -192,8 +192,10 @@ TRAINING: dict[str, Key] = {
     "recompute": choice(RECOMPUTES, "a way to recompute", "What is computed again in backward, not kept."),
     "attention": choice(ATTENTIONS, "an attention kernel"),
     "gradient_clipping": number(0, 1e9, "1.0", "Largest norm; 0 is no clipping."),
-    "loss": choice(("eager", "vocab-parallel", "fused", "chunked", "linear-fused"), "a way to compute the loss",
+    "loss": choice(("eager", "compiled", "vocab-parallel", "fused", "chunked", "linear-fused"),
+                   "a way to compute the loss",
                    "eager: fp32 logits; vocab-parallel: Megatron's; fused: gradient over the logits; in pieces."),
+    "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
     "compile": boolean("Whether torch.compile fuses the model."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),
 }  # fmt: skip

@@ -507,8 +507,11 @@ class _Resolver:
                 self._agreed(key, values.get(key), framework)
         if "code" not in wrong:
             self._code(values.get("code"))
+        d.norms = values.get("norms")
         if "loss" not in wrong and d.knows("code"):
             usual = "vocab-parallel" if d.code == "megatron" else "eager"
+            if usual == "eager" and d.code == "torch" and d.knows("compile") and d.compile:
+                usual = "compiled"  # torchtitan/components/loss.py, from 2025 on
             d.loss = values.get("loss", usual)
             if "loss" not in values:
                 self.sources["training.loss"] = "that of the model's code"
@@ -1044,6 +1047,7 @@ def _scenario(
             compile=d.compile,
             code=cast("Any", d.code),
             loss=cast("Any", d.loss),
+            norms=cast("Any", d.norms),
         ),
         ddp=DdpSettings(**ddp),
         deepspeed=settings,
