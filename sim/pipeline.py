@@ -56,6 +56,7 @@ def simulate(scenario: Scenario, *, record: bool = False, fold: bool = True) -> 
         compute_dtype=dtypes.compute,
         autocast=dtypes.autocast,
         flash=gpu.compute_capability >= (8, 0),
+        local=scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local",
     )
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
     lowered = lower(ledger, scenario)

@@ -150,14 +150,20 @@ def to_low(tape: Tape, module: str, q: Value, k: Value, v: Value) -> tuple[Value
     return q, k, v
 
 
-def matmul_scores(tape: Tape, name: str, q: Value, k: Value, out: str, *, module: str, heads: Shape) -> Value:
-    """scores[batch, heads, seq, key_seq] = q @ k^T, batched over sequences and heads. Saves both."""
+def matmul_scores(
+    tape: Tape, name: str, q: Value, k: Value, out: str, *, module: str, heads: Shape, shared: bool = False
+) -> Value:
+    """scores[batch, heads, seq, key_seq] = q @ k^T, batched over sequences and heads. Saves both.
+
+    ``shared``: they are written into a buffer of the model's that is there anyway.
+    """
     batch, seq, _, head_dim = head_dims(q)
     keys = key_seq(k)
     gemm = tape.precision.gemm
     result = Value(Tensor(out, batch + heads + seq + keys, q.dtype))
     tape.op(
-        name, (Gemm(seq, keys, head_dim, gemm, batch + heads),), reads=(q.name, k.name), writes=(result.tensor,),
+        name, (Gemm(seq, keys, head_dim, gemm, batch + heads),), reads=(q.name, k.name),
+        writes=() if shared else (result.tensor,),
         saves=tuple(dict.fromkeys((q.name, k.name))), module=module, region=REGION,
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 QKV = "self_attention.linear_qkv"
 FC1 = "mlp.linear_fc1"
+SCORES = "attention_scores"
 
 
 def layers(c: Context) -> tuple[Layer, Layer, Layer]:
@@ -60,14 +61,21 @@ def _embedding(c: Context) -> Layer:
 
 
 def _buffers(c: Context) -> tuple[Tensor, ...]:
-    """The rotary angles, fp32 [seq, head_dim] (RotaryEmbedding.forward caches them), or ALiBi's biases."""
+    """The rotary angles, fp32 [seq, head_dim] (RotaryEmbedding.forward caches them), or ALiBi's biases.
+
+    Megatron's own core attention writes the scores of every layer into one buffer that stays
+    (``get_global_memory_buffer().get_tensor(..., "mpu")`` in megatron/core/transformer/dot_product_attention.py).
+    """
     d = c.dims
+    found: list[Tensor] = []
     if c.model.position == "rope":
-        return (Tensor("rotary_pos_emb", (d.seq, d.head_dim), "fp32"),)
+        found.append(Tensor("rotary_pos_emb", (d.seq, d.head_dim), "fp32"))
     if c.model.position == "alibi":
         kernel = "eager" if c.training.attention == "math" else "flash-2"
-        return (core.alibi_tensor((*d.rows, d.heads, d.head_dim), kernel, c.precision.low),)
-    return ()
+        found.append(core.alibi_tensor((*d.rows, d.heads, d.head_dim), kernel, c.precision.low))
+    if c.local and c.training.attention == "math":
+        found.append(Tensor(SCORES, (d.batch, d.heads, d.seq, Dim("key_seq", d.seq.size)), c.precision.low))
+    return tuple(found)
 
 
 def _norm(c: Context, tape: Tape, module: str, x: Value, out: str, *, width: Shape | None = None) -> Value:
@@ -177,7 +185,7 @@ def _core(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
     value packed per head as they are, and else asks for copies too, as after rotary embedding, or with fewer key heads
     than query heads (``get_qkv_layout`` in dot_product_attention/utils.py: "not_supported").
     """
-    module, kernel = "self_attention.core_attention", c.training.attention
+    module, kernel, d = "self_attention.core_attention", c.training.attention, c.dims
     if kernel == "math":
         return _unfused(c, tape, q, k, v)
     packed = q.name == k.name == v.name and q.shape == k.shape
@@ -188,35 +196,44 @@ def _core(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
             for n, x in (("query", q), ("key", k), ("value", v))
         )
     chosen = "flash-2" if kernel == "sdpa" else kernel
-    return core.fused_attention(tape, q, k, v, kernel=chosen, out="attention", module=module, name=module)
+    if chosen == "cudnn" or d.batch.size == 1:
+        return core.fused_attention(tape, q, k, v, kernel=chosen, out="attention", module=module, name=module)
+    # flash takes and gives [batch, seq, ...]; Megatron's layers are [seq, batch, ...]: what it gives is kept, and its
+    # transpose is what the projection keeps (FlashAttention.forward in .../dot_product_attention/backends.py)
+    given = core.fused_attention(tape, q, k, v, kernel=chosen, out="attention.batch_first", module=module, name=module)
+    return core.contiguous(tape, f"{module}.transpose", given, "attention", module=module)
 
 
 def _unfused(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
     """baddbmm, FusedScaleMaskSoftmax (keeps its result in 16 bit), dropout, bmm: 5 bytes a score with dropout.
 
     Source: megatron/core/transformer/dot_product_attention.py, megatron/core/fusions/fused_softmax.py. The matrix of
-    scores comes from a buffer shared by all layers there, here from the allocator: as many bytes while it is used.
-    Under GQA keys and values are repeated (repeat_interleave).
+    scores is Megatron's shared buffer, or with Transformer Engine (UnfusedDotProductAttention) a new tensor. Under
+    GQA keys and values are repeated (repeat_interleave).
     """
     module, p, heads = "self_attention.core_attention", c.model.attention_dropout, q.shape[2:3]
     k = core.repeat_kv(tape, f"{module}.repeat_key", k, heads, "key.repeated", module=module)
     v = core.repeat_kv(tape, f"{module}.repeat_value", v, heads, "value.repeated", module=module)
-    scores = core.matmul_scores(tape, f"{module}.scores", q, k, "scores", module=module, heads=heads)
-    probabilities = _fused_softmax(tape, f"{module}.softmax", scores, "probabilities", module)
+    shared = c.local
+    scores = core.matmul_scores(
+        tape, f"{module}.scores", q, k, SCORES if shared else "scores", module=module, heads=heads, shared=shared
+    )  # fmt: skip
+    probabilities = _fused_softmax(tape, f"{module}.softmax", scores, "probabilities", module, shared=shared)
     dropped = dropout(tape, f"{module}.dropout", probabilities, p, out="dropped", module=module, region=core.REGION)
     context = core.matmul_values(tape, module, dropped, v, "context", module=module)
     return core.contiguous(tape, f"{module}.contiguous", context, "attention", module=module)
 
 
-def _fused_softmax(tape: Tape, name: str, scores: Value, out: str, module: str) -> Value:
+def _fused_softmax(tape: Tape, name: str, scores: Value, out: str, module: str, *, shared: bool) -> Value:
     """ScaledUpperTriangMaskedSoftmax: keeps its result; backward overwrites the gradient that arrives.
 
     Source: megatron/fused_kernels and apex, scaled_upper_triang_masked_softmax_cuda.cu ("completely in-place").
     """
     result = Value(Tensor(out, scores.shape, scores.dtype))
     tape.op(
-        name, (Pointwise("softmax", (scores.tensor,), (result.tensor,)),), reads=(scores.name,),
-        writes=(result.tensor,), saves=(out,), module=module, region=core.REGION,
+        name, (Pointwise("softmax", (scores.tensor,), (result.tensor,)),),
+        reads=() if shared else (scores.name,), writes=(result.tensor,), saves=(out,), module=module,
+        region=core.REGION,
     )  # fmt: skip
 
     def emit() -> None:

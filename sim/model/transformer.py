@@ -69,6 +69,8 @@ class Context:
     names: Names
     flash: bool = True
     """Whether scaled_dot_product_attention has FlashAttention: from compute capability 8.0 on."""
+    local: bool = False
+    """Whether Megatron's layers are its own, not Transformer Engine's."""
 
     @property
     def code(self) -> str:
@@ -91,11 +93,12 @@ def describe(
     compute_dtype: DType,
     autocast: bool,
     flash: bool = True,
+    local: bool = False,
 ) -> Ledger:
     """Return what one replica computes for one microbatch. Identical blocks are one object, described once."""
     dims = _dims(model, training)
     precision = Precision.of(parameter_dtype, compute_dtype, autocast=autocast)
-    context = Context(model, training, precision, dims, names_of(model), flash)
+    context = Context(model, training, precision, dims, names_of(model), flash, local)
     if training.code == "megatron":
         from sim.model import megatron
 

@@ -8,7 +8,7 @@ requests 120925 and 175344).
 
 from __future__ import annotations
 
-from sim.ir.program import Alloc, Chunk, Mark, Storage
+from sim.ir.program import Alloc, Chunk, Instruction, Mark, Storage
 
 _KIB = 2**10
 
@@ -18,11 +18,28 @@ def workspace_bytes(compute_capability: tuple[int, int]) -> int:
     return 32 * 1024 * _KIB if compute_capability >= (9, 0) else (2 * 4096 + 8 * 16) * _KIB
 
 
-def workspaces(compute_capability: tuple[int, int]) -> Chunk:
-    """Return the allocation of the two workspaces: the forward thread's and the backward thread's. They stay."""
-    size = workspace_bytes(compute_capability)
-    return (
+def transformer_engine_bytes(compute_capability: tuple[int, int]) -> int:
+    """Return the workspace that Transformer Engine keeps for its own calls of cublasLt, 32 MiB from Hopper, else 4.
+
+    Source: ``get_cublas_workspace_size_bytes`` in transformer_engine/pytorch/module/base.py.
+    """
+    return (32 if compute_capability >= (9, 0) else 4) * 1024 * _KIB
+
+
+def workspaces(
+    compute_capability: tuple[int, int], given_bytes: int | None = None, *, transformer_engine: bool = False
+) -> Chunk:
+    """Return the allocation of the two workspaces: the forward thread's and the backward thread's. They stay.
+
+    ``given_bytes`` is what CUBLAS_WORKSPACE_CONFIG asks for; ``transformer_engine``: one more of its own.
+    """
+    size = workspace_bytes(compute_capability) if given_bytes is None else given_bytes
+    found: list[Instruction] = [
         Mark("forward", "cublas"),
         Alloc(Storage("cublas workspace (forward)", size, "buffers")),
         Alloc(Storage("cublas workspace (backward)", size, "buffers")),
-    )
+    ]
+    if transformer_engine:
+        own = transformer_engine_bytes(compute_capability)
+        found.append(Alloc(Storage("cublas workspace (transformer engine)", own, "buffers")))
+    return tuple(found)

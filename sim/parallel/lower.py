@@ -286,7 +286,12 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
     framework = _framework(job, rank, stages, emitters)
     chunks: dict[str, Chunk] = {
         "setup": framework.setup(),
-        "workspaces": workspaces(scenario.cluster.gpu.compute_capability),
+        "workspaces": workspaces(
+            scenario.cluster.gpu.compute_capability,
+            scenario.allocator.cublas_workspace_bytes,
+            transformer_engine=scenario.framework == "megatron"
+            and scenario.megatron.transformer_impl == "transformer_engine",
+        ),
     }
     setup = [Call("setup")]
     if job.messages.buffers and num_ranks > 1:
@@ -323,6 +328,8 @@ def _emitter(job: _Job, stage: Stage) -> Emitter:
         job.ledger.parameter_dtype,
         fused=fused,
         retained=job.scenario.framework == "fsdp2",
+        # the last stage's outputs wait for their backward in ``fwd_cache`` (torch/distributed/pipelining/stage.py)
+        held=("logits",) if job.messages.buffers and len(job.stages) > 1 else (),
         inside=(stage.index > 0, stage.index < len(job.stages) - 1),
     )
 

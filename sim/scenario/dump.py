@@ -65,9 +65,11 @@ def plain(scenario: Scenario) -> dict[str, Any]:
     if scenario.framework == "megatron":
         given = scenario.megatron.model_dump()
         data["megatron"] = {key: value for key, value in given.items() if value is not None}
-    allocator = scenario.allocator.model_dump(exclude={"max_split_size_bytes"})
+    allocator = scenario.allocator.model_dump(exclude={"max_split_size_bytes", "cublas_workspace_bytes"})
     if (split := scenario.allocator.max_split_size_bytes) is not None:
         allocator["max_split_size"] = size_text(split)
+    if (workspace := scenario.allocator.cublas_workspace_bytes) is not None:
+        allocator["cublas_workspace"] = size_text(workspace)
     data["allocator"] = allocator
     faults = {key: list(entries) for key, entries in scenario.faults.model_dump(mode="json").items() if entries}
     if faults:

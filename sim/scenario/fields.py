@@ -280,6 +280,9 @@ ALLOCATOR: dict[str, Key] = {
     "max_split_size": measured(units.parse_size, "a size", "512 MiB", "Larger blocks are not split."),
     "roundup_power2_divisions": integer(0, 2**20, 8, "Steps between powers of two that sizes are rounded to."),
     "garbage_collection_threshold": number(0, 1, "0.8", "Use at which cached blocks are freed.", below=True),
+    "cublas_workspace": measured(
+        units.parse_size, "a size", "32 MiB", "As CUBLAS_WORKSPACE_CONFIG says."
+    ),
 }
 
 _ALLOC_CONF = {

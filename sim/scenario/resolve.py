@@ -972,6 +972,8 @@ def _allocator(r: _Resolver, given: object) -> dict[str, Any]:
     values = r.settings("allocator", fields.ALLOCATOR, given, None, "")
     if "max_split_size" in values:
         values["max_split_size_bytes"] = values.pop("max_split_size")
+    if "cublas_workspace" in values:
+        values["cublas_workspace_bytes"] = values.pop("cublas_workspace")
     return values
 
 

@@ -16,3 +16,21 @@ def test_from_hopper_on_32_mib():
 
 def test_forward_and_backward_threads_have_one_each():
     assert sum(i.storage.num_bytes for i in workspaces((8, 0)) if isinstance(i, Alloc)) == 17_039_360
+
+
+def test_transformer_engine_has_a_workspace_of_its_own() -> None:
+    """get_cublas_workspace_size_bytes: 32 MiB from Hopper on, else 4."""
+    sizes = [
+        [i.storage.num_bytes for i in workspaces(cc, transformer_engine=True) if isinstance(i, Alloc)] for cc in CCS
+    ]
+    assert [chunk[-1] for chunk in sizes] == [4 * 2**20, 32 * 2**20]
+    assert all(len(chunk) == 3 for chunk in sizes)
+
+
+def test_cublas_workspace_config_counts_for_both_threads() -> None:
+    """CUBLAS_WORKSPACE_CONFIG=:4096:8 is 8 times 4 MiB."""
+    chunk = workspaces((8, 0), 8 * 4096 * 1024)
+    assert [i.storage.num_bytes for i in chunk if isinstance(i, Alloc)] == [32 * 2**20] * 2
+
+
+CCS = ((8, 0), (9, 0))
