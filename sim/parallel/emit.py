@@ -248,6 +248,7 @@ def plan_layer(
     *,
     split: bool = False,
     retained: bool = False,
+    held: tuple[str, ...] = (),
 ) -> LayerPlan:
     """Work out what lives when in the passes of one layer.
 
@@ -256,6 +257,8 @@ def plan_layer(
     lives until then. ``retained``: it is autograd that splits, which keeps all that forward saved for the second pass
     and hands over every gradient there (``retain_graph`` of ``stage_backward_input`` in
     torch/distributed/pipelining/_backward.py); a kernel that makes both kinds is counted once, in the first.
+
+    ``held`` names tensors that somebody keeps until the backward pass is over, besides autograd.
 
     ``gradient_dtype`` is the dtype in which autograd hands over parameter gradients: that of the parameters.
     ``batch_inputs`` and the layer's buffers may be read and saved; they stay whatever the layer does.
@@ -303,6 +306,9 @@ def plan_layer(
         node_of.update(dict.fromkeys(op.releases, index))
     if later and retained:
         node_of = dict.fromkeys(node_of, len(tape.nodes) - 1)
+    for name in held:
+        if name in first:
+            tape.hold(first[name], len(tape.nodes) - num_weight_gradients - 1)
     _hold_saved(tape, recompute, node_of, first, second)
     forward, whole_backward, weights = _steps(tape, num_forward, num_weight_gradients)
     return LayerPlan(forward, whole_backward, tuple(tape.slots), weights)
@@ -474,15 +480,16 @@ class Emitter:
         *,
         fused: Callable[[Layer], frozenset[str]] = lambda layer: frozenset(),
         retained: bool = False,
+        held: tuple[str, ...] = (),
         inside: tuple[bool, bool] = (False, False),
     ) -> None:
-        """``fused``, ``retained`` as in :func:`plan_layer`; ``inside``: whether a stage comes before, and after."""
+        """``fused``, ``retained``, ``held`` as in :func:`plan_layer`; ``inside``: whether stages come before, after."""
         self.layers = tuple(layers)
         self.batch_inputs = tuple(batch_inputs)
         self.names = layer_names(self.layers)
         self._recompute = recompute
         self._fused = {id(layer): fused(layer) for layer in self.layers}
-        self._retained = retained
+        self._retained, self._held = retained, held
         self._split_plans: tuple[LayerPlan, ...] = ()
         self.gradient_dtype = gradient_dtype
         self.plans = self._plans(split=False)
@@ -506,6 +513,7 @@ class Emitter:
                     self._fused[id(layer)],
                     split=split,
                     retained=self._retained,
+                    held=self._held if layer.kind == "head" else (),
                 )
         return tuple(plans[id(layer)] for layer in self.layers)
 
