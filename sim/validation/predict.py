@@ -41,6 +41,13 @@ class Prediction:
     parameters: int
     counts: Counts
     parts_s: dict[str, float]
+    ranks: tuple[Mapping[str, Any], ...] = ()
+    """Memory of each class of ranks, as the report has it."""
+
+    def rank_of(self, run: Run) -> Mapping[str, Any] | None:
+        """Return the memory of the rank that a run measured: the fullest one's, or that of a pipeline rank."""
+        chosen = [r for r in self.ranks if run.pipeline_rank is None or r["stage"] == run.pipeline_rank]
+        return max(chosen, key=lambda r: (r["peak_allocated_bytes"], -r["rank"]), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +154,7 @@ def _predicted(scenario: Scenario) -> Prediction:
         strategy=strategy_of(scenario),
         parameters=round(counts.parameters),
         counts=counts,
+        ranks=tuple(memory["ranks"]),
         parts_s={part: step[f"{part}_s"] for part in step["ticks"] if part != "time"},
     )
 
@@ -164,6 +172,8 @@ def strategy_of(scenario: Scenario) -> str:
 def _compare(run: Run, source: str, prediction: Prediction) -> Iterator[Comparison]:
     for quantity, measured in run.measured.items():
         predicted = in_formula(quantity, run.flops_formula, prediction)
+        if run.pipeline_rank is not None and quantity.startswith("peak_"):
+            predicted = (prediction.rank_of(run) or {}).get(quantity, predicted)
         error = float(predicted != measured) if quantity == "fits" else predicted / measured - 1
         yield Comparison(run, source, quantity, measured, predicted, error, prediction)
 

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from sim.errors import Finding, ScenarioError
-from sim.interop.values import Key, Problem, WrongValueError, boolean, mapping_schema, number, read_mapping, show, text
+from sim.interop.values import (
+    Key,
+    Problem,
+    WrongValueError,
+    boolean,
+    integer,
+    mapping_schema,
+    number,
+    read_mapping,
+    show,
+    text,
+)
 from sim.interop.values import Path as Keys
 from sim.scenario.document import Document, UnreadableError, parse_yaml, read_text
 
@@ -47,6 +58,10 @@ class Run:
     assumed: tuple[str, ...]
     flops_formula: str
     notes: str
+    pipeline_rank: int | None = None
+    """Whose memory was measured, where it is not the fullest rank's."""
+    at_peak: Mapping[str, int] | None = None
+    """Allocated bytes at the peak by category, where the source has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,8 @@ def _runs(given: Sequence[object], document: Document, folder: str, problems: li
             assumed=tuple(values.get("assumed", ())),
             flops_formula=values.get("flops_formula", ""),
             notes=values.get("notes", ""),
+            pipeline_rank=measured.get("pipeline_rank"),
+            at_peak=measured.get("at_peak"),
         )
 
 
@@ -187,6 +204,27 @@ def _note(doc: str) -> Key:
     return text("a text", "a sentence", doc)
 
 
+_CATEGORIES: dict[str, Key] = {
+    name: integer(0, 10**14, 13476831232, f"Bytes of {words}.")
+    for name, words in (
+        ("parameters", "parameters"),
+        ("gradients", "gradients"),
+        ("optimizer", "optimizer states and fp32 masters"),
+        ("activations", "what backward needs, and inputs"),
+        ("buffers", "buffers, workspaces, buckets"),
+        ("temporary", "temporaries"),
+    )
+}
+
+
+def _categories(value: object) -> dict[str, int]:
+    problems: list[Problem] = []
+    read, _ = read_mapping(value, _CATEGORIES, ("at_peak",), problems)
+    if problems:
+        raise WrongValueError(problems[0].problem, problems[0].remedy)
+    return read
+
+
 MEASURED_KEYS: dict[str, Key] = {
     "step_time_s": _positive("Seconds of one optimizer step.", 1e7, "4.31"),
     "tokens_per_s_per_gpu": _positive("Tokens of all ranks in a second, over the number of GPUs.", 1e12, "2115"),
@@ -196,6 +234,8 @@ MEASURED_KEYS: dict[str, Key] = {
     "peak_reserved_bytes": _positive("torch.cuda.max_memory_reserved of the fullest rank.", 1e14, "88476326297"),
     "peak_device_bytes": _positive("What nvidia-smi shows for the fullest GPU.", 1e14, "67000000000"),
     "fits": boolean("false where it ran out of memory."),
+    "pipeline_rank": integer(0, 4096, 3, "Whose memory it is, from 0; the fullest rank's if left out."),
+    "at_peak": Key(_categories, mapping_schema(_CATEGORIES), "Allocated bytes at the peak by category, in bytes."),
     "memory_note": _note("Which memory the source means; for people."),
 }
 RUN_KEYS: dict[str, Key] = {
