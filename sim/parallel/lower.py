@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from sim.cluster.symmetry import Places
 from sim.ir.ledger import Layer, Ledger
@@ -33,6 +33,11 @@ from sim.parallel.precision import recipe_of, recompute_of, transformed
 from sim.parallel.schedule import LOOPED, SCHEDULES, V_SHAPED, Order, Pass, Placement, one_f_one_b
 from sim.parallel.stages import Stage, split
 from sim.scenario.schema import Scenario
+
+if TYPE_CHECKING:
+    from sim.parallel.frameworks.deepspeed_base import Stage0
+    from sim.parallel.frameworks.deepspeed_stage3 import Stage3
+    from sim.parallel.frameworks.deepspeed_stage12 import Stage12
 
 
 class Framework(Hooks, Protocol):
@@ -297,6 +302,9 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
     if job.messages.buffers and num_ranks > 1:
         chunks["buffers"] = _receive_buffers(emitters, scenario.num_microbatches)
         setup.append(Call("buffers"))
+    if job.messages.lands and num_ranks > 1:
+        chunks["buffers"] = _landing_buffer(emitters[0])
+        setup.append(Call("buffers"))
     exchange = Exchange(
         rank, num_ranks, job.num_chunks, job.placement, [emitter.border for emitter in emitters], job.messages
     )
@@ -412,6 +420,14 @@ def _receive_buffers(emitters: Sequence[Emitter], num_microbatches: int) -> Chun
     return tuple(out)
 
 
+def _landing_buffer(emitter: Emitter) -> Chunk:
+    """One buffer for all that a stage receives. Gradients are read there, so theirs have no bytes of their own."""
+    border = emitter.border
+    num_bytes = max(s.num_bytes for s in (border.input, border.grad_output) if s is not None)
+    emitter.border = replace(border, grad_output=border.grad_output and replace(border.grad_output, num_bytes=0))
+    return (Alloc(Storage("pipe_recv_buf", num_bytes, "buffers")),)
+
+
 # --- frameworks ----------------------------------------------------------------------------------
 
 
@@ -476,7 +492,7 @@ def _of_stage(job: _Job, stage: Stage, emitter: Emitter) -> Framework:
         framework = deepspeed(stage.layers, scenario.deepspeed, plan)
         if isinstance(framework, Stage3):
             framework.use_trace(emitter)
-        return framework
+        return _in_pipe(job, stage, framework) if scenario.parallelism.pp > 1 else framework
     if scenario.framework == "fsdp2":
         from sim.parallel.frameworks.fsdp2 import fsdp2
 
@@ -487,6 +503,22 @@ def _of_stage(job: _Job, stage: Stage, emitter: Emitter) -> Framework:
     from sim.parallel.frameworks.fsdp1 import fsdp1
 
     return fsdp1(stage.layers, scenario.fsdp1, plan)
+
+
+def _in_pipe(job: _Job, stage: Stage, zero: Stage0 | Stage12 | Stage3) -> Framework:
+    from sim.parallel.frameworks.deepspeed_pipe import DeepSpeedPipe, Pipe
+
+    sizes = {(i, p.name): p.num_elements for i, layer in enumerate(stage.layers) for p in layer.parameters}
+    pipe = Pipe(
+        tied=tuple(sizes[key] for key in stage.tied),
+        model_ranks=job.mesh.size("model"),
+        stages=len(job.stages),
+        is_last=stage.index == len(job.stages) - 1,
+        dp=job.dp,
+        dp_axis=job.dp_axis,
+        dtype=job.ledger.parameter_dtype,
+    )
+    return DeepSpeedPipe(zero, pipe)
 
 
 def _plan(job: _Job, scenario: Scenario) -> Plan:

@@ -29,6 +29,7 @@ from sim.ir.program import (
     Wait,
 )
 from sim.parallel.emit import Border
+from sim.parallel.frameworks.flat import copy
 from sim.parallel.schedule import LOOPED, Order, Pass, Placement
 
 Way = Literal["forward", "backward"]
@@ -47,6 +48,8 @@ class Messages:
     ``host_waits``  the host waits for the GPU after each exchange
     ``frees_sent``  a sent output's memory is freed; else it stays until its backward
     ``buffers``     receive buffers are there from the start, one a microbatch and direction
+    ``lands``       what is received comes into one buffer, there from the start: activations are copied out of it,
+                    gradients are used where they are
     """
 
     ahead: Literal["never", "turn", "always"]
@@ -54,6 +57,7 @@ class Messages:
     host_waits: bool
     frees_sent: bool
     buffers: bool = False
+    lands: bool = False
 
 
 MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True)
@@ -66,8 +70,9 @@ MEGATRON_INTERLEAVED = Messages("never", waits="next", host_waits=True, frees_se
 """The same without ``overlap_p2p_comm``. There the messages of a turn are one batch, tensors of later passes among
 them; here a pass waits for what it needs itself, and no turn for its sends: what a rank far ahead of its neighbour
 would wait for in its batch is left out."""
-DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False)
-"""deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward."""
+DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False, lands=True)
+"""deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward.
+``pipe_recv_buf`` and ``grad_layer`` are one buffer (``_allocate_or_extend_buffers`` of pipe/engine.py)."""
 MEGATRON_ORDERED = Messages("always", waits="never", host_waits=False, frees_sent=True)
 """Schedules given as a list for each rank, as zero-bubble runtimes execute them: every message is asynchronous."""
 TORCH = Messages("always", waits="never", host_waits=False, frees_sent=False, buffers=True)
@@ -261,7 +266,7 @@ class Exchange:
             return
         if self._source(pass_) is not None:
             name = f"{way}.{pass_.chunk}"
-            self._call(calls, f"received.{name}", pass_, lambda: [Wait(f"received {name}", COMPUTE)])
+            self._call(calls, f"received.{name}", pass_, lambda: self._received(name, way, pass_.chunk))
             if sync and self.messages.host_waits:
                 self._call(calls, "synchronize", pass_, _synchronize)
             return
@@ -314,12 +319,20 @@ class Exchange:
         stream = f"p2p:{route.axis}.recv"
         return [
             Mark(way, "pipeline"),
-            Alloc(buffer),
+            *(() if self.messages.lands and way == "forward" else (Alloc(buffer),)),
             Record(f"{stream} ready", COMPUTE),
             Wait(f"{stream} ready", stream),
             Recv(f"{way}.recv", f"{route.axis}.recv", self._message_bytes(way, chunk), stream),
             Record(f"received {way}.{chunk}", stream),
         ]
+
+    def _received(self, name: str, way: Way, chunk: int) -> list[Instruction]:
+        """Wait for a message; where it has landed in the buffer of all, copy an activation out of it (``clone``)."""
+        out: list[Instruction] = [Wait(f"received {name}", COMPUTE)]
+        if self.messages.lands and way == "forward":
+            num_bytes = self._message_bytes(way, chunk)
+            out += [Alloc(_received(self.borders[chunk], way)), copy("clone", num_bytes, "uint8", "uint8")]
+        return out
 
     def _message_bytes(self, way: Way, chunk: int) -> int:
         """Return the bytes of a received tensor: those of the gradient or activation of the same border."""

@@ -1,0 +1,78 @@
+"""DeepSpeed's pipeline engine: what stages agree on, what they add up, and where messages land."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import yaml
+
+from sim.ir.program import Alloc, Collective, Compute, Program, World
+from sim.model.transformer import describe
+from sim.parallel.lower import lower
+from sim.scenario.load import load_scenario_text
+
+HIDDEN, VOCAB, SEQUENCE = 64, 256, 32
+PP, DP, MICROBATCHES = 4, 2, 6
+
+
+def world(zero: int, *, tied: bool = False) -> World:
+    asked: dict[str, Any] = {
+        "model": {
+            "num_hidden_layers": PP, "hidden_size": HIDDEN, "intermediate_size": 128, "num_attention_heads": 4,
+            "vocab_size": VOCAB, "tie_word_embeddings": tied,
+        },
+        "cluster": {"node": "dgx-h100"},
+        "framework": "deepspeed",
+        "parallelism": {"pp": PP, "zero": zero},
+        "training": {
+            "sequence_length": SEQUENCE, "micro_batch_size": 1, "global_batch_size": MICROBATCHES * DP,
+            "precision": "bf16",
+        },
+    }  # fmt: skip
+    scenario = load_scenario_text(yaml.safe_dump(asked), "pipe.yaml")
+    ledger = describe(
+        scenario.model, scenario.training, parameter_dtype="bf16", compute_dtype="bf16", autocast=False
+    )  # fmt: skip
+    return lower(ledger, scenario)
+
+
+def collectives(program: Program) -> list[tuple[str, str, int]]:
+    chunks = [program.chunks[call.chunk] for call in program.step]
+    return [(i.kind, i.axis, i.tensor_bytes) for chunk in chunks for i in chunk if isinstance(i, Collective)]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_tied_weights_are_added_before_gradients_are_reduced(zero: int) -> None:
+    """``ReduceTiedGrads`` then ``ReduceGrads``: the first and the last stage alone, VOCAB x HIDDEN in bf16."""
+    for rank, program in enumerate(world(zero, tied=True).programs):
+        axes = [axis for _, axis, _ in collectives(program)]
+        assert ("embedding" in axes) == (rank in (0, PP - 1))
+        if "embedding" in axes:
+            assert ("all_reduce", "embedding", 2 * VOCAB * HIDDEN) in collectives(program)
+            assert axes.index("embedding") < axes.index("dp")
+    assert all(axis != "embedding" for program in world(zero).programs for _, axis, _ in collectives(program))
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_all_stages_agree_on_overflow_and_norm_and_hear_of_the_loss(zero: int) -> None:
+    """A byte and a number over the ranks of a replica; two fp32 numbers from the last stage, which averages its own."""
+    for rank, program in enumerate(world(zero).programs):
+        found = Counter(collectives(program))
+        assert found["all_reduce", "model", 1] == found["all_reduce", "model", 4] == 1
+        assert found["broadcast", "pp", 8] == 1
+        last = collectives(program)[-2:] if rank == PP - 1 else collectives(program)[-1:]
+        assert last[-1] == ("broadcast", "pp", 8)
+        assert rank < PP - 1 or last[0] == ("all_reduce", "dp", 4)
+
+
+def test_messages_land_in_one_buffer_for_good() -> None:
+    """An activation, [1, SEQUENCE, HIDDEN] in bf16, is copied out of it; a gradient is read there."""
+    message = 2 * SEQUENCE * HIDDEN
+    for rank, program in enumerate(world(1).programs):
+        setup = [i for call in program.setup for i in program.chunks[call.chunk] if isinstance(i, Alloc)]
+        assert [i.storage.num_bytes for i in setup if i.storage.name == "pipe_recv_buf"] == [message]
+        step = [i for call in program.step for i in program.chunks[call.chunk]]
+        clones = sum(isinstance(i, Compute) and i.op == "clone" for i in step)
+        assert clones == (MICROBATCHES if rank else 0)
