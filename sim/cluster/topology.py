@@ -381,6 +381,10 @@ class _Links(Sequence[Link]):
             raise IndexError(index)
         return self._cluster.link(index % len(self))
 
+    def bytes_per_s(self, index: int) -> float:
+        """Return the capacity of one link without making it."""
+        return self._cluster.bytes_per_s(index)
+
 
 def _switch_groups(facts: NodeFacts) -> dict[str, str]:
     """Return for each NVSwitch the one that stands for it: those that share a GPU or a wire are one.

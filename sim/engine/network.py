@@ -176,16 +176,30 @@ class Network:
 
         Only the first link of each kind is looked at from here on; what all carried is told at the end.
         """
-        kind: dict[int, int] = {}
-        numbers: dict[tuple[object, ...], int] = {}
         phases = list(dict.fromkeys(phase for traffic in traffics for phase in traffic.phases))
-        links, number = self._links, numbers.setdefault
-        for at, phase in enumerate(phases):
+        kind: dict[int, int] = {}
+        num_kinds = 0
+        looked_at: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
+        for phase in phases:
+            if not phase.loads:
+                continue
+            loaded, sizes = zip(*phase.loads, strict=True)
+            number = {size: at for at, size in enumerate(dict.fromkeys(sizes))}
+            pattern = (loaded, tuple(map(number.__getitem__, sizes)))
+            if pattern in looked_at:  # the same links told apart alike: messages of another size, say
+                continue
+            looked_at[pattern] = None
+            split: dict[tuple[int, float], int] = {}  # kind before and bytes -> kind after
             for link, num_bytes in phase.loads:
-                old = kind.get(link)
-                if old is None:
-                    old = number((links[link].bytes_per_s,), len(numbers))
-                kind[link] = number((old, at, num_bytes), len(numbers))
+                key = (kind.get(link, -1), num_bytes)
+                found = split.get(key)
+                if found is None:
+                    found = split[key] = num_kinds
+                    num_kinds += 1
+                kind[link] = found
+        rate_of = getattr(self._links, "bytes_per_s", None) or (lambda link: self._links[link].bytes_per_s)
+        numbers: dict[tuple[int, float], int] = {}
+        kind = {link: numbers.setdefault((found, rate_of(link)), len(numbers)) for link, found in kind.items()}
         alike: dict[int, list[int]] = {}
         for link in sorted(kind):
             alike.setdefault(kind[link], []).append(link)
