@@ -11,7 +11,7 @@ from sim.cost import efficiency, host
 from sim.cost.attention import AttentionCoefficients, attention_s
 from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_s
 from sim.cost.memory_bound import memory_bound_s
-from sim.cost.roofline import Machine, machine_of, peak_of
+from sim.cost.roofline import Beside, Machine, left_of, machine_of, peak_of
 from sim.ir.ledger import Attention, Gemm, Kernel, Pointwise, size
 from sim.ir.program import Caller, Collective, Communicator, Copy, HostCompute, Recv, Send
 from sim.ir.traffic import Link, Traffic
@@ -40,6 +40,13 @@ class CostSettings:
 
 
 _DEFAULT = CostSettings()
+RING_MEMORY_BYTES = 3.0
+"""Bytes of a GPU's memory for each byte that it sends: its neighbour writes the byte into a buffer, the GPU reads it
+from there, and reads what it adds or writes the result (NCCL, src/device/prims_simple.h: recvReduceCopySend)."""
+NVLS_MEMORY_BYTES = 2.0
+"""The switch reduces and multicasts: each GPU reads and writes a byte once (src/device/prims_simple.h, MULTIMEM)."""
+MOST_TAKEN = 0.5
+"""Largest share of SMs or bandwidth that collectives are taken to hold: what computes has at least an equal part."""
 _TOKENS = ("batch", "seq")
 """Dimensions that count tokens: a product that contracts over them is the gradient of a weight."""
 _FAMILIES = "families of kernels bound by memory"
@@ -86,7 +93,18 @@ class CostModel:
         slow = self._settings.slow
         return found[0] * slow.get(rank, 1.0) if slow else found[0]
 
-    def _price(self, kernel: Kernel) -> float:
+    def beside_s(self, kernel: Kernel, rank: int, sms: int, memory_bytes_per_s: float) -> float:
+        """Return the time of ``kernel`` while collectives hold so many SMs and move so much of the GPU's memory."""
+        memory_share = min(memory_bytes_per_s / self._gpu.memory_bytes_per_s, MOST_TAKEN)
+        beside = Beside(min(sms, int(self._gpu.num_sms * MOST_TAKEN)), memory_share)
+        return self._price(kernel, beside) * self._settings.slow.get(rank, 1.0)
+
+    def memory_bytes(self, traffic: Traffic) -> float:
+        """Return the bytes that a collective moves in the memory of each GPU."""
+        algorithm = traffic.algorithm.partition("/")[0]
+        return traffic.wire_bytes * (NVLS_MEMORY_BYTES if algorithm.startswith("nvls") else RING_MEMORY_BYTES)
+
+    def _price(self, kernel: Kernel, beside: Beside | None = None) -> float:
         key: tuple[object, ...]
         if isinstance(kernel, Gemm):
             over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
@@ -104,15 +122,19 @@ class CostModel:
         else:
             shapes = (kernel.batch, kernel.heads, kernel.kv_heads, kernel.query, kernel.key, kernel.head_dim)
             key = (kernel.kernel, kernel.direction, *map(size, shapes), kernel.causal, kernel.dtype)
+        if beside is not None:
+            key = (*key, beside)
         time_s = self._by_value.get(key)
         if time_s is None:
             if isinstance(kernel, Gemm):
-                time_s, assumed = self._gemm(kernel)
+                time_s, assumed = self._gemm(kernel, beside)
             elif isinstance(kernel, Pointwise):
-                time_s, assumed = self._pointwise(kernel)
+                time_s, assumed = self._pointwise(kernel, beside)
             else:
-                time_s, assumed = self._attention(kernel)
+                time_s, assumed = self._attention(kernel, beside)
             self._by_value[key] = time_s
+            if beside is not None:
+                return time_s
             self.num_kernels += 1
             if assumed:
                 self.num_assumed_kernels += 1
@@ -125,7 +147,7 @@ class CostModel:
             machine = self._machines[dtype] = machine_of(self._gpu, dtype)
         return machine
 
-    def _gemm(self, kernel: Gemm) -> tuple[float, str]:
+    def _gemm(self, kernel: Gemm, beside: Beside | None) -> tuple[float, str]:
         dtype = kernel.dtype
         if dtype not in self._gemms:
             rate_of = peak_of(self._gpu, dtype)[1]
@@ -140,13 +162,15 @@ class CostModel:
             self._gemms[dtype] = (coefficients, assumed)
         coefficients, assumed = self._gemms[dtype]
         machine = self._machine(dtype)
+        if beside is not None:  # the tiles were chosen for all SMs: those that are left work in whole waves
+            machine, coefficients = left_of(machine, beside), replace(coefficients, tail_smoothing=0.0)
         m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)
         over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
         rows = (m, n) if over_tokens else (n, k)
         factor = alignment_factor(*rows, machine.element_bytes, efficiency.ALIGNMENT) * self._source.power
         return gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained), assumed
 
-    def _attention(self, kernel: Attention) -> tuple[float, str]:
+    def _attention(self, kernel: Attention, beside: Beside | None) -> tuple[float, str]:
         backward = kernel.direction == "backward"
         key = (kernel.kernel, backward, kernel.dtype)
         if key not in self._attentions:
@@ -161,14 +185,17 @@ class CostModel:
                 machine = replace(machine, peak_flops=min(machine.peak_flops, limit))
             self._attentions[key] = (coefficients, assumed, machine)
         coefficients, assumed, machine = self._attentions[key]
+        if beside is not None:
+            machine = left_of(machine, beside)
         time_s = attention_s(
             size(kernel.batch), size(kernel.heads), size(kernel.kv_heads), size(kernel.query), size(kernel.key),
             size(kernel.head_dim), kernel.causal, backward, machine, coefficients,
         )  # fmt: skip
         return time_s / self._source.power, assumed
 
-    def _pointwise(self, kernel: Pointwise) -> tuple[float, str]:
-        time_s = memory_bound_s(kernel.kind, kernel.moved_bytes, kernel.flops, self._vector, self._memory)
+    def _pointwise(self, kernel: Pointwise, beside: Beside | None) -> tuple[float, str]:
+        vector = self._vector if beside is None else left_of(self._vector, beside)
+        time_s = memory_bound_s(kernel.kind, kernel.moved_bytes, kernel.flops, vector, self._memory)
         if kernel.kind not in self._memory.assumed and kernel.kind in self._memory.fractions:
             return time_s, ""
         self._guessed_families[kernel.kind] = self._guessed_families.get(kernel.kind, 0) + 1

@@ -8,7 +8,7 @@ architectures", CACM 52(4), 2009.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sim.catalog.schema import GpuFacts
 
@@ -24,6 +24,25 @@ class Machine:
     clock_hz: float
     memory_bytes_per_s: float
     l2_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What collectives hold of a GPU while a kernel runs: SMs, and a share of the memory's bandwidth."""
+
+    sms: int
+    memory_share: float
+
+
+def left_of(machine: Machine, beside: Beside) -> Machine:
+    """Return what collectives leave of ``machine``."""
+    num_sms = machine.num_sms - beside.sms
+    return replace(
+        machine,
+        num_sms=num_sms,
+        peak_flops=machine.peak_flops * num_sms / machine.num_sms,
+        memory_bytes_per_s=machine.memory_bytes_per_s * (1 - beside.memory_share),
+    )
 
 
 _ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}

@@ -25,6 +25,14 @@ class Cost(Protocol):
         """Time on the GPU, alone."""
         ...
 
+    def beside_s(self, kernel: Kernel, rank: int, sms: int, memory_bytes_per_s: float) -> float:
+        """Time on the GPU while others hold so many SMs and move so much memory. Asked if a traffic takes SMs."""
+        ...
+
+    def memory_bytes(self, traffic: Traffic) -> float:
+        """Bytes that a collective moves in the memory of each GPU. Asked if it takes SMs."""
+        ...
+
     def launch_s(self, kernel: Kernel, rank: int, caller: Caller) -> float:
         """Time that the host takes to issue it (framework and driver), by who does so."""
         ...

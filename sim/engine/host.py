@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+from sim.engine.beside import durations_beside
 from sim.engine.segments import (
     LAUNCH_QUEUE_DEPTH,
     BundledChunk,
@@ -40,6 +41,7 @@ from sim.ir.program import (
     Wait,
 )
 from sim.ir.timeline import Position, Release, Span
+from sim.ir.traffic import Traffic
 from sim.units import Ticks, ticks
 
 
@@ -100,7 +102,9 @@ class Host:
         chunk = self.program.chunks[name]
         found = self._compiled.get(id(chunk))
         if found is None:
-            steps: BundledChunk = compile_chunk(chunk, self._prices, self._shared)
+            machine, prices = self._machine, self._prices
+            beside = durations_beside(chunk, prices.alone, self._traffic_of, machine.cost, self.program.rank)
+            steps: BundledChunk = compile_chunk(chunk, prices, self._shared, beside)
             if not self._shared:  # else every tick at which the host issues counts (releases)
                 steps = bundle(steps, self._solo, self._prices.issue, self._held_up)  # type: ignore[arg-type]
             found = self._compiled[id(chunk)] = steps
@@ -117,6 +121,11 @@ class Host:
             for step in chunk
             if isinstance(step, moves) and (self.program.rank, id(step)) not in self._machine.solo
         )
+
+    def _traffic_of(self, message: Collective) -> Traffic | None:
+        machine = self._machine
+        communicator = machine.world.communicators[self.program.axes[message.axis]]
+        return None if communicator.num_ranks == 1 else machine.meetings.traffic_of(message, communicator)
 
     def _solo(self, message: Collective) -> int:
         found = self._machine.solo.get((self.program.rank, id(message)))

@@ -7,8 +7,7 @@ A run of kernels on one stream with nothing in between that could interact (an e
 
 so that a segment needs one event of the simulation however many kernels it has, and is exact.
 
-Later work slows kernels down while a collective takes SMs or bandwidth: :func:`execute` is the only place that
-turns work into time; a segment whose rate changes half-way is its remaining kernels, executed anew.
+How long a kernel takes beside the collectives of its chunk is worked out before (``beside``).
 """
 
 from __future__ import annotations
@@ -132,6 +131,7 @@ Duration = Callable[[Collective], int]
 
 
 _LIFE = (Alloc, Free, UseOn)
+_ALONE: Mapping[int, int] = {}
 
 
 class Prices:
@@ -141,6 +141,7 @@ class Prices:
         self._cost = cost
         self._rank = rank
         self._of: dict[Caller, dict[int, tuple[int, int]]] = {}
+        self._alone: dict[int, int] = {}
         self.issue = ticks(cost.issue_s(rank))
 
     def of(self, kernel: Kernel, caller: Caller) -> tuple[int, int]:
@@ -149,8 +150,15 @@ class Prices:
         found = by_kernel.get(id(kernel))
         if found is None:
             cost, rank = self._cost, self._rank
-            found = (ticks(cost.launch_s(kernel, rank, caller)), ticks(cost.kernel_s(kernel, rank)))
+            found = (ticks(cost.launch_s(kernel, rank, caller)), self.alone(kernel))
             by_kernel[id(kernel)] = found
+        return found
+
+    def alone(self, kernel: Kernel) -> int:
+        """Return the ticks on the GPU with nothing beside it."""
+        found = self._alone.get(id(kernel))
+        if found is None:
+            found = self._alone[id(kernel)] = ticks(self._cost.kernel_s(kernel, self._rank))
         return found
 
 
@@ -165,8 +173,13 @@ def shared_storages(program: Program) -> frozenset[Storage]:
     )
 
 
-def compile_chunk(chunk: Chunk, prices: Prices, shared: frozenset[Storage]) -> CompiledChunk:
-    """Return what the host and the streams need of a chunk: no bytes but those of ``shared`` storages."""
+def compile_chunk(
+    chunk: Chunk, prices: Prices, shared: frozenset[Storage], beside: Mapping[int, int] = _ALONE
+) -> CompiledChunk:
+    """Return what the host and the streams need of a chunk: no bytes but those of ``shared`` storages.
+
+    ``beside``: ticks of the kernels (by index) that collectives slow down.
+    """
     steps: list[tuple[int, Step]] = []
     kernels: list[tuple[int, int, int]] = []
     first: Compute | None = None
@@ -193,7 +206,7 @@ def compile_chunk(chunk: Chunk, prices: Prices, shared: frozenset[Storage]) -> C
                 first = step
             launch, duration = of(step.kernel, step.caller)
             offset += launch
-            kernels.append((index, offset, duration))
+            kernels.append((index, offset, beside.get(index, duration) if beside else duration))
             continue
         elif isinstance(step, Mark):
             if step == mark:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.engine import host, segments
+from sim.engine.beside import durations_beside
 from sim.engine.network import Network, fair_shares, flow_of
 from sim.engine.rendezvous import Meetings
 from sim.engine.run import run
@@ -65,6 +66,12 @@ class RandomCost:
         assert isinstance(kernel, Pointwise)
         return int(kernel.kind) * 1e-7
 
+    def beside_s(self, kernel: Kernel, rank: int, sms: int, memory_bytes_per_s: float) -> float:
+        return self.kernel_s(kernel, rank) * (1 + sms / 8)
+
+    def memory_bytes(self, traffic: Traffic) -> float:
+        return traffic.sms * 1e3
+
     def issue_s(self, rank: int) -> float:
         return 3e-7
 
@@ -97,7 +104,11 @@ phases = st.builds(
     loads,
     st.booleans(),
 )
-traffics = st.lists(phases, min_size=0, max_size=2).map(lambda found: Traffic("ring", tuple(found), 1))
+traffics = st.builds(
+    lambda found, sms: Traffic("ring", tuple(found), 1, sms),
+    st.lists(phases, min_size=0, max_size=2),
+    st.sampled_from((0, 0, 2, 5)),
+)
 costs = st.builds(
     RandomCost,
     st.lists(st.floats(1e8, 1e10), min_size=NUM_LINKS, max_size=NUM_LINKS).map(
@@ -204,6 +215,20 @@ def slow_run(world: World, cost: RandomCost, depth: int) -> tuple[Found, dict[in
     found: Found = []
     rank_end: dict[int, int] = {}
     releases: list[tuple[Any, ...]] = []
+    slower: dict[tuple[int, str], Mapping[int, int]] = {}
+
+    def beside(program: Program, chunk: str) -> Mapping[int, int]:
+        def traffic_of(step: Collective) -> Traffic | None:
+            communicator = world.communicators[program.axes[step.axis]]
+            return None if communicator.num_ranks == 1 else meetings.traffic_of(step, communicator)
+
+        def alone(kernel: Kernel) -> int:
+            return ticks(cost.kernel_s(kernel, program.rank))
+
+        key = (program.rank, chunk)
+        if key not in slower:
+            slower[key] = durations_beside(program.chunks[chunk], alone, traffic_of, cost, program.rank)
+        return slower[key]
 
     def stream_process(program: Program, name: str, queue: deque[Any], full: Any) -> Iterator[Any]:
         while True:
@@ -213,7 +238,9 @@ def slow_run(world: World, cost: RandomCost, depth: int) -> tuple[Found, dict[in
             what, position, done, instance = queue.popleft()
             start = env.now
             if isinstance(what, Compute):
-                yield env.timeout(ticks(cost.kernel_s(what.kernel, program.rank)))
+                assert position is not None
+                alone = ticks(cost.kernel_s(what.kernel, program.rank))
+                yield env.timeout(beside(program, program.step[position[0]].chunk).get(position[1], alone))
             elif isinstance(what, Copy):
                 yield network.start(cost.copy(what, program.ranks))
             elif isinstance(what, Collective | Send | Recv):

@@ -1,0 +1,251 @@
+"""Kernels beside collectives: a running collective takes SMs and memory bandwidth, and slows down what computes.
+
+A kernel that takes d(0) ticks alone and d(S) beside a set S of collectives progresses at the rate 1 / d(S) while
+exactly S runs:
+
+    sum over the stretches of time t_i with S_i beside it of  t_i / d(S_i)  =  1
+
+Who runs beside whom is worked out once for each chunk, as it goes by itself: the host ahead, nothing left over from the
+chunk before, collectives as long as their own group's bytes take. So a kernel's time belongs to its place in the
+chunk, like the rest of what is worked out beforehand, whatever runs elsewhere; ranks of one class and ranks of their
+own agree about it.
+
+Leaves out: what a collective of one chunk does to kernels of the next; that collectives are held up by others and
+by kernels; sends, receives and copies, which take an SM or two or none, and little bandwidth of the memory.
+Checked by: tests/laws/test_engine_laws.py, tests/unit/test_engine_beside.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from typing import cast
+
+from sim.engine.cost import Cost
+from sim.ir.ledger import Kernel
+from sim.ir.program import Chunk, Collective, Compute, HostWait, Record, Wait
+from sim.ir.traffic import Traffic
+from sim.units import TICKS_PER_S, ticks
+
+TrafficOf = Callable[[Collective], Traffic | None]
+"""Traffic of a collective; None where there is nobody to meet."""
+
+_Taken = tuple[int, int, int]
+"""(ticks or end, SMs, steps of the memory's bandwidth) of a collective."""
+_Item = tuple[int, "Kernel | _Taken | list[int]"]
+"""(index, kernel), (-1, collective), (_RECORD or _WAIT, cell)."""
+_RECORD, _WAIT = -2, -3
+_KINDS = frozenset({Compute, Collective, Record, Wait, HostWait})
+_NEVER = 1 << 62
+_MEMORY_STEP = 4e9
+"""Memory bandwidth is told in steps of so many bytes per second: equal groups agree, and few prices are asked for."""
+
+
+def own_ticks(traffic: Traffic, cost: Cost) -> int:
+    """Return how long a collective takes one of its groups with the links to itself."""
+    seconds = 0.0
+    for phase in traffic.phases:
+        links_s = phase.group_s or max((n / cost.links[link].bytes_per_s for link, n in phase.loads), default=0.0)
+        capped = phase.stream_bytes > 0 and phase.max_bytes_per_s > 0
+        seconds += phase.latency_s + max(links_s, phase.stream_bytes / phase.max_bytes_per_s if capped else 0.0)
+    return ticks(seconds)
+
+
+def durations_beside(
+    chunk: Chunk, duration: Callable[[Kernel], int], traffic_of: TrafficOf, cost: Cost, rank: int
+) -> Mapping[int, int]:
+    """Return the ticks of the kernels (by index into the chunk) that collectives run beside. Empty if none do.
+
+    ``duration`` is a kernel's own.
+    """
+    if not any(step.__class__ is Collective for step in chunk):
+        return {}
+    return _Chunk(duration, traffic_of, cost, rank).play(chunk)
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """What one stream of the chunk does in order, how far it is (``at``), and when it was free (``now``).
+
+    ``items``: a kernel with its index; a collective; an event to record (a cell that holds its tick, or -1) or to
+    wait for. A kernel that has begun: ``left`` of it is to do since ``since``, and all of it takes ``whole`` now.
+    """
+
+    items: list[_Item] = field(default_factory=list)
+    gates: int = 0
+    at: int = 0
+    now: int = 0
+    running: bool = False
+    start: int = 0
+    left: float = 1.0
+    since: int = 0
+    whole: int = 0
+    end: int = 0
+
+
+class _Chunk:
+    """A chunk as it goes by itself. ``active`` are the collectives that run: (end, SMs, memory)."""
+
+    def __init__(self, duration: Callable[[Kernel], int], traffic_of: TrafficOf, cost: Cost, rank: int) -> None:
+        self._duration, self._traffic_of, self._cost, self._rank = duration, traffic_of, cost, rank
+        self._streams: dict[str, _Stream] = {}
+        self._active: list[_Taken] = []
+        self._sms = self._memory = 0
+        self._own: dict[int, _Taken] = {}
+        self._slower: dict[tuple[int, int, int], int] = {}
+        self._found: dict[int, int] = {}
+
+    def play(self, chunk: Chunk) -> Mapping[int, int]:
+        if self._issue(chunk):
+            while self._next():
+                pass
+        return self._found
+
+    # --- what the streams are asked to do ---
+
+    def _issue(self, chunk: Chunk) -> bool:
+        """Fill the streams; return whether a collective takes SMs. What comes after a host's wait waits for it too."""
+        latest: dict[str, list[int]] = {}
+        gates: list[list[int]] = []
+        streams = self._streams
+        takes = False
+        for index, step in enumerate(chunk):
+            kind = step.__class__
+            if kind not in _KINDS:
+                continue
+            item: _Item
+            if kind is Compute:
+                item = (index, step.kernel)  # type: ignore[union-attr]
+            elif kind is Record:
+                cell = latest[step.event] = [-1]  # type: ignore[union-attr]
+                item = (_RECORD, cell)
+            elif kind is Collective:
+                taken = self._taken(cast("Collective", step))
+                if taken is None:
+                    continue
+                item, takes = (-1, taken), takes or taken[1] > 0
+            else:
+                found = latest.get(step.event)  # type: ignore[union-attr]
+                if found is None:
+                    continue
+                if kind is HostWait:
+                    gates.append(found)
+                    continue
+                item = (_WAIT, found)
+            stream = streams.get(step.stream)  # type: ignore[union-attr]
+            if stream is None:
+                stream = streams[step.stream] = _Stream()  # type: ignore[union-attr]
+            if stream.gates < len(gates):
+                stream.items.extend((_WAIT, gate) for gate in gates[stream.gates :])
+                stream.gates = len(gates)
+            stream.items.append(item)
+        return takes
+
+    def _taken(self, step: Collective) -> _Taken | None:
+        traffic = self._traffic_of(step)
+        if traffic is None:
+            return None
+        known = self._own.get(id(traffic))
+        if known is None:
+            length = own_ticks(traffic, self._cost)
+            moved = self._cost.memory_bytes(traffic) if length and traffic.sms else 0.0
+            memory = round(moved * TICKS_PER_S / length / _MEMORY_STEP) if moved else 0
+            known = self._own[id(traffic)] = (length, traffic.sms, memory)
+        return known
+
+    # --- time ---
+
+    def _next(self) -> bool:
+        """Do what comes next in time; False once there is nothing."""
+        first: _Stream | None = None
+        soonest = limit = _NEVER
+        for stream in self._streams.values():
+            when = stream.end if stream.running else self._ready(stream)
+            if when < soonest:
+                first, soonest, limit = stream, when, soonest
+            elif when < limit:
+                limit = when
+        ending = min((taken[0] for taken in self._active), default=_NEVER)
+        if ending <= soonest:
+            if ending == _NEVER:
+                return False
+            self._active = [taken for taken in self._active if taken[0] > ending]
+            self._changed(ending)
+            return True
+        assert first is not None
+        if first.running:
+            self._ended(first)
+        elif first.items[first.at][0] >= 0:
+            self._kernels(first, min(limit, ending))
+        else:
+            length, sms, memory = cast("_Taken", first.items[first.at][1])
+            first.now = soonest + length
+            first.at += 1
+            if sms and length:
+                self._active.append((first.now, sms, memory))
+                self._changed(soonest)
+        return True
+
+    def _ready(self, stream: _Stream) -> int:
+        """Return when a stream does its next kernel or collective; never, as far as can be said now."""
+        items = stream.items
+        while stream.at < len(items):
+            kind, what = items[stream.at]
+            if kind >= -1:
+                return stream.now
+            cell = cast("list[int]", what)
+            if kind == _RECORD:
+                cell[0] = stream.now
+            elif cell[0] < 0:
+                return _NEVER
+            elif cell[0] > stream.now:
+                stream.now = cell[0]
+            stream.at += 1
+        return _NEVER
+
+    def _kernels(self, stream: _Stream, limit: int) -> None:
+        """Do the kernels that end before anything else happens; begin the next one."""
+        items, now = stream.items, stream.now
+        while stream.at < len(items) and items[stream.at][0] >= 0:
+            index, what = items[stream.at]
+            kernel = cast("Kernel", what)
+            whole = self._ticks(kernel)
+            if now + whole > limit:
+                stream.running, stream.start, stream.left = True, now, 1.0
+                stream.since, stream.whole, stream.end = now, whole, now + whole
+                break
+            if self._sms and whole != self._duration(kernel):
+                self._found[index] = whole
+            now += whole
+            stream.at += 1
+        stream.now = now
+
+    def _ended(self, stream: _Stream) -> None:
+        index, kernel = stream.items[stream.at]
+        stream.running, stream.now = False, stream.end
+        stream.at += 1
+        if stream.end - stream.start != self._duration(cast("Kernel", kernel)):
+            self._found[index] = stream.end - stream.start
+
+    def _changed(self, now: int) -> None:
+        """Note who runs from now on: kernels that have begun go on at another rate."""
+        self._sms = sum(taken[1] for taken in self._active)
+        self._memory = sum(taken[2] for taken in self._active)
+        for stream in self._streams.values():
+            if stream.running:
+                stream.left -= (now - stream.since) / stream.whole
+                stream.since, stream.whole = now, self._ticks(cast("Kernel", stream.items[stream.at][1]))
+                stream.end = now + ceil(max(stream.left, 0.0) * stream.whole)
+
+    def _ticks(self, kernel: Kernel) -> int:
+        """Return the ticks of a kernel beside the collectives that run now."""
+        alone = self._duration(kernel)
+        if not self._sms:
+            return alone
+        key = (id(kernel), self._sms, self._memory)
+        found = self._slower.get(key)
+        if found is None:
+            seconds = self._cost.beside_s(kernel, self._rank, self._sms, self._memory * _MEMORY_STEP)
+            found = self._slower[key] = max(alone, ticks(seconds))
+        return found

@@ -1,0 +1,124 @@
+"""Kernels beside collectives: how long they take, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.engine.beside import durations_beside, own_ticks
+from sim.ir.ledger import Kernel, Pointwise
+from sim.ir.program import COMPUTE, Chunk, Collective, Compute, HostWait, Instruction, Record, Wait
+from sim.ir.traffic import Link, Phase, Traffic
+
+SIDE, OTHER = "side", "other"
+
+
+@dataclass
+class ByHand:
+    """Kernels name their ticks; 10 SMs taken double them, 20 SMs triple them."""
+
+    links: tuple[Link, ...] = (Link("wire", "nvlink", 1e12),)
+
+    def beside_s(self, kernel: Kernel, rank: int, sms: int, memory_bytes_per_s: float) -> float:
+        return alone(kernel) * (1 + sms / 10) * 1e-12
+
+    def memory_bytes(self, traffic: Traffic) -> float:
+        return 0.0
+
+
+def alone(kernel: Kernel) -> int:
+    assert isinstance(kernel, Pointwise)
+    return int(kernel.kind)
+
+
+def kernel(ticks: int, stream: str = COMPUTE) -> Compute:
+    return Compute("op", Pointwise(str(ticks), (), ()), stream)
+
+
+def collective(ticks: int, stream: str = SIDE) -> Collective:
+    return Collective("gather", "all_gather", "dp", ticks, "bf16", stream)
+
+
+def found(*chunk: Instruction, sms: int = 10) -> dict[int, int]:
+    def traffic_of(step: Collective) -> Traffic:
+        return Traffic("ring", (Phase(step.tensor_bytes * 1e-12),), 0, sms)
+
+    return dict(durations_beside(tuple(chunk), alone, traffic_of, ByHand(), 0))  # type: ignore[arg-type]
+
+
+def test_a_kernel_goes_on_at_its_own_rate_when_the_collective_has_ended() -> None:
+    """50 of its ticks it runs at half its rate: 25 are done, 75 are left."""
+    assert found(collective(50), kernel(100)) == {1: 125}
+
+
+def test_it_does_not_matter_which_was_issued_first() -> None:
+    assert found(kernel(100), collective(50)) == {0: 125}
+
+
+def test_a_collective_that_begins_in_the_middle() -> None:
+    """The gather begins at 40, when the kernel of its own stream has ended; 60 are left, at half the rate: 120."""
+    assert found(kernel(100), kernel(40, SIDE), collective(500)) == {0: 160}
+
+
+def test_kernels_one_after_the_other_share_what_a_collective_takes() -> None:
+    """30 of the gather go by in the first (15 + 15 ticks of work in 30), 40 - 30 in the second."""
+    assert found(collective(40), kernel(15), kernel(100)) == {1: 30, 2: 105}
+
+
+def test_two_collectives_take_twice_as_much() -> None:
+    """Both for 30 ticks: a third of 30 is 10; one more for 20: half, 10; 80 are left."""
+    assert found(collective(30), collective(50, OTHER), kernel(100)) == {2: 30 + 20 + 80}
+
+
+def test_a_collective_that_the_compute_stream_waits_for_slows_nothing_down() -> None:
+    assert not found(
+        kernel(100), Record("ready", COMPUTE), Wait("ready", SIDE), collective(50), Record("done", SIDE),
+        Wait("done", COMPUTE), kernel(100),
+    )  # fmt: skip
+
+
+def test_what_the_host_issues_after_a_wait_comes_after_it() -> None:
+    """The gather is issued when the first kernel has ended."""
+    assert found(kernel(100), Record("e", COMPUTE), HostWait("e"), collective(50), kernel(30)) == {4: 55}
+
+
+def test_one_that_takes_no_sms_slows_nothing_down() -> None:
+    assert not found(collective(50), kernel(100), sms=0)
+
+
+def test_a_group_s_own_time_is_that_of_its_links_or_its_cap() -> None:
+    cost = ByHand()
+    several = Traffic("ring", (Phase(1e-12, ((0, 800.0),), group_s=1e-10),), 0, 1)
+    assert own_ticks(several, cost) == 1 + 100  # type: ignore[arg-type]
+    capped = Traffic("ring", (Phase(0.0, ((0, 800.0),), 800.0, 0.5e12),), 0, 1)
+    assert own_ticks(capped, cost) == 1600  # type: ignore[arg-type]
+
+
+steps = st.one_of(
+    st.builds(kernel, st.integers(0, 200), st.sampled_from((COMPUTE, SIDE))),
+    st.builds(collective, st.integers(0, 300), st.sampled_from((SIDE, OTHER))),
+    st.builds(Record, st.sampled_from("ef"), st.sampled_from((COMPUTE, SIDE, OTHER))),
+    st.builds(Wait, st.sampled_from("ef"), st.sampled_from((COMPUTE, SIDE, OTHER))),
+    st.builds(HostWait, st.sampled_from("ef")),
+)
+
+
+@given(st.lists(steps, max_size=30).map(tuple))
+def test_a_kernel_takes_no_less_than_alone_and_no_more_than_beside_all(chunk: Chunk) -> None:
+    """At most two streams have collectives: three times as long. Each change may round one tick up."""
+    for index, ticks in found(*chunk).items():
+        step = chunk[index]
+        assert isinstance(step, Compute)
+        own = alone(step.kernel)
+        assert own < ticks <= 3 * own + len(chunk)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_what_a_collective_adds_in_all_is_half_its_time(number: int) -> None:
+    """Whatever the kernels are, while it runs (100 ticks, work there is for longer) half as much is done."""
+    chunk = (collective(100), *(kernel(400 // number) for _ in range(number)))
+    added = sum(ticks - 400 // number for ticks in found(*chunk).values())
+    assert added == 50
