@@ -56,10 +56,12 @@ def remedies_for(
     first, until it fits. If nothing does, the last entry is how far all of them together get (``fits`` is False).
     ``step`` is called with the words of each trial before it runs.
     """
-    tried = [remedy for change in changes(simulation.scenario) if (remedy := _try(file, overrides, change, step))]
+    tried = [
+        remedy for change in changes(simulation.scenario) if (remedy := _try(file, overrides, change, step, simulation))
+    ]
     enough = [remedy for remedy in tried if remedy.fits]
     if not enough:
-        enough = _together(file, overrides, tried, step)
+        enough = _together(file, overrides, tried, step, simulation)
     return tuple(map(_with_host, sorted(enough, key=lambda r: (-r.tokens_per_s, r.words))[:MAX_REMEDIES]))
 
 
@@ -72,7 +74,11 @@ def _with_host(remedy: Remedy) -> Remedy:
 
 
 def _together(
-    file: Path, overrides: Sequence[str], tried: Sequence[Remedy], step: Callable[[str], None]
+    file: Path,
+    overrides: Sequence[str],
+    tried: Sequence[Remedy],
+    step: Callable[[str], None],
+    simulation: Simulation,
 ) -> list[Remedy]:
     sum_: Remedy | None = None
     for remedy in sorted(tried, key=lambda r: (r.peak_device_bytes, r.words)):
@@ -82,7 +88,7 @@ def _together(
         if {o.partition("=")[0] for o in sum_.overrides} & {o.partition("=")[0] for o in remedy.overrides}:
             continue
         both = (f"{sum_.words}, and {remedy.words}", (*sum_.overrides, *remedy.overrides))
-        better = _try(file, overrides, both, step)
+        better = _try(file, overrides, both, step, simulation)
         if better and better.peak_device_bytes < sum_.peak_device_bytes:
             sum_ = better
         if sum_.fits:
@@ -90,11 +96,13 @@ def _together(
     return [sum_] if sum_ else []
 
 
-def _try(file: Path, overrides: Sequence[str], change: Change, step: Callable[[str], None]) -> Remedy | None:
+def _try(
+    file: Path, overrides: Sequence[str], change: Change, step: Callable[[str], None], simulation: Simulation
+) -> Remedy | None:
     words, options = change
     step(words)
     try:
-        report = simulate(load_scenario(file, (*overrides, *options))).report
+        report = simulate(load_scenario(file, (*overrides, *options)), like=simulation).report
     except ScenarioError:
         return None  # the change is not legal here (a ds_config that says otherwise, a batch that does not divide)
     return Remedy(

@@ -34,40 +34,28 @@ class Simulation:
     cluster: Cluster
     ledger: Ledger
     world: World
+    cost: CostModel
     timeline: Timeline
+    outside: Mapping[int, Outside]
     footprints: tuple[Footprint, ...]
     report: Report
 
 
-def simulate(scenario: Scenario, *, record: bool = False, fold: bool = True) -> Simulation:
+def simulate(
+    scenario: Scenario, *, record: bool = False, fold: bool = True, like: Simulation | None = None
+) -> Simulation:
     """Answer one scenario. Pure: same scenario and catalogue, same report, byte for byte.
 
     ``record`` keeps the allocator's history and the memory curve, for plots and snapshots. Without ``fold`` every rank
-    is simulated by itself, which must not change the answer.
+    is simulated by itself, which must not change the answer. ``like``: an answer to a similar question, of which what
+    cannot differ is taken over: that saves time and changes nothing.
     """
-    gpu = scenario.cluster.gpu
-    faults = scenario.faults
-    cluster = degrade(build_cluster(scenario.cluster), faults.links)
-    dtypes = dtypes_of(scenario)
-    ledger = describe(
-        scenario.model,
-        scenario.training,
-        parameter_dtype=dtypes.parameter,
-        compute_dtype=dtypes.compute,
-        autocast=dtypes.autocast,
-        flash=gpu.compute_capability >= (8, 0),
-        local=scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local",
-    )
-    slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
-    lowered = lower(ledger, scenario)
-    settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow)
-    try:
-        world, cost = _folded(lowered, cluster, slow, fold, trusting=fold), CostModel(cluster, gpu, settings)
-        timeline = run(world, cost)
-    except ContentionError:  # other communicators, and so another cost model: it knows them by name
-        world, cost = _folded(lowered, cluster, slow, fold, trusting=False), CostModel(cluster, gpu, settings)
-        timeline = run(world, cost)
-    outside = outside_of(world, timeline, cluster, gpu)
+    if like is not None and _same_but_allocator(scenario, like.scenario):
+        ledger, cluster, world, cost = like.ledger, like.cluster, like.world, like.cost
+        timeline, outside = like.timeline, like.outside
+    else:
+        ledger, cluster, world, cost, timeline = _timed(scenario, fold, like)
+        outside = outside_of(world, timeline, cluster, scenario.cluster.gpu)
     allocators = {rank: _allocator(scenario, beside) for rank, beside in outside.items()}
     held = footprints(world, timeline, allocators, outside, record, samples=record)
     report = summarise(
@@ -85,7 +73,61 @@ def simulate(scenario: Scenario, *, record: bool = False, fold: bool = True) -> 
             *cost.assumptions(),
         ),
     )
-    return Simulation(scenario, cluster, ledger, world, timeline, held, report)
+    return Simulation(scenario, cluster, ledger, world, cost, timeline, outside, held, report)
+
+
+def _same_but_allocator(scenario: Scenario, other: Scenario) -> bool:
+    """Whether two scenarios ask the same, but for how they were written down and how the allocator manages its memory.
+
+    What cuBLAS takes is written into the programs, though a variable of the allocator's section says how much it is.
+    """
+    if scenario.allocator.cublas_workspace_bytes != other.allocator.cublas_workspace_bytes:
+        return False
+    names = [name for name in Scenario.model_fields if name not in ("name", "sources", "warnings", "allocator")]
+    return all(getattr(scenario, name) == getattr(other, name) for name in names)
+
+
+def _timed(
+    scenario: Scenario, fold: bool, like: Simulation | None
+) -> tuple[Ledger, Cluster, World, CostModel, Timeline]:
+    """Return what is computed, where, by whom, at what cost, and when."""
+    gpu = scenario.cluster.gpu
+    faults = scenario.faults
+    if like is not None and (like.scenario.cluster, like.scenario.faults) == (scenario.cluster, faults):
+        cluster = like.cluster  # and what it remembers of its routes
+    else:
+        cluster = degrade(build_cluster(scenario.cluster), faults.links)
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model,
+        scenario.training,
+        parameter_dtype=dtypes.parameter,
+        compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+        flash=gpu.compute_capability >= (8, 0),
+        local=scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local",
+    )
+    slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
+    lowered = lower(ledger, scenario)
+    settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow)
+    try:
+        world = _folded(lowered, cluster, slow, fold, trusting=fold)
+        cost = _cost(cluster, scenario, settings, world, like)
+        timeline = run(world, cost)
+    except ContentionError:  # other communicators, and so another cost model: it knows them by name
+        world = _folded(lowered, cluster, slow, fold, trusting=False)
+        cost = _cost(cluster, scenario, settings, world, like)
+        timeline = run(world, cost)
+    return ledger, cluster, world, cost, timeline
+
+
+def _cost(
+    cluster: Cluster, scenario: Scenario, settings: CostSettings, world: World, like: Simulation | None
+) -> CostModel:
+    cost = CostModel(cluster, scenario.cluster.gpu, settings)
+    if like is not None and cluster is like.cluster and world.communicators == like.world.communicators:
+        cost.take_over(like.cost)
+    return cost
 
 
 def _folded(world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool, trusting: bool) -> World:
@@ -129,5 +171,5 @@ def _cache_notes(held: tuple[Footprint, ...]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _assumptions(outside: dict[int, Outside]) -> tuple[str, ...]:
+def _assumptions(outside: Mapping[int, Outside]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words for beside in outside.values() for words in beside.assumptions))
