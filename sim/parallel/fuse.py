@@ -208,20 +208,20 @@ class _Part:
         for name in (*sorted(self.given), *producer):
             if name in resident or name not in self.tensors:
                 continue
-            node: _Node | None = producer.get(name)
+            maker = producer.get(name)
             weight = int(self.tensors[name].num_bytes * 1.1 ** max(1, min(distance[name], 100)))
-            if node is not None and all(r.fusible and node.fusible for r in readers.get(name, ())):
+            if maker is not None and all(r.fusible and maker.fusible for r in readers.get(name, ())):
                 weight *= 2
             inside, outside = f"{name} in", f"{name} out"
-            if node is not None and node.op.name in again:
+            if maker is not None and maker.op.name in again:
                 flow.add(inside, "sink", _INFINITE)
-            elif node is None or node.op.name in cached or name in whole or self._costs(node, name):
+            elif maker is None or maker.op.name in cached or name in whole or self._costs(maker, name):
                 flow.add("source", inside, _INFINITE)
             flow.add(inside, outside, max(1, weight))
             if name in needed:
                 flow.add(outside, "sink", _INFINITE)
-            if node is not None and (not node.heavy or node.op.name in again):
-                for read in self._sources(node, name):
+            if maker is not None and (not maker.heavy or maker.op.name in again):
+                for read in self._sources(maker, name):
                     flow.add(f"{read} out", inside, _INFINITE)
         return {name.removesuffix(" in") for name in flow.cut("source", "sink")}
 
@@ -360,7 +360,10 @@ class _Part:
             return None
         ready = max((at[name] for name in group.reads if name in at), default=-1)
         if ready >= 0 and placed[ready].fusible:
-            return ready
+            # one number of a whole tensor is there only when its kernel is over
+            whole = {t.name for t in placed[ready].writes if t.num_elements == 1}
+            if whole.isdisjoint(group.reads):
+                return ready
         widest = max((self.tensors[r].num_bytes for r in group.reads if r in self.tensors), default=0)
         for i in range(len(placed) - 1, max(ready, -1), -1):
             other = placed[i]

@@ -61,6 +61,11 @@ def recipe_of(scenario: Scenario) -> Recipe | None:
     return quantise.recipe_of(scenario.training.precision, scenario.megatron.fp8_recipe, gpu.compute_capability)
 
 
+def is_torchao(scenario: Scenario) -> bool:
+    """Whether FP8 is torchao's: in plain torch modules. Transformer Engine's modules have their own."""
+    return scenario.training.precision == "fp8" and scenario.training.code == "torch"
+
+
 def keeps_low_weights(scenario: Scenario) -> bool:
     """Whether weights are quantised once a step: Megatron-Core says which microbatch is the first."""
     return scenario.framework == "megatron"
@@ -69,7 +74,13 @@ def keeps_low_weights(scenario: Scenario) -> bool:
 def transformed(ledger: Ledger, scenario: Scenario) -> Ledger:
     """Return the sharded ledger as the precision and the compiler change it."""
     recipe = recipe_of(scenario)
-    if recipe is not None:
+    if recipe is not None and is_torchao(scenario):
+        from sim.parallel.float8 import float8_ledger
+
+        settings = scenario.fsdp2
+        low = scenario.framework == "fsdp2" and settings.float8_all_gather
+        ledger = float8_ledger(ledger, settings.float8_recipe, gathered_low=low, shared=scenario.training.compile)
+    elif recipe is not None:
         from sim.parallel.quantise import quantise_ledger
 
         blocks = sum(layer.kind == "block" for layer in ledger.layers)

@@ -306,6 +306,8 @@ class _Quantise:
             product = op.name in inputs or op.name in weights
             if not product and not _is_gather(op):
                 self.out.append(op)
+                if not op.writes:  # an addition in place: what was quantised before is of another value
+                    ready -= {t.name for k in op.kernels if isinstance(k, Pointwise) for t in k.writes}
                 continue
             if not product and op.writes[0].name not in grads:
                 if op.reads[0] in self.saved:

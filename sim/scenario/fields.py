@@ -239,6 +239,8 @@ FSDP2: dict[str, Key] = {
     "reshard_after_backward": boolean("Whether parameters go after each microbatch, or after the last."),
     "cpu_offload": boolean("CPUOffloadPolicy: shards, gradients and states in pinned memory of the host."),
     "optimizer_implementation": choice(_IMPLEMENTATIONS, "an implementation", "Of torch's optimizer."),
+    "float8_recipe": choice(("tensorwise", "rowwise"), "a recipe of torchao", "Scales of fp8: a tensor's or a row's."),
+    "float8_all_gather": boolean("Whether weights of linears are gathered in 8 bits, their scales computed ahead."),
 }  # fmt: skip
 
 FSDP1: dict[str, Key] = {

@@ -183,6 +183,10 @@ class Fsdp2Settings(_Frozen):
     """False: ``set_reshard_after_backward(False)`` on all microbatches but the last."""
     cpu_offload: bool = False
     optimizer_implementation: OptimizerImplementation = "foreach"
+    float8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """torchao's scales of ``precision: fp8``: one a tensor, or one a row."""
+    float8_all_gather: bool = False
+    """torchao's ``enable_fsdp_float8_all_gather``, with ``precompute_float8_dynamic_scale_for_fsdp``."""
 
 
 class Fsdp1Settings(_Frozen):

@@ -160,3 +160,10 @@ def test_bytes_that_quantising_moves(recipe: str, copies: int, moved: float) -> 
 def test_a_tensor_of_odd_size_rounds_up() -> None:
     assert RECIPES["nvfp4"].num_bytes(1) == 1
     assert Tensor("x", (), "fp8").num_bytes == 1
+
+
+def test_a_gradient_that_was_added_to_is_quantised_again() -> None:
+    """The residual's gradient is fc2's, and after an addition in place the projection's: two values, two casts."""
+    layer = quantise(block(), RECIPES["mxfp8"], cached_weights=True)
+    assert sum(o.name == "grad:output.quantise" for o in layer.backward) == 2
+    assert sum(o.name.endswith(".quantise") for o in layer.backward) == 4

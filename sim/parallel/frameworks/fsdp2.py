@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sim.ir.ledger import DTYPE_BYTES, DType, Layer, Parameter
+from sim.ir.ledger import DTYPE_BYTES, DType, Gemm, Layer, Parameter
 from sim.ir.program import COMPUTE, Alloc, Chunk, Copy, Free, HostCompute, HostWait, Instruction, Mark, Storage
 from sim.parallel.frameworks.exit import exit_module
 from sim.parallel.frameworks.flat import (
@@ -51,20 +51,22 @@ NORM_BYTES = 4
 class Param:
     """A parameter of a group. ``num_elements`` whole, ``padded`` over all ranks, ``local`` what this rank owns of it.
 
-    Each rank stores ``padded // ranks`` elements, whatever it owns.
+    Each rank stores ``padded // ranks`` elements, whatever it owns. ``low``: it is gathered in 8 bits.
     """
 
     name: str
     num_elements: int
     padded: int
     local: int
+    low: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Group:
     """Parameters that travel together, their storages, and where they stand.
 
-    ``shard``        elements of one rank, padding included; ``whole`` of all
+    ``shard``        elements of one rank, padding included; ``whole`` of all; ``gathered_elements`` what travels,
+                     counted in ``param_dtype``
     ``cast``         the shards in ``param_dtype``; ``output`` of the gather
     ``unsharded``    one storage a parameter, as the passes read it
     ``kept``         (a number for ``reshard_after_forward``) the slices that remain after forward
@@ -79,6 +81,7 @@ class Group:
     reshard: bool
     shard: int
     whole: int
+    gathered_elements: int
     cast: Storage
     output: Storage
     unsharded: tuple[Storage, ...]
@@ -123,6 +126,17 @@ def shard_of(parameter: Parameter, ranks: int, rank: int) -> tuple[int, int]:
     each = -(-rows // ranks)
     mine = min(each, max(0, rows - rank * each))
     return padded(rows, ranks) * width, mine * width
+
+
+def _gathered_low(layer: Layer) -> frozenset[str]:
+    """Return the weights of linears that compute in FP8, which are gathered so (torchao/float8/fsdp_utils.py)."""
+    return frozenset(
+        name
+        for op in layer.forward
+        if any(isinstance(kernel, Gemm) and kernel.dtype == "fp8" for kernel in op.kernels)
+        for name in op.parameters
+        if name.endswith(".weight")
+    )
 
 
 def fsdp2(layers: Sequence[Layer], settings: Fsdp2Settings, plan: Plan) -> Fsdp2:
@@ -179,10 +193,13 @@ class Fsdp2:
             if mine is None:
                 elsewhere = {own for own, _, _ in layer.tied}
                 listed = []
+                low = _gathered_low(layer) if self.settings.float8_all_gather else frozenset()
                 for p in layer.parameters:
                     if p.name not in elsewhere:
                         whole, local = shard_of(p, self.plan.dp, rank)
-                        listed.append((p.name, Param(f"{layer.kind}.{p.name}", p.num_elements, whole, local)))
+                        listed.append(
+                            (p.name, Param(f"{layer.kind}.{p.name}", p.num_elements, whole, local, p.name in low))
+                        )
                 mine = known[id(layer)] = (tuple(listed), {name: i for i, (name, _) in enumerate(listed)})
             owned.append(mine[0])
         members: list[list[int]] = []
@@ -218,13 +235,16 @@ class Fsdp2:
         ranks, dtype = self.plan.dp, self.param_dtype
         whole = sum(p.padded for p in params)
         shard = whole // ranks
+        # torchao's fsdp_pre_all_gather hands over bytes: the group is gathered as bytes
+        element = DTYPE_BYTES[dtype]
+        gathered = sum(p.padded // element if p.low else p.padded for p in params)
         parts = self.reshard_ranks or 1
         kept = tuple(
             flat_storage(f"{p.name}.resharded", p.padded // parts, dtype, "parameters")
             for p in params
             if self.reshard_ranks
         )
-        unsharded = tuple(flat_storage(p.name, p.padded, dtype, "parameters") for p in params)
+        unsharded = tuple(flat_storage(p.name, p.padded, "fp8" if p.low else dtype, "parameters") for p in params)
         replicated = self.plan.replicas > 1
         post = ALL_REDUCE_STREAM if replicated else REDUCE_STREAM
         place = "host" if self.offload else "gpu"
@@ -240,8 +260,9 @@ class Fsdp2:
             reshard,
             shard,
             whole,
-            flat_storage("all_gather.input", shard, dtype, "buffers", COPY_IN_STREAM),
-            flat_storage("all_gather.output", whole, dtype, "buffers", COPY_IN_STREAM),
+            gathered,
+            flat_storage("all_gather.input", gathered // ranks, dtype, "buffers", COPY_IN_STREAM),
+            flat_storage("all_gather.output", gathered, dtype, "buffers", COPY_IN_STREAM),
             unsharded,
             kept,
             flat_storage("reduce_scatter.input", whole, self.reduce_dtype, "buffers"),
@@ -457,9 +478,10 @@ class Fsdp2:
                 cast = flat_storage("all_gather.input", mine, dtype, "buffers", COPY_IN_STREAM)
             out += [Alloc(cast), copy("fsdp.cast", mine, source, dtype, COPY_IN_STREAM)]
             temporaries.append(cast)
+        mine = group.gathered_elements // ranks
         out += [Alloc(group.output), copy("fsdp.all_gather.copy_in", mine, dtype, dtype, COPY_IN_STREAM)]
         out.extend(wait_stream(GATHER_STREAM, COPY_IN_STREAM))
-        size = group.whole * DTYPE_BYTES[dtype]
+        size = group.gathered_elements * DTYPE_BYTES[dtype]
         out.extend(nccl.blocking(group.name, "all_gather", size, dtype, GATHER_STREAM))
         group.gathered = f"fsdp.gathered.{group.name}"
         out.append(record(group.gathered, GATHER_STREAM))
@@ -480,7 +502,7 @@ class Fsdp2:
         else:
             out.append(wait(group.gathered, COMPUTE))
             out.extend(group.allocs)
-            out.append(copy("fsdp.all_gather.copy_out", group.whole, dtype, dtype))
+            out.append(copy("fsdp.all_gather.copy_out", group.gathered_elements, dtype, dtype))
         if group.is_kept:
             out.extend(Free(storage) for storage in group.kept)
             group.is_kept = False
@@ -648,7 +670,20 @@ class Fsdp2:
                 out.extend(Alloc(storage) for storage in torch_states(plan.optimizer, params, dtype))
             out.extend(torch_update(plan.optimizer, params, dtype, self.settings.optimizer_implementation))
         out.extend(Free(group.gradient) for group in self.groups)
+        out.extend(self._scales())
         return tuple(out)
+
+    def _scales(self) -> list[Instruction]:
+        """``precompute_float8_dynamic_scale_for_fsdp``: the largest value of each weight, agreed on at once."""
+        low = [p.local for group in self.groups for p in group.params if p.low]
+        if not low:
+            return []
+        out: list[Instruction] = [pointwise("float8.amax", "reduce", ((sum(low), self.orig_dtype),), ())]
+        if self.plan.dp > 1:
+            size = len(low) * NORM_BYTES
+            out.extend(self.nccl.asynchronous("float8 scales", "all_reduce", size, "fp32", COMPUTE, "float8.amax"))
+            out.append(wait("float8.amax", COMPUTE))
+        return out
 
     def _clip(self, count: int, total: int) -> list[Instruction]:
         """``clip_grad_norm_`` on DTensors: the norms of all parameters are reduced as one small tensor.

@@ -1,0 +1,126 @@
+"""torchao's FP8 linears: casts, what is kept, what travels, and what FSDP2 gathers."""
+
+from __future__ import annotations
+
+import pytest
+
+from sim.ir.ledger import Gemm, Layer, Op
+from sim.ir.program import Collective
+from sim.model.transformer import describe
+from sim.parallel.emit import NO_RECOMPUTE, Emitter, Recompute, plan_layer
+from sim.parallel.float8 import Granularity, float8, float8_ledger
+from sim.parallel.frameworks.fsdp2 import Fsdp2
+from sim.parallel.frameworks.plan import Plan
+from sim.parallel.fuse import compile_block
+from sim.parallel.shard import ShardPlan, shard
+from sim.scenario.schema import Fsdp2Settings, ModelConfig, Training
+
+LLAMA = ModelConfig(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, vocab_size=128,
+)  # fmt: skip
+TOKENS = 32
+TRAINING = Training(
+    sequence_length=TOKENS, micro_batch_size=1, global_batch_size=1, precision="bf16", attention="flash-2",
+    code="torch",
+)  # fmt: skip
+LEDGER = describe(LLAMA, TRAINING, parameter_dtype="bf16", compute_dtype="bf16", autocast=False)
+SEQUENCE_PARALLEL = ShardPlan(tp=2, sp=True, style="dtensor", prepare_module_input=True)
+
+
+def of(
+    granularity: Granularity = "tensorwise", plan: ShardPlan | None = None, *, low: bool = False, shared: bool = False
+) -> Layer:
+    return float8(shard(LEDGER.layers[1], plan or ShardPlan()), granularity, gathered_low=low, shared=shared)
+
+
+def ops(layer: Layer, word: str) -> list[Op]:
+    return [op for op in (*layer.forward, *layer.backward) if word in op.name]
+
+
+def kept(layer: Layer) -> dict[str, int]:
+    tensors = {t.name: t for op in layer.forward for t in (*op.writes, *op.keeps)}
+    assert layer.input is not None
+    tensors[layer.input.name] = layer.input
+    return {name: tensors[name].num_bytes for op in layer.forward for name in op.saves}
+
+
+@pytest.mark.parametrize("granularity", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("plan", [ShardPlan(), SEQUENCE_PARALLEL], ids=["one", "sp"])
+@pytest.mark.parametrize("low", [False, True], ids=["bf16_weights", "fp8_weights"])
+@pytest.mark.parametrize("recompute", ["none", "selective-op", "full"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_all_products_are_low_and_lives_close(
+    granularity: Granularity, plan: ShardPlan, low: bool, recompute: str, compiled: bool
+) -> None:
+    layer = of(granularity, plan, low=low, shared=compiled)
+    products = [k for op in (*layer.forward, *layer.backward) for k in op.kernels if isinstance(k, Gemm)]
+    assert [k.dtype for k in products] == ["fp8"] * 21
+    mode = Recompute(recompute, reentrant=False)  # type: ignore[arg-type]
+    if compiled:
+        layer, mode = compile_block(layer, mode), NO_RECOMPUTE
+    made = plan_layer(layer, mode, "bf16")
+    steps = [s for s in (*made.forward, *made.backward) if isinstance(s, tuple)]
+    given = {1, 3, *(slot for verb, slot, _ in steps if verb == "gradient")}
+    allocs = sorted(slot for verb, slot, _ in steps if verb == "alloc" and slot not in given)
+    assert allocs == sorted(slot for verb, slot, _ in steps if verb == "free" and slot not in given | {0, 2})
+
+
+def test_eager_keeps_sixteen_bit_inputs() -> None:
+    """Float8Linear saves its input as it came, so no fewer bytes than in 16 bit."""
+    assert kept(of()) == kept(LEDGER.layers[1])
+
+
+def test_a_tensor_is_cast_once_a_pass() -> None:
+    """Query, key and value read one input, gate and up another: four casts of inputs, seven of weights, in forward."""
+    forward = [op for op in of().forward if op.name.endswith(".cast") and "rope" not in op.name]
+    assert len(forward) == 4 + 7
+    assert len([op for op in of(low=True).forward if op.name.endswith(".cast") and "rope" not in op.name]) == 4
+
+
+def test_backward_needs_the_other_order_of_all_three_operands() -> None:
+    """A transposed copy, or a cast anew, of seven gradients' tensors, four inputs and seven weights."""
+    columns = {t.name for op in of(shared=True).backward for t in op.writes if t.name.endswith(".columns")}
+    assert len(columns) == 7 + 4 + 7
+
+
+@pytest.mark.parametrize(("granularity", "dtype"), [("tensorwise", "fp8"), ("rowwise", "bf16")])
+def test_what_tensor_parallel_ranks_gather(granularity: Granularity, dtype: str) -> None:
+    layer = of(granularity, SEQUENCE_PARALLEL)
+    gathers = [op.exchange for op in ops(layer, "all_gather") if op.exchange is not None]
+    assert {exchange.tensor.dtype for exchange in gathers} == {dtype}
+    agreed = [op for op in (*layer.forward, *layer.backward) if op.exchange and op.exchange.kind == "all_reduce"]
+    assert len(agreed) == (len(gathers) if granularity == "tensorwise" else 0)
+
+
+def test_compiled_without_checkpoint_drops_what_casts_can_be_made_of() -> None:
+    """The product gate * up is only ever cast: not kept. Nor are normed inputs: input and statistics are."""
+    names = set(kept(compile_block(of(shared=True), Recompute("none"))))
+    assert not {"activated", "normed1", "normed2"} & names
+    assert {"gate", "up", "normed1.rstd", "activated.amax"} <= names
+
+
+def test_the_largest_value_is_a_kernel_before_the_cast() -> None:
+    """One number of a whole tensor: the cast that reads it cannot be in the kernel that makes it."""
+    layer = compile_block(of(shared=True), Recompute("none"))
+    made = {t.name: i for i, op in enumerate(layer.forward) for t in op.writes}
+    assert made["activated.amax"] < made["activated.low"]
+
+
+def test_fsdp_gathers_weights_of_linears_in_one_byte() -> None:
+    """A block's matrices in one byte an element, its two norms [64] in two; the shards stay fp32."""
+    layers = float8_ledger(LEDGER, "tensorwise", gathered_low=True, shared=False).layers
+    sizes = {}
+    for low in (False, True):
+        plan = Plan(
+            dp=8, parameter_dtype="bf16", master=True, num_microbatches=1, optimizer="adamw", gradient_clipping=0.0,
+            dp_axis="dp", num_gpus_per_node=8,
+        )  # fmt: skip
+        hooks = Fsdp2(layers, Fsdp2Settings(float8_all_gather=low), plan)
+        hooks.begin_microbatch(first=True, last=True)
+        emitter = Emitter(layers, LEDGER.batch_inputs, NO_RECOMPUTE, "bf16")
+        passes = emitter.passes(hooks)
+        gathers = [i for i in passes.forward if isinstance(i, Collective) and i.kind == "all_gather"]
+        sizes[low] = [i.tensor_bytes for i in gathers][1]  # the root first, then the blocks
+    matrices = sum(p.num_elements for p in layers[1].parameters) - 2 * 64
+    assert sizes == {False: 2 * (matrices + 2 * 64), True: matrices + 2 * 2 * 64}
