@@ -141,6 +141,10 @@ class Exchange:
         self.messages = messages
         self.chunks: dict[str, Chunk] = {}
         self._bound: dict[str, bool] = {}
+        self._sources: dict[tuple[int, str], Route | None] = {}
+        self._targets: dict[tuple[int, str], Route | None] = {}
+        self._known: dict[tuple[tuple[str, int], ...], list[tuple[str, int | None]]] = {}
+        """Groups of calls by their chunks and microbatches from the first one's on, joined."""
 
     def calls(self, order: Order, pass_name: Callable[[Pass], str]) -> list[list[Call]]:
         """Return the calls of each pass of the order, with what belongs to it before and after."""
@@ -180,7 +184,20 @@ class Exchange:
 
     def _joined(self, calls: Sequence[Call]) -> list[Call]:
         """Return the calls with neighbours made one where they are of one microbatch, or of none in particular."""
-        found: list[Call] = []
+        if not calls:
+            return []
+        base = calls[0].microbatch
+        key = tuple([(call.chunk, call.microbatch - base) for call in calls])
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = [
+                (call.chunk, None if of is None else of - base) for call, of in self._joining(calls)
+            ]
+        return [Call(name, 0 if after is None else base + after) for name, after in known]
+
+    def _joining(self, calls: Sequence[Call]) -> list[tuple[Call, int | None]]:
+        """Return the joined calls with their microbatches; None: of none in particular."""
+        found: list[tuple[Call, int | None]] = []
         names: list[str] = []
         of: int | None = None
 
@@ -190,14 +207,14 @@ class Exchange:
                 name = " ".join(names)
                 if name not in self.chunks:
                     self.chunks[name] = tuple(i for part in names for i in self.chunks[part])
-                found.append(Call(name, 0 if of is None else of))
+                found.append((Call(name, 0 if of is None else of), of))
             names.clear()
             of = None
 
         for call in calls:
             if call.chunk not in self.chunks:  # a pass
                 close()
-                found.append(call)
+                found.append((call, call.microbatch))
                 continue
             bound = self._bound.get(call.chunk)
             if bound is None:
@@ -223,8 +240,8 @@ class Exchange:
             return False
         if way == "backward" and not self.messages.frees_sent and self.borders[pass_.chunk].output is not None:
             self._call(calls, f"release.{pass_.chunk}", pass_, lambda: [Free(_some(self.borders[pass_.chunk].output))])
-        route = outgoing(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
-        if route is None or route.receiver[0] == self.rank:
+        route = self._target(pass_.chunk, way)
+        if route is None:
             return False
         self._settle(calls, route.axis)
         self._call(calls, f"send.{way}.{pass_.chunk}", pass_, lambda: self._send(way, pass_.chunk, route))
@@ -252,8 +269,19 @@ class Exchange:
         way = way_of(pass_)
         if way is None:
             return None
-        route = incoming(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
-        return None if route is None or route.sender[0] == self.rank else route
+        key = (pass_.chunk, way)
+        if key not in self._sources:
+            route = incoming(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
+            self._sources[key] = None if route is None or route.sender[0] == self.rank else route
+        return self._sources[key]
+
+    def _target(self, chunk: int, way: Way) -> Route | None:
+        """Return the route to another rank of what the passes of a chunk make."""
+        key = (chunk, way)
+        if key not in self._targets:
+            route = outgoing(self.placement, self.rank, chunk, way, self.p, self.v)
+            self._targets[key] = None if route is None or route.receiver[0] == self.rank else route
+        return self._targets[key]
 
     def _post(self, calls: list[Call], pass_: Pass) -> None:
         route, way = self._source(pass_), way_of(pass_)
