@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,9 +35,10 @@ from sim.ir.program import (
 from sim.ir.timeline import Timeline
 from sim.parallel.fold import fold, refold
 from sim.parallel.mesh import Mesh, mesh_of
+from sim.parallel.schedule import SCHEDULES
 from sim.pipeline import simulate
 from sim.report.report import Report
-from sim.scenario.load import load_scenario
+from sim.scenario.load import load_scenario, load_scenario_text
 from sim.scenario.schema import ClusterSpec
 
 sizes = st.sampled_from((1, 2, 3, 4))
@@ -337,3 +339,72 @@ def test_misplaced_trust_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> N
     careful = simulate(scenario)
     assert len(careful.world.programs) > len(trusted.world.programs)
     assert answer(careful.report) == answer(trusted.report)
+
+
+# --- whole answers, over all layouts -----------------------------------------------------------------
+
+
+EVERY = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "v-half", "v-min", "dualpipev", "dualpipe")
+ZERO = {"ddp": (0,), "fsdp1": (2, 3), "fsdp2": (2, 3), "megatron": (0, 1), "deepspeed": (0, 1, 2, 3)}
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> str:
+    """Draw a question on up to 32 GPUs: every framework, its axes and schedules, uneven stages, faults."""
+    framework = draw(st.sampled_from(["ddp", "fsdp1", "fsdp2", "deepspeed", "megatron", "megatron", "fsdp2"]))
+    num_nodes = draw(st.sampled_from([1, 1, 2, 4]))
+    num_gpus = 8 * num_nodes
+    model_axes = framework in ("megatron", "fsdp2")
+    tp = draw(st.sampled_from([1, 2, 4])) if model_axes else 1
+    cp = draw(st.sampled_from([1, 1, 2])) if model_axes or framework == "deepspeed" else 1
+    pp = draw(st.sampled_from([1, 2, 4])) if model_axes or framework == "deepspeed" else 1
+    pp = min(pp, num_gpus // (tp * cp))
+    dp = num_gpus // (tp * cp * pp)
+    schedule, vpp = "1f1b", 1
+    if pp > 1 and framework != "deepspeed":
+        schedule = draw(st.sampled_from([s for s in EVERY if s != "dualpipe" or framework == "megatron"]))
+        vpp = 2 if schedule == "interleaved" else 1
+    stages = pp * (1 if schedule == "dualpipe" else SCHEDULES[schedule].num_chunks or vpp)
+    layers = [draw(st.integers(1, 2)) for _ in range(stages)]
+    parallelism: dict[str, object] = {
+        "tp": tp, "cp": cp, "pp": pp, "schedule": schedule, "vpp": vpp, "sp": tp > 1 and draw(st.booleans()),
+    }  # fmt: skip
+    if pp > 1:
+        parallelism["layers_per_stage"] = layers
+    stages_of_zero = [z for z in ZERO[framework] if z < 2 or pp == 1 or framework != "deepspeed"]
+    parallelism["zero"] = draw(st.sampled_from(stages_of_zero))
+    if cp > 1:
+        exchanges = ["a2a"] if framework == "deepspeed" else ["p2p", "all_gather", "a2a"]
+        parallelism["cp_comm"] = draw(st.sampled_from(exchanges))
+    faults: dict[str, object] = {}
+    if draw(st.booleans()):
+        faults["slow"] = [{"rank": draw(st.integers(0, num_gpus - 1)), "factor": 0.8}]
+    if draw(st.booleans()):
+        faults["links"] = [{"between": ["node0.gpu1", "node0.nvswitch0"], "factor": 0.5}]
+    microbatches = draw(st.sampled_from([2 * pp, 4 * pp]))
+    asked = {
+        "model": {
+            "num_hidden_layers": sum(layers) if pp > 1 else 2, "hidden_size": 128, "intermediate_size": 256,
+            "num_attention_heads": 8, "vocab_size": 512,
+            "tie_word_embeddings": framework != "fsdp2" and draw(st.booleans()),
+        },
+        "cluster": {"node": "dgx-h100", **({"num_nodes": num_nodes} if num_nodes > 1 else {})},
+        "framework": framework,
+        "parallelism": parallelism,
+        "training": {
+            "sequence_length": 64, "micro_batch_size": 1, "global_batch_size": dp * microbatches, "precision": "bf16",
+            "attention": "flash-2", "code": "torch" if framework == "fsdp2" else "megatron",
+            "gradient_clipping": draw(st.sampled_from([0.0, 1.0])),
+        },
+        "faults": faults,
+    }  # fmt: skip
+    return yaml.safe_dump(asked)
+
+
+@settings(deadline=None, max_examples=12)
+@given(layouts())
+def test_folded_and_unfolded_reports_are_the_same_on_every_layout(text: str) -> None:
+    scenario = load_scenario_text(text, "layout.yaml")
+    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
+    assert len(unfolded.world.programs) == scenario.parallelism.world_size
+    assert answer(folded.report) == answer(unfolded.report)
