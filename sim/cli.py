@@ -257,10 +257,8 @@ def plan(
 
         prepare(out)
     folder = cache or (out / "cache" if out is not None else None)
-    with _progress(f"planning {question.name}", quiet) as step:
-        with Runner(folder, jobs, backend, address) as runner:
-            found = search(question, runner, step)
-        content = answer(found)
+    with _progress(f"planning {question.name}", quiet) as step, Runner(folder, jobs, backend, address) as runner:
+        content = answer(search(question, runner, step), runner, step)
     if out is not None:
         from sim.planner.save import save
 
@@ -357,6 +355,55 @@ def _write_scenario(text: str, out: Path | None) -> None:
     load_scenario_text(text, str(out or "the scenario above"), folder=out.parent if out else ".")
     if out is not None:
         typer.echo(f"{out}: ok; now: sim run {out}", err=True)
+
+
+@app.command()
+def topology(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME-or-FILE",
+            help="A node of the catalogue, a topology file, the output of `nvidia-smi topo -m`, or NCCL's XML.",
+            show_default=False,
+        ),
+    ],
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="Which GPU it is, where the file does not say.")
+    ] = "",
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1, help="So many of these nodes.")] = 1,
+    network: Annotated[
+        str, typer.Option("--network", metavar="NAME", help="Network between them, by name or in words.")
+    ] = "",
+    nccl_tests: Annotated[
+        list[str] | None,
+        typer.Option("--nccl-tests", metavar="FILE", help="Output of nccl-tests to compare with; repeatable."),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE.yaml", help="Write what was read as a topology file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Draw it: topology.png.")] = None,
+    json: Json = False,
+) -> None:
+    """Show a machine: its tree, what NCCL finds in it, expected bus bandwidths, measured ones beside."""
+    from sim.report import topology as topologies
+
+    source = topologies.read(name, gpu)
+    content = topologies.topology(source, nodes, network, nccl_tests or ())
+    if (write is not None or out is not None) and source.node is None:
+        raise ScenarioError([Finding(name, 0, "graphs are no machine to write or draw", "give a topology")])
+    if write is not None:
+        write.parent.mkdir(parents=True, exist_ok=True)
+        write.write_text(source.text or topologies.own_text(source, name), encoding="utf-8")
+    if out is not None and source.node is not None:
+        from sim.report.plots import topology_png
+        from sim.report.save import prepare
+
+        prepare(out)
+        (out / "topology.png").write_bytes(topology_png(topologies.machine_of(source.node, 1, network)))
+    if json:
+        _print_json(content)
+    else:
+        topologies.print_topology(_screen(), content)
 
 
 @app.command()

@@ -105,6 +105,11 @@ def node(name_or_path: str) -> NodeFacts:
     return _known_node(name_or_path)
 
 
+def node_from_text(text: str, name: str) -> NodeFacts:
+    """Return the facts of a topology file that is not on a disk. Raises ScenarioError as ``node`` does."""
+    return _node(_Reader(name, text, yaml.load(text, Loader=_LOADER), users=True), name)
+
+
 @cache
 def _known_node(name: str) -> NodeFacts:
     reader = _known("node", name)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sim.planner.economics import Cost, Economics
+from sim.planner.goodput import distribution
 from sim.planner.schema import Plan
-from sim.planner.search import Discarded, Search, Tried, goal_value, keeps_goal, misses
+from sim.planner.search import Discarded, Runner, Search, Tried, goal_value, keeps_goal, misses
+from sim.planner.sensitivity import flips, memory_margin, on_slower_networks
 from sim.planner.space import Candidate, scenario_of
 from sim.units import format_bytes, format_duration, format_energy, format_money
 
 SCHEMA_VERSION = 1
 
 
-def answer(search: Search) -> dict[str, Any]:
-    """Return the answer as ``sim plan --json`` prints it, without how long it took."""
+def answer(search: Search, runner: Runner, say: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
+    """Return the answer as ``sim plan --json`` prints it, without how long it took.
+
+    ``runner`` simulates the recommended candidate on slower networks.
+    """
     plan = search.plan
     economics = Economics(plan)
     fitting = [one for one in search.tried if one.cost is not None]
@@ -24,6 +30,9 @@ def answer(search: Search) -> dict[str, Any]:
     front = search.front
     reference = best or (ranked[0] if ranked else None)
     entries = {id(one): entry(plan, one, economics, _why(plan, one, reference)) for one in ranked}
+    say("simulating whole runs")
+    for one in {id(one): one for one in (*([best] if best else []), *front)}.values():
+        entries[id(one)]["run"]["distribution"] = _distribution(plan, one, economics)
     rejected = [
         *(_rejected(plan, one.candidate, _does_not_fit(plan, one), _nearest(search, one.candidate))
           for one in search.tried if one.cost is None),
@@ -36,6 +45,7 @@ def answer(search: Search) -> dict[str, Any]:
         "question": question(plan),
         "recommended": {**entries[id(best)], "words": recommendation(plan, best, ranked, search)} if best else None,
         "nothing": None if best else _nothing(plan, ranked, search),
+        "sensitivity": _sensitivity(plan, best, fitting, runner, say) if best else None,
         "front": [entries[id(one)] for one in front],
         "ranked": [entries[id(one)] for one in ranked],
         "rejected": rejected,
@@ -110,9 +120,48 @@ def entry(plan: Plan, one: Tried, economics: Economics, why: str) -> dict[str, A
                   "source": site.offer.source},
         "run": {"goodput": cost.goodput, "mtbf_s": reliable.mtbf_s, "checkpoint_s": reliable.checkpoint_s,
                 "checkpoint_interval_s": reliable.interval_s, "recovery_s": reliable.recovery_s,
+                "waiting_s": reliable.waiting_s,
                 "spare_nodes": reliable.spare_nodes, "straggler_factor": reliable.straggler_factor},
         "scenario": scenario_of(plan, c),
     }  # fmt: skip
+
+
+def _distribution(plan: Plan, one: Tried, economics: Economics) -> dict[str, Any]:
+    reliable = economics.reliability(one.candidate.site, one.candidate.num_gpus)
+    steps = plan.workload.num_steps(one.candidate.global_batch_size)
+    return asdict(distribution(plan, reliable, steps * one.outcome["step_s"] * reliable.straggler_factor))
+
+
+def _sensitivity(
+    plan: Plan, best: Tried, fitting: Sequence[Tried], runner: Runner, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return what would change the recommendation, as data and in words."""
+    say("looking for what would change it")
+    found = flips(plan, best, fitting)
+    margin = memory_margin(best)
+    words, data = [], []
+    for flip in found:
+        then = f"{cluster_words(plan, flip.then.candidate)}, {flip.then.candidate.words()}" if flip.then else None
+        data.append(
+            {"what": flip.what, "flips_at": flip.factor, "then": then, "value_change_of_10_percent": flip.value_change}
+        )
+        if flip.factor is not None:
+            change = flip.factor - 1
+            said = f"{abs(change):.1%} {'more' if change > 0 else 'less'}" if abs(change) >= 5e-4 else "any change"
+            words.append(
+                f"{flip.what}: at {said}, {then} is better"
+                if then
+                else f"{flip.what}: at {said}, nothing keeps the goal"
+            )
+    networks = []
+    for share, outcome in on_slower_networks(plan, best, runner):
+        slower = outcome["step_s"] / best.outcome["step_s"] - 1
+        networks.append({"bytes_per_s": share, "step_change": slower, "fits": outcome["fits"]})
+    if networks:
+        said = ", ".join(f"{n['step_change']:+.1%} with {n['bytes_per_s']:.0%} of its bytes" for n in networks)
+        words.append(f"the network between nodes: the step is {said}")
+    words.append(f"memory: it still fits if {margin:.1%} more is needed than was simulated")
+    return {"flips": data, "networks": networks, "memory_margin": margin, "words": words}
 
 
 # --- words ---------------------------------------------------------------------------------------

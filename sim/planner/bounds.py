@@ -8,9 +8,10 @@ the stages before it, and its last gradient has to go back through them:
     T  >=  max over s  of  sum over i < s of f_i  +  M (f_s + b_s)  +  sum over i < s of b_i
 
 with a virtual stage's share of f_i and b_i where ranks have several (Narayanan et al., "Efficient Large-Scale Language
-Model Training on GPU Clusters", SC 2021, section 2.2). What is gathered and reduced over data-parallel ranks has to get
-through the NICs of a node; a step is not shorter than that either. Host, launches, contention, what of communication is
-not hidden, and the optimizer's step are left out: they only add.
+Model Training on GPU Clusters", SC 2021, section 2.2). What is gathered before the first forward and reduced from the
+last backward on takes what it takes of a node's NICs, and so does what is gathered and reduced for every microbatch.
+Host, launches, contention, kernels that collectives slow down, messages, and the optimizer's step are left out: they
+only add.
 
 Memory. Weights, main gradients and optimizer states of the fullest stage, what autograd keeps of the microbatches that
 are under way on it (1F1B: as many as stages from here to the end), and the CUDA context. Left out: what lives during a
@@ -33,9 +34,9 @@ from sim.ir.ledger import Layer, Ledger
 from sim.ir.program import COMPUTE, Collective, Compute, Record, Wait
 from sim.model.transformer import describe
 from sim.parallel.emit import LayerPlan, plan_layer
+from sim.parallel.frameworks.flat import copy
 from sim.parallel.frameworks.megatron import fused_gradients
-from sim.parallel.lower import _recompute as recompute_of
-from sim.parallel.precision import dtypes_of
+from sim.parallel.precision import dtypes_of, recompute_of, transformed
 from sim.parallel.shard import ShardPlan, shard_ledger
 from sim.parallel.stages import blocks_per_stage
 from sim.planner.schema import Plan
@@ -97,13 +98,17 @@ class Bounds:
             forward.append(blocks * block.forward_s + sum(part.forward_s for part in ends))
             backward.append(blocks * block.backward_s + sum(part.backward_s for part in ends))
             compute.append(blocks * block.compute_s + sum(part.compute_s for part in ends))
-            kept.append(blocks * block.kept_bytes + sum(part.kept_bytes for part in ends))
+            kept.append(blocks * block.kept_bytes)
             parameters.append(blocks * block.parameters + sum(part.parameters for part in ends))
         ranks = _ranks(c, num_stages)
         m = c.num_microbatches
         time_s, before_s = 0.0, 0.0
         for rank, stages in enumerate(ranks):
             own = m * sum(forward[s] + backward[s] for s in stages)
+            gathered_s, reduced_s = self._at_the_ends_s(c, sum(parameters[s] for s in stages))
+            last = backward[stages[-1]] if c.schedule in _RETURNING else 0.0
+            own += max(0.0, gathered_s / len(stages) - forward[stages[0]]) if c.vpp == 1 else 0.0
+            own += max(0.0, reduced_s / len(stages) - last) if c.schedule in _RETURNING and not before_s else 0.0
             time_s = max(time_s, before_s + own)
             if c.schedule in _RETURNING:
                 before_s += forward[rank] + backward[rank]
@@ -113,14 +118,14 @@ class Bounds:
         memory, states, fullest = 0, 0, 0
         for rank, stages in enumerate(ranks):
             state = _state_bytes(c, sum(parameters[s] for s in stages))
-            under_way = _under_way(c, rank)
-            held = state + (under_way * sum(kept[s] for s in stages)) // len(stages)
-            held += max(block.transient_bytes, head.transient_bytes if num_stages - 1 in stages else 0)
+            held = state + _under_way(c, rank) * min(kept[s] for s in stages)
+            at_head = head.kept_bytes + head.transient_bytes if num_stages - 1 in stages else 0
+            held += max(block.transient_bytes, at_head)
             if held > memory:
                 memory, states, fullest = held, state, rank
         gpu = self._plan.sites[c.site].gpu
         return Bound(
-            time_s=max(time_s, self._network_s(c, sum(parameters))) * SAFETY,
+            time_s=max(time_s, self._network_s(c, sum(parameters), block.parameters)) * SAFETY,
             compute_s=compute_s * SAFETY,
             memory_bytes=memory + gpu.cuda_context_bytes,
             state_bytes=states,
@@ -133,8 +138,8 @@ class Bounds:
         site = self._plan.sites[c.site]
         in_node = min(site.node.num_gpus, c.num_gpus)
         key = (
-            site.gpu.name, site.node.name, in_node, c.framework, c.tp, c.cp, c.zero == 3, c.micro_batch_size,
-            c.recompute, c.pp > 1 and c.framework == "deepspeed",
+            c.site, in_node, c.num_gpus > in_node, c.framework, c.tp, c.cp, c.zero == 3, c.micro_batch_size,
+            c.recompute, c.pp > 1 and c.framework == "deepspeed", c.dp == 1,
         )  # fmt: skip
         found = self._parts.get(key)
         if found is None:
@@ -150,11 +155,12 @@ class Bounds:
             backward = self._times(c, cost, cluster, plan.backward)
             kept, there = _bytes(layer, plan, plan.forward, 0)
             _, back = _bytes(layer, plan, plan.backward, kept)
+            gather_s, reduce_s = _copies_s(c, cost, layer)
             found.append(
                 _Part(
-                    forward_s=forward[0],
-                    backward_s=backward[0],
-                    compute_s=forward[1] + backward[1],
+                    forward_s=forward[0] + gather_s,
+                    backward_s=backward[0] + gather_s + reduce_s,
+                    compute_s=forward[1] + backward[1] + 2 * gather_s + reduce_s,
                     kept_bytes=kept,
                     transient_bytes=max(there, back) - kept,
                     parameters=layer.num_parameters,
@@ -183,13 +189,13 @@ class Bounds:
             compute_dtype=ledger.compute_dtype, batch_inputs=ledger.batch_inputs, matmul_flops=ledger.matmul_flops,
             flops_formula=ledger.flops_formula,
         )  # fmt: skip
-        sharded = shard_ledger(
+        sharded = transformed(shard_ledger(
             ends,
             ShardPlan(
                 tp=c.tp, sp=c.sp, cp=c.cp, style="megatron" if c.framework in ("megatron", "deepspeed") else "dtensor",
                 prepare_module_input=c.framework == "fsdp2",
             ),
-        )  # fmt: skip
+        ), scenario)  # fmt: skip
         fused = c.framework == "megatron" and scenario.megatron.gradient_accumulation_fusion
         recompute = recompute_of(scenario)
         found = self._plans[key] = tuple(
@@ -207,8 +213,8 @@ class Bounds:
     # --- time --------------------------------------------------------------------------------
 
     def _cost(self, c: Candidate, scenario: Scenario, in_node: int) -> tuple[CostModel, Cluster]:
-        """Return the cost model of the smallest cluster that holds a tensor-parallel group."""
-        nodes = max(1, -(-c.tp // in_node))
+        """Return the cost model of a small cluster that holds a tensor-parallel group: two nodes if it has several."""
+        nodes = max(min(2, scenario.cluster.num_nodes), -(-c.tp // in_node))
         key = (c.site, in_node * nodes)
         found = self._costs.get(key)
         if found is None:
@@ -258,32 +264,67 @@ class Bounds:
             found = self._alone[key] = sum(flow.latency / TICKS_PER_S + flow.alone_s for flow in flows)
         return found
 
-    def _network_s(self, c: Candidate, parameters: int) -> float:
-        """Return the time that a node's NICs need for what data-parallel ranks gather and reduce in a step.
+    def _nic_s(self, c: Candidate, ranks: int, num_bytes: float) -> float:
+        """Return the time that a rank's share of its node's NICs needs for a ring's (n - 1) / n of so many bytes.
 
-        An all-gather brings each node what the others have, a reduction takes from it what the others need: of n nodes
-        (n - 1) / n of the message each, whatever the algorithm. ``parameters`` are those of one replica's ranks.
+        ``ranks`` are those of the ring; those of them in one node share their shares: of n nodes each sends as much.
         """
         site = self._plan.sites[c.site]
         if site.network is None or c.num_gpus <= site.node.num_gpus or site.node.nvlink_domain_nodes > 1:
             return 0.0
-        ranks_in_node = max(1, site.node.num_gpus // (c.tp * c.cp))
-        shard = c.shard_size or c.dp * c.cp
-        nodes = -(-shard // ranks_in_node)
-        if nodes < 2:
+        in_node = max(1, min(ranks, site.node.num_gpus // c.tp))
+        nodes = -(-ranks // in_node)
+        rings_in_node = max(1, site.node.num_gpus // in_node)
+        rate = site.network.nic_bytes_per_s * site.network.nics_per_node / rings_in_node
+        return num_bytes * (nodes - 1) / nodes / rate
+
+    def _at_the_ends_s(self, c: Candidate, parameters: int) -> tuple[float, float]:
+        """Return the times to gather a rank's parameters before the first forward, and to reduce their gradients.
+
+        Megatron's distributed optimizer gathers in 16 bit as the first microbatch's forward needs it and reduces in
+        fp32 from the last microbatch's backward on (megatron/core/distributed/param_and_grad_buffer.py).
+        """
+        if c.framework != "megatron" or c.dp * c.cp == 1:
+            return 0.0, 0.0
+        each = self._nic_s(c, c.dp * c.cp, 1.0)
+        return (2 * parameters * each if c.zero else 0.0), 4 * parameters * each
+
+    def _network_s(self, c: Candidate, parameters: int, block: int) -> float:
+        """Return the time that NICs need for what a framework gathers and reduces for every microbatch.
+
+        Each microbatch gathers the shards in 16 bit for forward and for backward, those of the embedding and the head
+        (``parameters`` of all, less those of the blocks) once, and reduces gradients: FSDP2 in fp32 (sim's default),
+        ZeRO-3 in 16 bit.
+        """
+        blocks = block * self._plan.draft.num_hidden_layers
+        ends = parameters - blocks
+        if c.framework in ("fsdp1", "fsdp2"):
+            moved = 8 * blocks + 6 * ends if c.zero == 3 else 4 * parameters
+            moved -= 2 * parameters if c.framework == "fsdp1" else 0
+        elif c.framework == "deepspeed" and c.zero == 3:
+            moved = 6 * blocks + 4 * ends
+        else:
             return 0.0
-        rate = site.network.nic_bytes_per_s * site.network.nics_per_node
-        groups = min(site.node.num_gpus, c.tp * c.cp) // c.cp or 1
-        per_stage = parameters / c.pp * groups
-        if c.framework in ("fsdp1", "fsdp2") or (c.framework == "deepspeed" and c.zero == 3):
-            gathered = 2 * per_stage * c.num_microbatches * (2 if c.zero == 3 else 0.5)
-            return gathered * (nodes - 1) / nodes / rate
-        return 2 * per_stage * (nodes - 1) / nodes / rate
+        return c.num_microbatches * moved / c.pp * self._nic_s(c, c.shard_size or c.dp * c.cp, 1.0)
 
 
 _IN_A_V = ("zb-v", "v-half", "v-min", "dualpipev")
 _RETURNING = ("1f1b", "interleaved", "gpipe")
 """Schedules whose last pass on every rank is a whole backward, whose gradient goes back through the ranks before."""
+
+
+def _copies_s(c: Candidate, cost: CostModel, layer: Layer) -> tuple[float, float]:
+    """Return the kernels' times by which FSDP2 copies out what it gathered of a block, and in what it reduces.
+
+    Source: torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py, ``foreach_all_gather_copy_out`` and
+    ``foreach_reduce_scatter_copy_in``.
+    """
+    if c.framework != "fsdp2" or c.dp == 1 or layer.kind != "block":
+        return 0.0, 0.0
+    parameters = layer.num_parameters
+    out = copy("copy out", parameters, "bf16", "bf16")
+    in_ = copy("copy in", parameters, "bf16", "fp32")
+    return cost.kernel_s(out.kernel, 0) if c.zero == 3 else 0.0, cost.kernel_s(in_.kernel, 0)
 
 
 def _ranks(c: Candidate, num_stages: int) -> list[list[int]]:

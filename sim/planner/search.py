@@ -21,7 +21,7 @@ from sim.planner.space import Candidate, candidates, scenario_of
 from sim.units import format_duration, format_money, format_power
 
 WAVE = 8
-"""Candidates of a wave."""
+"""Candidates of a wave, of different clusters: what one shows of a cluster spares others of it."""
 
 
 class Runner(Protocol):
@@ -105,12 +105,14 @@ def search(
     while queue:
         wave: list[tuple[float, Candidate, Bound, Cost]] = []
         rest: list[tuple[float, Candidate, Bound, Cost]] = []
+        busy: set[tuple[int, int]] = set()
         for entry in queue:
             _, candidate, bound, best = entry
             by = None if exhaustive else next((t for t in fitting if _beats(t, best)), None)
             if by is not None:
                 found.discarded.append(Discarded(candidate, bound, best, by))
-            elif len(wave) < WAVE:
+            elif len(wave) < WAVE and (candidate.site, candidate.num_gpus) not in busy:
+                busy.add((candidate.site, candidate.num_gpus))
                 wave.append(entry)
             else:
                 rest.append(entry)

@@ -19,12 +19,7 @@ def print_answer(screen: Screen, answer: Mapping[str, Any], quiet: bool = False)
 def _lines(answer: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Line]:
     yield ((answer["question"], "bold"),)
     yield ()
-    best = answer["recommended"]
-    for words in fold(best["words"] if best else answer["nothing"], width, 2):
-        yield (f"  {words.strip()}",)
-    for words in answer.get("sensitivity_words", ()):
-        for line in fold(words, width, 2):
-            yield (f"  {line.strip()}",)
+    yield from _recommended(answer, width)
     if answer["front"]:
         yield ()
         yield from _table("nothing is better in time, money, energy and GPUs", answer["front"], width)
@@ -52,6 +47,35 @@ def _lines(answer: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Line]
         for words in answer["assumptions"]:
             for line in fold(words, width, 2, 2):
                 yield (f"  {line}",) if not line.startswith("  ") else (line,)
+
+
+def _recommended(answer: Mapping[str, Any], width: int) -> Iterator[Line]:
+    """Say what is recommended, how the run goes, and what would change it."""
+    best = answer["recommended"]
+    if not best:
+        yield from ((line,) for line in fold(answer["nothing"], width, 2))
+        return
+    yield from ((line,) for line in fold(best["words"], width, 2))
+    yield from _run(best["run"], width)
+    yield ()
+    yield (("what would change it", "bold"),)
+    for words in answer["sensitivity"]["words"]:
+        yield from ((line,) for line in fold(words, width, 2, 2))
+
+
+def _run(run: Mapping[str, Any], width: int) -> Iterator[Line]:
+    """Say how long the whole training takes, and what of it is lost."""
+    spread = run["distribution"]
+    words = (
+        f"Nine runs of ten end within {format_duration(spread['p90_s'])}, half within "
+        f"{format_duration(spread['p50_s'])}: {spread['failures']:.1f} failures, one every {format_duration(run['mtbf_s'])}; a checkpoint of "
+        f"{format_duration(run['checkpoint_s'])} every {format_duration(run['checkpoint_interval_s'])}, "
+        f"{run['spare_nodes']} spare nodes. Goodput {run['goodput']:.1%}."
+    )
+    if spread["by_deadline"] is not None:
+        words += f" {spread['by_deadline']:.0%} of the runs keep the deadline."
+    for line in fold(words, width, 2):
+        yield (line,)
 
 
 def _table(title: str, entries: Sequence[Mapping[str, Any]], width: int, why: bool = False) -> Iterator[Line]:
