@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from sim.cluster.topology import Cluster
 from sim.ir.footprint import CATEGORIES, Footprint, Sample
 from sim.ir.program import Program
 from sim.ir.timeline import Timeline
@@ -231,6 +232,66 @@ def _coverage(intervals: Iterable[tuple[int, int]], number: int, width: int) -> 
     index = np.searchsorted(starts, edges, side="right")
     inside = np.where(index > 0, np.maximum(ends[np.maximum(index - 1, 0)] - edges, 0.0), 0.0)
     return np.diff(before[index] - inside)
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+DEVICE_ROWS = {"nvswitch": 4, "gpu": 3, "pcie-switch": 2, "nic": 2, "cpu": 1, "memory": 0}
+DEVICE_COLOURS = {
+    "nvswitch": "#59a14f",
+    "gpu": "#76b7b2",
+    "pcie-switch": "#bab0ac",
+    "nic": "#f28e2b",
+    "cpu": "#4e79a7",
+}
+LINK_COLOURS = {"nvlink": "#59a14f", "xgmi": "#59a14f", "pcie": "#8c8c8c", "cpu": "#4e79a7", "c2c": "#e15759"}
+
+
+def topology_png(cluster: Cluster) -> bytes:
+    """Draw the first node: NVSwitches above the GPUs, PCIe below them down to the sockets; wider is faster."""
+    node = cluster.node
+    rows: dict[float, list[int]] = {}
+    tops = {wire.target for wire in node.wires if node.devices[wire.source].kind == "pcie-switch"}
+    for index, device in enumerate(node.devices):
+        row = float(DEVICE_ROWS[device.kind])
+        if device.kind == "nic":
+            row = 2.45
+        elif device.kind == "pcie-switch" and any(
+            node.devices[wire.target].kind == "pcie-switch" and wire.target in tops
+            for wire in node.wires
+            if wire.source == index
+        ):
+            leads_down = any(node.devices[w.target].kind == "gpu" for w in node.wires if w.source == index)
+            row = 2.0 if leads_down else 1.6
+        rows.setdefault(row, []).append(index)
+    place = {
+        index: ((at + 0.5) / len(members), row) for row, members in rows.items() for at, index in enumerate(members)
+    }
+    figure = Figure(figsize=(_WIDTH, 6.0), layout="constrained")
+    axes = figure.add_subplot()
+    fastest = max((wire.bytes_per_s for wire in node.wires if wire.bytes_per_s < 1e15), default=1.0)
+    for wire in node.wires[::2]:
+        (x0, y0), (x1, y1) = place[wire.source], place[wire.target]
+        width = 0.6 + 3.4 * (min(wire.bytes_per_s, fastest) / fastest) ** 0.5
+        bend = 0.0 if y0 != y1 else 0.25
+        axes.annotate(
+            "", (x1, y1), (x0, y0),
+            arrowprops={
+                "arrowstyle": "-", "color": LINK_COLOURS.get(wire.kind, "#8c8c8c"), "lw": width, "alpha": 0.7,
+                "connectionstyle": f"arc3,rad={bend}",
+            },
+        )  # fmt: skip
+    for index, device in enumerate(node.devices):
+        x, y = place[index]
+        axes.text(
+            x, y, device.name, ha="center", va="center", fontsize=7 if len(node.devices) < 60 else 4,
+            bbox={"boxstyle": "round,pad=0.3", "fc": DEVICE_COLOURS[device.kind], "ec": "white"},
+        )  # fmt: skip
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0.6, 4.4)
+    axes.axis("off")
+    _title(axes, f"{cluster.spec.node.title}: wires as wide as they are fast")
+    return _png(figure)
 
 
 # --- both ----------------------------------------------------------------------------------------
