@@ -230,3 +230,26 @@ def test_b200_falls_to_half_its_peak_where_matmuls_follow_each_other() -> None:
     flops = 2 * 4096 * 28672 * 8192
     assert 0.44 < flops / model(b200).kernel_s(kernel, 0) / 2250e12 < 0.51
     assert flops / model(b200, sustained=False).kernel_s(kernel, 0) / 2250e12 > 0.6
+
+
+def test_a_matmul_of_as_many_tiles_as_sms_needs_a_second_wave_beside_a_gather() -> None:
+    """132 tiles of 128 x 256 on an H100, 24 SMs gather: MFU 80 to 47 % (forums.developer.nvidia.com/t/337991)."""
+    kernel = gemm(128 * 12, 256 * 11, 8192)
+    ratio = model().beside_s(kernel, 0, 24, 0.0) / model().kernel_s(kernel, 0)
+    assert 1.4 < ratio < 2.0
+
+
+def test_kernels_bound_by_memory_share_its_bandwidth() -> None:
+    """A large copy at 3/4 of the bandwidth takes 4/3 of its time; a compute-bound matmul is hardly slower."""
+    large = Tensor("x", (Dim("numel", 2**28),), "bf16")
+    copy = Pointwise("elementwise", (large,), (large,))
+    quarter = H100.memory_bytes_per_s / 4
+    assert model().beside_s(copy, 0, 0, quarter) / model().kernel_s(copy, 0) == pytest.approx(4 / 3, rel=0.02)
+    kernel = gemm(8192, 8192, 8192)
+    assert model().beside_s(kernel, 0, 0, quarter) / model().kernel_s(kernel, 0) < 1.1
+
+
+@pytest.mark.parametrize("sms", [1, 8, 16, 24, 32])
+def test_the_more_sms_are_taken_the_slower(sms: int) -> None:
+    for kernel in (gemm(4096, 4096, 4096), attention(4096)):
+        assert model().beside_s(kernel, 0, sms, 0.0) <= model().beside_s(kernel, 0, sms + 8, 0.0)
