@@ -61,8 +61,11 @@ from sim.ir.program import (
 from sim.ir.timeline import Later, Part, Repeat, Runs, Span
 from sim.ir.traffic import Link, Phase, Traffic
 
-MIN_PERIODS = 6
+MIN_PERIODS = 4
 """Fewest equal groups of calls, one after the other, that are worth looking at."""
+
+MIN_SHARE = 0.1
+"""Of the calls of a step: shorter runs of equal groups gain less than they cost."""
 
 MAX_LOOKS = 24
 """How often the whole state is looked at in one run: an end to what is lost where nothing repeats."""
@@ -526,7 +529,7 @@ def _regions(names: Sequence[str]) -> list[tuple[int, int, int]]:
             end = after
             while end < len(names) and names[end] == names[end - length]:
                 end += 1
-            if end - start >= MIN_PERIODS * length:
+            if end - start >= max(MIN_PERIODS * length, MIN_SHARE * len(names)):
                 found.append((start, end, length))
                 break
             after, end = following[after], start
