@@ -8,13 +8,19 @@ from typing import Any
 
 import yaml
 
+from sim.planner import charts
+from sim.planner.page import page
 from sim.planner.tables import csv_text
 from sim.report.report import json_text
 
 
 def save(answer: Mapping[str, Any], out: Path) -> None:
-    """Write ``plan.json``, ``ranked.csv``, the recommended scenario and those of the front into a directory."""
+    """Write JSON, CSV, plots and the page, the recommended scenario and those of the front into a directory."""
     (out / "plan.json").write_text(json_text(answer), encoding="utf-8")
+    (out / "plan.html").write_text(page(answer), encoding="utf-8")
+    if answer["ranked"]:
+        for name, draw in (("pareto", charts.pareto), ("cost", charts.cost), ("memory", charts.memory)):
+            (out / f"{name}.svg").write_text(draw(answer), encoding="utf-8")
     (out / "ranked.csv").write_text(csv_text(answer), encoding="utf-8")
     if answer["recommended"]:
         _scenario(out / "recommended.yaml", answer["recommended"])

@@ -68,7 +68,8 @@ def _run(run: Mapping[str, Any], width: int) -> Iterator[Line]:
     spread = run["distribution"]
     words = (
         f"Nine runs of ten end within {format_duration(spread['p90_s'])}, half within "
-        f"{format_duration(spread['p50_s'])}: {spread['failures']:.1f} failures, one every {format_duration(run['mtbf_s'])}; a checkpoint of "
+        f"{format_duration(spread['p50_s'])}: {spread['failures']:.1f} failures, one every "
+        f"{format_duration(run['mtbf_s'])}; a checkpoint of "
         f"{format_duration(run['checkpoint_s'])} every {format_duration(run['checkpoint_interval_s'])}, "
         f"{run['spare_nodes']} spare nodes. Goodput {run['goodput']:.1%}."
     )
