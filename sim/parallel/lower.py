@@ -243,7 +243,7 @@ def _job(ledger: Ledger, scenario: Scenario) -> _Job:
 def _schedule_name(scenario: Scenario) -> str:
     """Return the schedule by the name of its function; torch groups the microbatches of interleaving in its own way."""
     name = scenario.parallelism.schedule
-    return "interleaved-torch" if name == "interleaved" and scenario.framework == "fsdp2" else name
+    return "interleaved-torch" if name == "interleaved" and scenario.framework in ("ddp", "fsdp2") else name
 
 
 def _mesh(scenario: Scenario) -> Mesh:

@@ -275,7 +275,7 @@ def schedule_is_the_frameworks(d: Draft) -> Iterator[Problem]:
             else f"schedule {d.schedule} is not DeepSpeed's: its pipeline engine runs 1f1b",
             "write schedule: 1f1b, or framework: megatron",
         )
-    if d.framework == "fsdp2" and d.pp > 1 and d.schedule == "dualpipe":
+    if d.framework in ("ddp", "fsdp2") and d.pp > 1 and d.schedule == "dualpipe":
         yield Problem(
             ("parallelism", "schedule"),
             "schedule dualpipe has each stage on two ranks, and a stage of torch's pipelines is on one",
@@ -512,7 +512,7 @@ def key_heads_divide(d: Draft) -> Iterator[Problem]:
 
 def embeddings_stay_tied(d: Draft) -> Iterator[Problem]:
     """torch.distributed.pipelining's stages are modules of their own, which share no parameter."""
-    if d.framework == "fsdp2" and d.pp > 1 and d.model.tie_word_embeddings:
+    if d.framework in ("ddp", "fsdp2") and d.pp > 1 and d.model.tie_word_embeddings:
         yield Problem(
             ("parallelism", "pp"),
             f"parallelism.pp = {d.pp} parts the tied embeddings, and torch's pipeline stages share no parameter",
@@ -649,12 +649,22 @@ def framework_has_zero(d: Draft) -> Iterator[Problem]:
 
 
 def framework_has_axes(d: Draft) -> Iterator[Problem]:
-    """torch's DDP and FSDP1 know one axis, data parallelism."""
+    """torch's DDP and FSDP1 know one axis, data parallelism; a stage of torch's pipelines may be wrapped in DDP.
+
+    FSDP1 would reduce every microbatch (``backward_maybe_with_nosync`` in torch/distributed/pipelining/stage.py knows
+    DDP and FSDP2). DDP's hooks run where gradients accumulate, which ``autograd.grad`` does not do.
+    """
     if d.framework not in ("ddp", "fsdp1"):
         return
     for axis in ("tp", "pp", "cp", "ep"):
         value = getattr(d, axis)
-        if value > 1:
+    if d.framework == "ddp" and d.pp > 1 and d.schedule in SPLIT_BACKWARD:
+        yield Problem(
+            ("parallelism", "schedule"),
+            f"schedule {d.schedule} splits the backward, and DDP's hooks reduce no gradient that autograd.grad makes",
+            "write schedule: 1f1b or interleaved; or framework: fsdp2",
+        )
+        if value > 1 and not (axis == "pp" and d.framework == "ddp"):
             yield Problem(
                 ("parallelism", axis),
                 f"parallelism.{axis} = {value}, but framework {d.framework} is data parallelism alone",

@@ -173,7 +173,7 @@ def test_the_bubble_is_its_closed_form(case: tuple[str, int, int, int]) -> None:
     assert (timeline.end - busy * UNIT) * v == (p - 1) * (forward + backward) * UNIT
 
 
-@pytest.mark.parametrize("framework", ["megatron", "deepspeed"])
+@pytest.mark.parametrize("framework", ["megatron", "deepspeed", "fsdp2", "ddp"])
 @pytest.mark.parametrize(("p", "m"), [(2, 1), (4, 6), (8, 3)])
 def test_1f1b_is_1f1b_in_every_framework(framework: str, p: int, m: int) -> None:
     timeline = run(world_of(scenario(p, m, framework=framework)), OnlyBlocks())
@@ -273,6 +273,28 @@ def test_autograd_splits_no_memory_off_and_nothing_is_left(case: tuple[str, int,
                         live[key] ^= 1
             after.append(+live)
         assert after[1] == after[2]
+
+
+@settings(max_examples=15, deadline=None)
+@given(cases(("gpipe", "1f1b", "interleaved")))
+def test_ddp_reduces_each_stage_once_a_step(case: tuple[str, int, int, int]) -> None:
+    """With its last backward, in buckets that together are the stage's parameters (``no_sync`` before)."""
+    name, p, m, v = case
+    world = world_of(scenario(p, m, v=v, schedule=name, framework="ddp", dp=2, code="torch"))
+    for program in world.programs:
+        held = sum(
+            i.storage.num_bytes
+            for call in program.setup
+            for i in program.chunks[call.chunk]
+            if isinstance(i, Alloc) and i.storage.category == "parameters"
+        )
+        reduced = [
+            i.tensor_bytes
+            for call in program.step
+            for i in program.chunks[call.chunk]
+            if isinstance(i, Collective) and i.kind == "all_reduce"
+        ]
+        assert sum(reduced) == held
 
 
 @settings(max_examples=25, deadline=None)
