@@ -430,7 +430,9 @@ def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
     usual = ("vocab-parallel", "fused") if d.code == "megatron" else ("eager", "fused", "chunked", "linear-fused")
     if d.compile and d.code == "torch":
         usual = ("eager", "compiled", *usual[1:])
-    if d.loss not in usual:
+    if d.loss == "compiled" and not d.compile:
+        yield Problem(path, "loss compiled, but compile is false", "write loss: eager, or compile: true")
+    elif d.loss not in usual:
         yield Problem(path, f"loss {d.loss} does not go with code {d.code}", f"write loss: {either(usual)}")
     elif d.tp > 1 and d.loss in ("chunked", "linear-fused"):
         yield Problem(path, f"loss {d.loss} needs the whole vocabulary, but tp is {d.tp}", "write loss: eager or fused")
