@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from sim.ir.program import (
@@ -50,6 +51,7 @@ class Messages:
     ``buffers``     receive buffers are there from the start, one a microbatch and direction
     ``lands``       what is received comes into one buffer, there from the start: activations are copied out of it,
                     gradients are used where they are
+    ``batched``     what a turn sends, and receives for later turns, is one exchange after it, waited for as a whole
     """
 
     ahead: Literal["never", "turn", "always"]
@@ -58,6 +60,7 @@ class Messages:
     frees_sent: bool
     buffers: bool = False
     lands: bool = False
+    batched: bool = False
 
 
 MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True)
@@ -66,10 +69,9 @@ receives of a turn are one batch (``batch_p2p_comm``), ended by ``torch.cuda.syn
 MEGATRON_OVERLAP = Messages("turn", waits="next", host_waits=False, frees_sent=True)
 """``forward_backward_pipelining_with_interleaving`` with ``overlap_p2p_comm``, its default: exchanges of the
 steady state run beside the next pass, those of warm-up and cool-down are waited for."""
-MEGATRON_INTERLEAVED = Messages("never", waits="next", host_waits=True, frees_sent=True)
-"""The same without ``overlap_p2p_comm``. There the messages of a turn are one batch, tensors of later passes among
-them; here a pass waits for what it needs itself, and no turn for its sends: what a rank far ahead of its neighbour
-would wait for in its batch is left out."""
+MEGATRON_INTERLEAVED = Messages("never", waits="once", host_waits=True, frees_sent=True, batched=True)
+"""The same without ``overlap_p2p_comm``: all messages of a turn are one batch (``send_forward_recv_forward``,
+``send_forward_backward_recv_forward_backward``), tensors of later passes among them."""
 DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False, lands=True)
 """deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward.
 ``pipe_recv_buf`` and ``grad_layer`` are one buffer (``_allocate_or_extend_buffers`` of pipe/engine.py)."""
@@ -148,6 +150,8 @@ class Exchange:
 
     def calls(self, order: Order, pass_name: Callable[[Pass], str]) -> list[list[Call]]:
         """Return the calls of each pass of the order, with what belongs to it before and after."""
+        if self.messages.batched:
+            return self._batched(order, pass_name)
         groups: list[list[Call]] = []
         posted = -1
         self._pending: dict[str, tuple[Way, Pass]] = {}
@@ -181,6 +185,81 @@ class Exchange:
         for axis in list(self._pending):
             self._settle(groups[-1], axis)
         return [self._joined(group) for group in groups]
+
+    def _batched(self, order: Order, pass_name: Callable[[Pass], str]) -> list[list[Call]]:
+        """Return the calls of interleaved 1F1B without overlap: a turn is a forward, a backward, or one of each.
+
+        After it come one batch and a wait for all of it. A rank receives what its next forward needs; the first one
+        what the last one has sent just now, p - 1 turns behind it, for a later chunk. Backward likewise from the other
+        end; the first gradient comes with the last batch of the warm-up
+        (``recv_tensor_from_previous_stage`` in megatron/core/pipeline_parallel/schedules.py).
+        """
+        groups: list[list[Call]] = [[] for _ in order]
+        self._pending = {}
+        passes: dict[Way, list[Pass]] = {"forward": [], "backward": []}
+        for pass_ in order:
+            passes["forward" if pass_.kind == "forward" else "backward"].append(pass_)
+        total = len(passes["forward"])
+        warmup = min(2 * (self.p - self.rank - 1) + (self.v - 1) * self.p, total)
+        self._at = {(way, q.chunk, q.microbatch): q for way, found in passes.items() for q in found}
+        if self._source(passes["forward"][0]) is not None:
+            self._exchange(groups[0], [], [passes["forward"][0]])
+        done = {"forward": 0, "backward": 0}
+        turn: list[Pass] = []
+        for index, pass_ in enumerate(order):
+            steady = warmup <= index < 2 * total - warmup
+            if index == warmup == total:  # nothing but warm-up: ``recv_backward``
+                self._exchange(groups[index], [], self._next(passes, "backward", -1))
+            groups[index].append(Call(pass_name(pass_), pass_.microbatch))
+            turn.append(pass_)
+            if steady and pass_.kind == "forward":
+                continue
+            arriving: list[Pass] = []
+            for each in turn:
+                way: Way = "forward" if each.kind == "forward" else "backward"
+                arriving += self._next(passes, way, done[way])
+                done[way] += 1
+            if index == warmup - 1 < total - 1:
+                arriving += self._next(passes, "backward", -1)
+            self._exchange(groups[index], turn, arriving)
+            turn = []
+        return [self._joined(group) for group in groups]
+
+    def _next(self, passes: dict[Way, list[Pass]], way: Way, k: int) -> list[Pass]:
+        """Return the pass whose tensor is received after pass ``k`` of its way (-1: before the first), if any."""
+        own, step = passes[way], 1 if way == "forward" else -1
+        if self.rank == (0 if way == "forward" else self.p - 1):  # k is p - 1 ahead of who sends
+            if k < self.p - 1:
+                return []
+            sent = own[k - (self.p - 1)]
+            later = self._at.get((way, sent.chunk + step, sent.microbatch))
+            return [] if later is None else [later]
+        return own[k + 1 : k + 2]
+
+    def _exchange(self, calls: list[Call], made: Sequence[Pass], arriving: Sequence[Pass]) -> None:
+        """Send and receive at once, and wait for all of it."""
+        exchanged = False
+        for pass_ in made:
+            way = way_of(pass_)
+            assert way is not None
+            route = outgoing(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
+            if route is not None:
+                send = partial(self._send, way, pass_.chunk, route)
+                self._call(calls, f"send.{way}.{pass_.chunk}", pass_, send)
+                self._pending[route.axis] = (way, pass_)
+                exchanged = True
+        for pass_ in arriving:
+            self._post(calls, pass_)
+        for axis in list(self._pending):
+            self._settle(calls, axis)
+        for pass_ in arriving:
+            way = way_of(pass_)
+            assert way is not None
+            name = f"{way}.{pass_.chunk}"
+            self._call(calls, f"received.{name}", pass_, partial(self._received, name, way, pass_.chunk))
+            exchanged = True
+        if exchanged:
+            self._call(calls, "synchronize", (*made, *arriving)[0], _synchronize)
 
     def _joined(self, calls: Sequence[Call]) -> list[Call]:
         """Return the calls with neighbours made one where they are of one microbatch, or of none in particular."""

@@ -33,6 +33,7 @@ from sim.ir.program import (
 from sim.ir.traffic import Link, Traffic
 from sim.model.transformer import describe
 from sim.parallel.lower import lower
+from sim.parallel.pipelining import pair_axes
 from sim.parallel.precision import dtypes_of
 from sim.parallel.schedule import SCHEDULES, V_SHAPED, Durations, held, simulate_order
 from sim.scenario.load import load_scenario_text
@@ -152,11 +153,13 @@ def cases(names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, int, int, int]
 
 
 @settings(max_examples=25, deadline=None)
-@given(cases(EVERY))
-def test_a_step_is_as_long_as_its_schedule_says(case: tuple[str, int, int, int]) -> None:
+@given(cases(EVERY), st.booleans())
+def test_a_step_is_as_long_as_its_schedule_says(case: tuple[str, int, int, int], overlap: bool) -> None:
+    """Whether messages run beside passes, or all of a turn are one batch that is waited for."""
     name, p, m, v = case
     spec = SCHEDULES[name]
-    asked = scenario(p, m, v=1 if spec.num_chunks else v, schedule=name)
+    extra = {"megatron": {"overlap_p2p_communication": overlap}}
+    asked = scenario(p, m, v=1 if spec.num_chunks else v, schedule=name, extra=extra)
     timeline = run(world_of(asked), OnlyBlocks())
     played = simulate_order(spec, p, m, v, Durations(MATMULS, MATMULS, MATMULS))
     assert timeline.end == played.makespan * UNIT
@@ -224,7 +227,7 @@ def test_activations_held_are_those_of_the_order(case: tuple[str, int, int, int]
     cases(EVERY),
     st.booleans(),
     st.sampled_from(["none", "selective", "full"]),
-    st.sampled_from([{}, {"overlap_grad_reduce": True}]),
+    st.sampled_from([{}, {"overlap_grad_reduce": True}, {"overlap_p2p_communication": False}]),
 )
 def test_nothing_of_a_step_is_held_when_it_ends(
     case: tuple[str, int, int, int], tied: bool, recompute: str, megatron: dict[str, Any]
@@ -295,6 +298,30 @@ def test_ddp_reduces_each_stage_once_a_step(case: tuple[str, int, int, int]) -> 
             if isinstance(i, Collective) and i.kind == "all_reduce"
         ]
         assert sum(reduced) == held
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(EVERY), st.booleans())
+def test_a_receive_is_for_the_microbatch_that_was_sent(case: tuple[str, int, int, int], overlap: bool) -> None:
+    """Messages of one direction between two ranks are in order; both sides mean the same ones."""
+    name, p, m, v = case
+    spec = SCHEDULES[name]
+    v = spec.num_chunks or v
+    extra = {"megatron": {"overlap_p2p_communication": overlap}}
+    world = world_of(scenario(p, m, v=1 if spec.num_chunks else v, schedule=name, extra=extra))
+
+    def meant(rank: int, kind: type[Send] | type[Recv], axis: str) -> list[int]:
+        program = world.programs[rank]
+        return [
+            call.microbatch
+            for call in program.step
+            for i in program.chunks[call.chunk]
+            if isinstance(i, kind) and i.axis.rpartition(".")[0] == axis
+        ]
+
+    for axis, pairs in pair_axes(spec.placement, p, v).items():
+        for sender, receiver in pairs:
+            assert meant(sender, Send, axis) == meant(receiver, Recv, axis)
 
 
 @settings(max_examples=25, deadline=None)
