@@ -270,7 +270,7 @@ def to_machine(root: Element, file: str, gpu: str, major: int, has_nvlink: bool)
         raise ScenarioError(builder.findings)
     if builder.unclassed:
         builder.guessed.add("which devices are GPUs and which are NICs")
-    if not builder.nvlinks and has_nvlink and major == 7 and machine.counts["gpu"] == 8:  # noqa: PLR2004
+    if not builder.nvlinks and has_nvlink and major == 7 and machine.counts["gpu"] == 8:
         wire_nvlinks(machine, CUBE_MESH, major)
         machine.notes.append("the file has no NVLinks (NCCL asks the machine): the hybrid cube mesh of a DGX-1 taken")
     elif not builder.nvlinks and has_nvlink and machine.counts["gpu"] > 1:

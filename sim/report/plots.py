@@ -264,8 +264,11 @@ def topology_png(cluster: Cluster) -> bytes:
             leads_down = any(node.devices[w.target].kind == "gpu" for w in node.wires if w.source == index)
             row = 2.0 if leads_down else 1.6
         rows.setdefault(row, []).append(index)
+    beside = 0.3 / max(len(rows.get(2.45, ())), len(node.gpus))  # a NIC stands beside the wire of its GPU
     place = {
-        index: ((at + 0.5) / len(members), row) for row, members in rows.items() for at, index in enumerate(members)
+        index: ((at + 0.5) / len(members) + (beside if row == 2.45 else 0.0), row)
+        for row, members in rows.items()
+        for at, index in enumerate(members)
     }
     figure = Figure(figsize=(_WIDTH, 6.0), layout="constrained")
     axes = figure.add_subplot()
@@ -273,7 +276,7 @@ def topology_png(cluster: Cluster) -> bytes:
     for wire in node.wires[::2]:
         (x0, y0), (x1, y1) = place[wire.source], place[wire.target]
         width = 0.6 + 3.4 * (min(wire.bytes_per_s, fastest) / fastest) ** 0.5
-        bend = 0.0 if y0 != y1 else 0.25
+        bend = 0.0 if y0 != y1 else 0.15
         axes.annotate(
             "", (x1, y1), (x0, y0),
             arrowprops={
@@ -288,7 +291,7 @@ def topology_png(cluster: Cluster) -> bytes:
             bbox={"boxstyle": "round,pad=0.3", "fc": DEVICE_COLOURS[device.kind], "ec": "white"},
         )  # fmt: skip
     axes.set_xlim(0, 1)
-    axes.set_ylim(0.6, 4.4)
+    axes.set_ylim(0.3, 4.4)
     axes.axis("off")
     _title(axes, f"{cluster.spec.node.title}: wires as wide as they are fast")
     return _png(figure)

@@ -1,0 +1,140 @@
+"""Times of NCCL's kernels: the terms by hand, the files of coefficients, and laws of the whole."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_cost_nccl import MIB, alone_s, machine
+
+from sim.catalog import load
+from sim.cost import nccl, nccl_time
+from sim.cost.efficiency import MEASURED
+from sim.cost.nccl_time import Work
+
+FILES = sorted(MEASURED.glob("nccl_*.yaml"))
+
+
+def test_the_terms_of_a_ring_by_hand() -> None:
+    """Eight ranks, all-reduce of 80 MB over wires of 100 GB/s: 14 steps of 10 MB, and 10 MB that are only copied."""
+    work = Work("all_reduce", 8, 1, 80e6, 24, 100e9)
+    assert nccl_time.terms("ring/Simple", "nvlink", work) == (
+        1.0, 14, 0, pytest.approx(14 * 10e6 / 100e9), 10e6, 0.0, 0.0,
+    )  # fmt: skip
+    entry = {"start": "20 us", "hop": "2 us", "share": 0.5, "all_reduce": "500 GB/s"}
+    coefficients = nccl_time.coefficients_of("ring/Simple", entry)
+    latency_s, flow_s = nccl_time.split("ring/Simple", coefficients, nccl_time.terms("ring/Simple", "nvlink", work))
+    assert latency_s == pytest.approx(20e-6 + 14 * 2e-6)
+    assert flow_s == pytest.approx(14 * 10e6 / 50e9 + 10e6 / 500e9)
+
+
+def test_a_turn_is_paid_between_nodes_only() -> None:
+    inside = Work("all_gather", 16, 1, 1e6, 16, 100e9)
+    between = Work("all_gather", 16, 2, 1e6, 16, 100e9)
+    assert nccl_time.terms("ring/LL128", "nvlink", inside)[2] == 0
+    assert nccl_time.terms("ring/LL128", "net", between)[2] == 15 * 7
+
+
+@pytest.mark.parametrize(
+    ("mib", "chunk"),
+    [(1, 16384), (7, 16384), (8, 32768), (63, 32768), (64, 65536), (1023, 65536), (1024, 131072)],
+)
+def test_chunks_of_nvls_grow_with_the_message(mib: int, chunk: int) -> None:
+    """16 channels, 8 heads: 128 chunks a round; below 2 rounds of 32 KiB, 8 of 64 KiB, 64 of 128 KiB the next smaller
+    (nccl src/enqueue.cc, calcCollChunking)."""
+    assert nccl_time.nvls_round_bytes(mib * MIB, 16, 8) == 128 * chunk
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_of_coefficients_say_what_they_rest_on(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    data: dict[str, Any] = yaml.safe_load(text)
+    assert "aiconfigurator @095f58a51" in text
+    assert data["residuals"]["held_out"]["error"] < 0.10
+    for hw, entries in data.items():
+        if hw == "residuals":
+            continue
+        for name, entry in entries.items():
+            assert set(entry) <= set(nccl_time.TERMS[name])
+            assert all(c >= 0 for c in nccl_time.coefficients_of(name, entry))
+
+
+def test_a_gpu_without_measurements_takes_those_of_its_like() -> None:
+    found = {}
+    for gpu in ("v100-sxm2-16gb", "a100-sxm-40gb", "h20-sxm-96gb", "gb200-186gb", "mi300x"):
+        entry = nccl_time.measured_by(load.gpu(gpu), "ring/Simple", "nvlink")
+        assert entry is not None
+        found[gpu] = entry[0]
+    assert found == {
+        "v100-sxm2-16gb": "a100-sxm",
+        "a100-sxm-40gb": "a100-sxm",
+        "h20-sxm-96gb": "h100-sxm",
+        "gb200-186gb": "gb200",
+        "mi300x": "a100-sxm",
+    }
+    assert nccl_time.measured_by(load.gpu("h100-sxm-80gb"), "tree/LL", "net") is None
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "per_node", "num_nodes", "channels"),
+    [
+        # parts of a message at 1 GiB over 400 Gbit/s: ceil(50 / 14) = 4 channels, halved until all ranks' batches of
+        # eight fit in the channels of the rings (src/graph/paths.cc, ncclTopoComputeP2pChannels)
+        (2, 1, 2, 4),  # 4 x 1 batch in 4 channels
+        (10, 1, 10, 2),  # 2 x 2 batches
+        (16, 8, 2, 4),  # 4 x 2 batches in 16
+        (40, 4, 10, 2),
+        (80, 8, 10, 1),  # 10 batches in 16
+    ],
+)
+def test_channels_of_messages_between_nodes(num_ranks: int, per_node: int, num_nodes: int, channels: int) -> None:
+    cluster = machine("dgx-h100", num_nodes)
+    assert num_ranks == per_node * num_nodes
+    assert nccl.p2p_channels(cluster, num_ranks, 1, 2**30, True) == channels
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "mib", "channels"),
+    [(8, 1, 4), (8, 64, 4), (8, 128, 8), (8, 256, 16), (8, 1024, 32), (4, 64, 8), (2, 64, 16)],
+)
+def test_channels_of_messages_inside_a_node(num_ranks: int, mib: int, channels: int) -> None:
+    """32 channels over all ranks, doubled while a part exceeds 16 MiB (src/enqueue.cc, addP2pToPlan). nccl-tests on
+    H100 show the steps: 128 MiB over 8 ranks at 163 GB/s, 256 MiB at 300, 512 MiB at 356."""
+    assert nccl.p2p_channels(machine("dgx-h100"), num_ranks, 1, mib * MIB, False) == channels
+
+
+@pytest.mark.parametrize("name", ["dgx-h100", "dgx-a100-80gb", "dgx-b200", "pcie-8x-rtx-pro-6000-pairs"])
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"])
+def test_a_larger_message_is_hardly_ever_faster(name: str, kind: str) -> None:
+    """NCCL's choice may cost time where its model is wrong, so a larger message may take a little less: never 15 %."""
+    cluster = machine(name)
+    times = [
+        alone_s(cluster, nccl.plan_collective(cluster, [tuple(range(8))], kind, 2**power)) for power in range(10, 33)
+    ]
+    assert all(later > 0.85 * sooner for sooner, later in pairwise(times))
+    assert times[-1] > 3.2 * times[-3]  # four times the bytes; NVLS's chunks double in between
+
+
+def test_the_script_fits_what_the_simulator_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that the simulator itself produced are fitted by its own coefficients again."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "validation" / "measure"))
+    import check_nccl
+
+    rows = [
+        row._replace(time_s=check_nccl.predicted_s(row)[0])
+        for kind in ("all_reduce", "all_gather", "reduce_scatter")
+        for gpus in (2, 4, 8)
+        for power in range(24, 30)
+        if (row := check_nccl.Row("a100-sxm", "2.27", kind, gpus, 1, 2**power, 0.0, "one node")).tensor_bytes
+    ]
+    entry = check_nccl.fit(rows)["nvlink"]["ring/Simple"]
+    known = yaml.safe_load((MEASURED / "nccl_a100_sxm.yaml").read_text(encoding="utf-8"))["nvlink"]["ring/Simple"]
+    for fitted, written in zip(
+        nccl_time.coefficients_of("ring/Simple", entry), nccl_time.coefficients_of("ring/Simple", known), strict=True
+    ):
+        assert fitted == pytest.approx(written, rel=0.02)
+    sys.modules.pop("check_nccl")

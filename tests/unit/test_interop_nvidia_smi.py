@@ -1,0 +1,117 @@
+"""Matrices of ``nvidia-smi topo -m`` as machines printed them, and broken ones."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from sim.catalog import load
+from sim.cluster.routing import path_kind, search
+from sim.cluster.topology import build_node
+from sim.errors import ScenarioError
+from sim.interop import nvidia_smi
+from sim.interop.machine import topology_text
+
+FOLDER = Path(__file__).parent / "topologies"
+FILES = sorted(FOLDER.glob("*.txt"), key=lambda path: path.name)
+SAME = {"NODE": "PHB"}
+"""NCCL makes no difference between a host bridge and two of one processor."""
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "nics", "links", "sockets"),
+    [
+        ("3090-two-sockets", 8, 0, 0, 2),
+        ("4090-switches", 8, 0, 0, 2),
+        ("a100-pcie-pair", 2, 0, 0, 2),
+        ("b300-ansi", 8, 9, 18, 2),
+        ("dgx-1", 8, 4, 2, 2),
+        ("dgx-2", 16, 10, 6, 2),
+        ("dgx-a100", 8, 12, 12, 4),
+        ("h100-dell-mp", 8, 12, 0, 2),
+        ("h100-no-affinity", 4, 0, 18, 2),
+        ("h100-reversed", 8, 9, 18, 2),
+        ("h100-vm", 8, 1, 18, 2),
+        ("rtx-pro-6000-vm", 4, 0, 0, 1),
+    ],
+)
+def test_real_matrices(name: str, gpus: int, nics: int, links: int, sockets: int) -> None:
+    matrix = nvidia_smi.read_matrix((FOLDER / f"{name}.txt").read_text(), name)
+    assert (len(matrix.gpus), len(matrix.nics)) == (gpus, nics)
+    assert max((int(w[2:]) for w in matrix.cells.values() if w.startswith("NV")), default=0) == links
+    assert nvidia_smi.to_machine(matrix, name, "", 0).counts["cpu"] == sockets
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_machine_has_the_paths_of_the_matrix(path: Path) -> None:
+    """Every cell that speaks of PCIe is the type of the path in the tree that was built; NV# are as many links."""
+    matrix = nvidia_smi.read_matrix(path.read_text(), path.name)
+    found = nvidia_smi.to_machine(matrix, path.stem, "", 0)
+    facts = load.node_from_text(topology_text(found), path.stem)
+    node = build_node(facts, {kind: load.link(kind) for kind in dict.fromkeys(w[2] for w in facts.wires)}, True)
+    name_of = {device.name: i for i, device in enumerate(node.devices)}
+    gpu = {name: name_of[f"gpu{i}"] for i, name in enumerate(matrix.gpus)}
+    device = gpu | {name: name_of[f"nic{i}"] for i, name in enumerate(matrix.nics)}
+    on_their_own = [
+        nic
+        for nic in matrix.nics
+        if all(matrix.cells[nic, other] in ("SYS", "PIX") for other in matrix.names if other != nic)
+        and all(matrix.cells[nic, g] == "SYS" for g in matrix.gpus)
+    ]
+    checked = 0
+    for a, b in permutations(matrix.names, 2):
+        word = matrix.cells[a, b]
+        if a in on_their_own or b in on_their_own:
+            continue  # near to no GPU: hung on the last socket, and the file says so
+        if word.startswith("NV"):
+            fast = search(node, device[a], scale_up=True)[device[b]]
+            one = load.link(next(wire.split()[-1] for wire in found.wires if "nvlink" in wire)).bytes_per_s
+            assert min(node.wires[i].library_bytes_per_s for i in fast) == pytest.approx(int(word[2:]) * one)
+        else:
+            assert path_kind(node, search(node, device[a], scale_up=False)[device[b]]) == SAME.get(word, word), (a, b)
+        checked += 1
+    assert checked >= len(matrix.gpus) * (len(matrix.gpus) - 1)
+
+
+def test_a_gpu_that_is_named_is_not_guessed() -> None:
+    matrix = nvidia_smi.read_matrix((FOLDER / "b300-ansi.txt").read_text(), "b300")
+    guessed = nvidia_smi.to_machine(matrix, "b300", "", 0)
+    named = nvidia_smi.to_machine(matrix, "b300", "b300-sxm-288gb", 10)
+    assert guessed.gpu == "h100-sxm-80gb"
+    assert guessed.notes[0].startswith("GPU guessed: 18 NVLinks")
+    assert (named.gpu, named.notes) == ("b300-sxm-288gb", [])
+    assert "gpu0 to nvswitch0 by 18 x nvlink5" in named.wires
+
+
+PAIR = "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV4\t0-7\nGPU1\tNV4\t X \t0-7\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", ["smi.txt: there is no matrix of `nvidia-smi topo -m` in it"]),
+        (PAIR.replace("NV4", "PIXNODE", 1), ["smi.txt:2: GPU0: 'PIXNODE' is not a connection"]),
+        (PAIR.replace("NV4", "SYS", 1), ["smi.txt:3: GPU0 to GPU1 is SYS, GPU1 to GPU0 is NV4"]),
+        (PAIR.replace(" X ", "NV4"), ["smi.txt:2: GPU0 is 'NV4' to itself", "smi.txt:3: GPU1 is 'NV4' to itself"]),
+        (PAIR.splitlines()[0] + "\nGPU0\t X \tNV4\t0-7\n", ["smi.txt:1: the row of GPU1 is missing"]),
+        ("\tGPU0\tGPU1\nGPU0\tX\nGPU1\tPHB\tX\n", ["smi.txt:2: GPU0 has 1 of 2 columns"]),
+        ("\tGPU0\tGPU1\nGPU0\tX\tOK\nGPU1\tGNS\tX\n", [
+            "smi.txt:2: 'OK' is from `nvidia-smi topo -p2p`", "smi.txt:3: 'GNS' is from `nvidia-smi topo -p2p`",
+        ]),
+        (PAIR + "GPU2\tNV4\tNV4\t X \t0-7\n", []),
+        (PAIR.replace("GPU1\tNV4", "GPU7\tNV4"), [
+            "smi.txt:3: a row of GPU7, which the first line does not name",
+        ]),
+    ],
+)  # fmt: skip
+def test_broken_matrices(text: str, lines: list[str]) -> None:
+    if not lines:
+        assert nvidia_smi.read_matrix(text, "smi.txt").gpus == ("GPU0", "GPU1")
+        return
+    with pytest.raises(ScenarioError) as wrong:
+        nvidia_smi.read_matrix(text, "smi.txt")
+    said = [str(finding).split("\n")[0] for finding in wrong.value.findings]
+    assert said == lines
+    assert all(finding.remedy for finding in wrong.value.findings)
