@@ -116,22 +116,23 @@ def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str
 
     fp16 runs on the same units as bf16 and counts as measured; nvfp4 takes fp8's shares, others bf16's.
     """
+    entry = _entry(source.name)
     name = "bf16" if dtype == "fp16" else dtype
-    instead = _entry(source.name).get("instead", {}).get(name)
+    shares = entry.get("shares", {}).get(name)
+    asked, name = name, shares or name
+    instead = entry.get("instead", {}).get(name)
     data = read(_file("gemm", instead or source.name))
     key = name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else "bf16"
-    fields = GemmCoefficients.__dataclass_fields__
     values = data[key]["coefficients"]
+    reasons = []
     if instead:
-        return GemmCoefficients(
-            **{field: values[field] for field in fields}
-        ), f"{instead} ({_entry(source.name)['why']})"
-    if not source.same:
-        whose = f"{source.name} ({source.why})"
-    elif key != name or data.get("kind") == "assumed":
-        whose = f"{key} on {source.name}"
-    else:
-        whose = ""
+        reasons.append(f"{instead} ({entry['why']})")
+    elif not source.same:
+        reasons.append(f"{source.name} ({source.why})")
+    elif key != asked or data.get("kind") == "assumed":
+        reasons.append(f"{key} on {source.name}" + (f" ({entry['shares_why']})" if shares else ""))
+    fields = GemmCoefficients.__dataclass_fields__
+    whose = ", ".join(reasons)
     return GemmCoefficients(**{field: values[field] for field in fields}), whose
 
 
