@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from sim.advice import Remedy
+    from sim.pipeline import Simulation
     from sim.report.layout import Screen
+    from sim.report.report import Report
 
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3
@@ -60,18 +62,34 @@ def run(
     advice: Annotated[
         bool, typer.Option(help="Where it does not fit, try by simulation which changes would make it fit.")
     ] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="VIEW", help="Also show memory at-peak, by-module, by-phase or by-kind."),
+    ] = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if", metavar="KEY.PATH=VALUE", help="Memory and time with that instead of what is said; repeatable."
+        ),
+    ] = None,
+    largest: Annotated[
+        str | None,
+        typer.Option("--largest", metavar="KEY", help="The largest micro_batch_size or sequence_length that fits."),
+    ] = None,
 ) -> None:
     """Simulate one training step: memory, time, communication."""
     from sim.pipeline import simulate
     from sim.scenario.load import load_scenario
 
+    _choice("--memory", memory, ("at-peak", "by-module", "by-phase", "by-kind"))
+    _choice("--largest", largest, ("micro_batch_size", "sequence_length"))
     scenario = load_scenario(file, set_ or ())
     if out is not None:
         from sim.report.save import prepare
 
         prepare(out)
     with _progress(f"simulating {scenario.name}", quiet):
-        simulation = simulate(scenario, record=out is not None)
+        simulation = simulate(scenario, record=out is not None or memory is not None)
     report = simulation.report
     remedies: tuple[Remedy, ...] = ()
     if not report.fits and advice:
@@ -84,18 +102,69 @@ def run(
 
         with _progress(f"writing {out}", quiet):
             save(simulation, remedies, out)
+    views, answers = _questions(file, set_ or (), simulation, memory, (what_if or (), largest), quiet)
     if json:
         from sim.report.report import result
 
-        _print_json(result(report, remedies))
+        content = result(report, remedies)
+        if views is not None:
+            content["memory_views"] = views
+        if answers is not None:
+            content["what_if"] = answers
+        _print_json(content)
     else:
         from sim.report.tables import print_report, print_warnings
 
         print_report(_screen(), simulation.scenario, report, remedies)
+        _print_questions(report, views, memory, answers)
         if not quiet:
             print_warnings(_screen(sys.stderr), report.warnings)
     if not report.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _questions(
+    file: Path,
+    overrides: Sequence[str],
+    simulation: Simulation,
+    memory: str | None,
+    asked: tuple[Sequence[str], str | None],
+    quiet: bool,
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
+    """Return the views of memory and the answers to what-if questions that were asked for."""
+    views = None
+    if memory is not None:
+        from sim.report.memory import memory_views
+
+        views = memory_views(simulation.report.fullest)
+    changes, key = asked
+    if not changes and not key:
+        return views, None
+    from sim.what_if import largest, what_if
+
+    with _progress("asking what if", quiet) as step:
+        answers = what_if(file, overrides, changes, simulation, step)
+        answers += largest(file, overrides, key, simulation, step) if key else ()
+    return views, [answer.to_dict() for answer in answers]
+
+
+def _print_questions(
+    report: Report, views: dict[str, Any] | None, memory: str | None, answers: list[dict[str, Any]] | None
+) -> None:
+    if views is None and answers is None:
+        return
+    from sim.report.memory import print_answers, print_views
+
+    if memory is not None and views is not None:
+        print_views(_screen(), views, memory)
+    if answers is not None:
+        print_answers(_screen(), report.to_dict()["memory"], report.time_s, answers)
+
+
+def _choice(option: str, given: str | None, known: tuple[str, ...]) -> None:
+    """Refuse a value that an option does not have."""
+    if given is not None and given not in known:
+        raise ScenarioError([Finding(option, 0, f"{given!r} is not one of its values", f"write {', '.join(known)}")])
 
 
 @app.command()

@@ -14,6 +14,7 @@ from sim.ir.ledger import Ledger
 from sim.ir.program import World
 from sim.ir.timeline import Timeline
 from sim.memory.allocator import AllocatorSettings
+from sim.memory.confidence import Confidence, confidence
 from sim.memory.replay import footprints
 from sim.memory.runtime import Outside
 from sim.model.transformer import describe
@@ -72,8 +73,17 @@ def simulate(
             *_assumptions(outside),
             *cost.assumptions(),
         ),
+        confidence=_confidence(scenario, held, outside),
     )
     return Simulation(scenario, cluster, ledger, world, cost, timeline, outside, held, report)
+
+
+def _confidence(scenario: Scenario, held: tuple[Footprint, ...], outside: Mapping[int, Outside]) -> Confidence:
+    """Return how sure the memory of the rank is that is most likely not to fit: one that did not, else the fullest."""
+    worst = max(held, key=lambda f: (f.out_of_memory is not None, f.peak_device_bytes, f.peak_allocated_bytes))
+    gpu = scenario.cluster.gpu
+    beside = outside[min(rank for rank in outside if rank in worst.ranks)]
+    return confidence(worst, beside, gpu.total_memory_bytes, gpu.cuda_context_band_bytes)
 
 
 def _same_but_allocator(scenario: Scenario, other: Scenario) -> bool:

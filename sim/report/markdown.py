@@ -9,6 +9,7 @@ from sim.report.rows import (
     CLASS_HEADER,
     COMMUNICATION_HEADER,
     account,
+    band_words,
     class_rows,
     communication_rows,
     headline,
@@ -40,6 +41,8 @@ def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult])
         for r in account(footprint)
     )
     yield from _table(("held by", "bytes", ""), "lrr", rows)
+    if report.confidence is not None:
+        yield f"\n{_sentence(band_words(report.confidence))}."
     yield "\n![memory over the step](memory.png)"
     if len(report.footprints) > 1:
         yield "\n## Memory of all ranks at their peaks\n"

@@ -15,6 +15,7 @@ from sim.ir.footprint import CATEGORIES, Footprint
 from sim.ir.ledger import Attention, Gemm, Kernel, Ledger
 from sim.ir.program import Compute, World
 from sim.ir.timeline import Timeline
+from sim.memory.confidence import COVERAGE, Confidence
 from sim.report.metrics import PARTS, CommunicationTotal, communication, slowest_rank, step_parts
 from sim.scenario.schema import Scenario
 from sim.units import seconds
@@ -71,6 +72,8 @@ class Report:
     communication: tuple[CommunicationTotal, ...]
     pipeline: Pipeline
     warnings: tuple[str, ...]
+    confidence: Confidence | None = None
+    """How sure the memory of the fullest rank is."""
     host_capacity_bytes: int = 0
     """Memory of a node; ``host_bytes_per_node`` is what its ranks hold of it together. 0: unknown."""
 
@@ -121,6 +124,7 @@ class Report:
                 "peak_allocated_bytes": max(f.peak_allocated_bytes for f in self.footprints),
                 "peak_reserved_bytes": max(f.peak_reserved_bytes for f in self.footprints),
                 "peak_device_bytes": max(f.peak_device_bytes for f in self.footprints),
+                **_confidence(self.confidence),
                 "host_capacity_bytes": self.host_capacity_bytes,
                 "host_bytes_per_node": self.host_bytes_per_node,
                 "ranks": [_rank(footprint) for footprint in self.footprints],
@@ -134,6 +138,24 @@ class Report:
             },
             "warnings": list(self.warnings),
         }
+
+
+def _confidence(found: Confidence | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {
+        "band_bytes": [found.least_bytes, found.most_bytes],
+        "band_coverage": COVERAGE,
+        "probability_fits": round(found.probability_fits, 3),
+        "band_parts": {
+            part.name: {
+                "bytes": part.num_bytes,
+                "band_bytes": [part.least_bytes, part.most_bytes],
+                "source": part.source,
+            }
+            for part in found.parts
+        },
+    }
 
 
 def result(report: Report, remedies: Sequence[RemedyResult]) -> dict[str, Any]:
@@ -157,6 +179,7 @@ def summarise(
     *,
     usable_bytes: int,
     warnings: Sequence[str],
+    confidence: Confidence | None = None,
 ) -> Report:
     """Return the report: the slowest rank's step, each class's memory, the communication, what was assumed.
 
@@ -195,6 +218,7 @@ def summarise(
         ),
         warnings=tuple(warnings),
         host_capacity_bytes=host_capacity,
+        confidence=confidence,
     )
 
 

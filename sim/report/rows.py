@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sim.ir.footprint import CATEGORIES, Footprint
+from sim.memory.confidence import COVERAGE, Confidence
 from sim.report.report import RemedyResult, Report
 from sim.scenario.schema import Scenario
 from sim.units import format_bytes, format_duration, format_flops, format_rate, seconds
@@ -118,6 +119,15 @@ def peak_words(footprint: Footprint) -> str:
     step = {"first": ", first step"}.get(footprint.peak_step, "")
     ranks = f"{len(footprint.ranks):,} ranks alike" if len(footprint.ranks) > 1 else f"rank {footprint.ranks[0]}"
     return f"{moment(footprint.peak_phase, footprint.peak_module)}{step} · {ranks}"
+
+
+def band_words(found: Confidence) -> str:
+    """Return the band and the probability: "9 like runs of 10 are between 26.9 and 31.2 GiB; ..."."""
+    probability = min(max(found.probability_fits, 0.001), 0.999)
+    return (
+        f"{round(10 * COVERAGE)} like runs of 10 would be between {format_bytes(found.least_bytes)} and "
+        f"{format_bytes(found.most_bytes)}; the probability that it fits is {probability:.3f}"
+    )
 
 
 def account(footprint: Footprint) -> Iterator[AccountRow]:

@@ -11,6 +11,7 @@ from sim.report.rows import (
     CLASS_HEADER,
     COMMUNICATION_HEADER,
     account,
+    band_words,
     class_rows,
     communication_rows,
     headline,
@@ -106,6 +107,8 @@ def _memory(footprint: Footprint, report: Report, width: int) -> Iterator[Line]:
     for row in account(footprint):
         share, part = row.num_bytes / report.capacity_bytes, row.num_bytes / whole
         yield _bar_line(row.name, format_bytes(row.num_bytes), share, part, width - _BAR_AT, total=row.total)
+    if report.confidence is not None:
+        yield from (((line, "dim"),) for line in fold(band_words(report.confidence), width, 2))
     if report.host_bytes_per_node:
         name = "host memory of a node"
         share = report.host_bytes_per_node / report.host_capacity_bytes if report.host_capacity_bytes else 0.0
