@@ -37,8 +37,10 @@ MODEL_KEYS: dict[str, Key] = {
     "mlp_bias": boolean("Biases in the MLP."),
     "head_bias": boolean("Bias of the head."),
     "norm_bias": boolean("Bias of a layernorm; true if left out."),
-    "dropout": number(0, 1, "0.1", "Residual, embedding and MLP dropout.", below=True),
-    "attention_dropout": number(0, 1, "0.1", "Dropout of the attention weights.", below=True),
+    "dropout": number(
+        0, 1, "0.1", "Residual, embedding and MLP dropout; 0.1 for a GPT in Megatron's code.", below=True
+    ),
+    "attention_dropout": number(0, 1, "0.1", "Dropout of the attention weights; likewise.", below=True),
     "position_offset": integer(0, 2**20, 2, "Extra rows of a learned position table (OPT has 2)."),
     "embedding_norm": boolean("A norm after the word embedding (BLOOM)."),
     "embedding_width": integer(1, 2**20, 512, "Width of the word embedding where it is projected (OPT-350M)."),

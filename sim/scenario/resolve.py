@@ -37,6 +37,10 @@ _MODEL_DEFAULTS = {
     name: spec.default for name, spec in ModelConfig.model_fields.items() if not spec.is_required() and name != "name"
 }
 
+_OWN_DEFAULT = "sim's default"
+MEGATRON_DROPOUT = 0.1
+"""``--hidden-dropout`` and ``--attention-dropout`` where they are left out (megatron/training/arguments.py)."""
+
 _CP_COMM = {"fsdp2": "all_gather", "deepspeed": "a2a"}
 """Megatron's is p2p, torch's ``context_parallel`` gathers unless told otherwise, DeepSpeed's Ulysses swaps heads."""
 
@@ -180,7 +184,7 @@ class _Resolver:
                 if origin:
                     self.sources[f"model.{key}"] = origin
             elif key in _MODEL_DEFAULTS:
-                self.sources[f"model.{key}"] = "sim's default"
+                self.sources[f"model.{key}"] = _OWN_DEFAULT
         found.name, found.at, found.family = name, at, read.family
         found.given_positions = "max_position_embeddings" in read.keys and (
             "max_position_embeddings" not in read.sources
@@ -649,12 +653,29 @@ class _Resolver:
         d = self.draft
         if given is not None:
             d.code = given
+        else:
+            try:
+                d.code, words = default_code(d)
+            except UnknownError:
+                return
+            self.sources["training.code"] = words
+        self._dropout()
+
+    def _dropout(self) -> None:
+        """Megatron drops a tenth unless its command says otherwise; people who train Llamas with it say otherwise."""
+        d = self.draft
+        if not d.knows("model") or d.code != "megatron" or not is_gpt(d.model):
             return
-        try:
-            d.code, words = default_code(d)
-        except UnknownError:
-            return
-        self.sources["training.code"] = words
+        silent = [key for key in ("dropout", "attention_dropout") if self.sources.get(f"model.{key}") == _OWN_DEFAULT]
+        for key in silent:
+            setattr(d.model, key, MEGATRON_DROPOUT)
+            self.sources[f"model.{key}"] = "Megatron's default (megatron/training/arguments.py)"
+        if silent:
+            self.warnings.append(
+                f"{' and '.join(silent)} of the model {'is' if len(silent) == 1 else 'are'} taken as "
+                f"{MEGATRON_DROPOUT}, Megatron's default for what its command does not say; write model.dropout: 0 "
+                "and model.attention_dropout: 0 for a run without"
+            )
 
     def settings(self, key: str, table: Any, given: object, framework: str | None, frameworks: str) -> dict[str, Any]:
         """Read a section of plain settings, which belongs to one framework or to any (``frameworks`` empty)."""
@@ -855,6 +876,11 @@ def overridden(gpu: GpuFacts, values: Mapping[str, Any], texts: Mapping[str, Any
     return dataclasses.replace(gpu, facts=facts, **changed) if changed else gpu
 
 
+def is_gpt(model: ModelDraft) -> bool:
+    """Return whether a block is GPT-2's: what Megatron builds where its command says nothing else."""
+    return model.norm == "layernorm" and model.hidden_act == "gelu" and model.position == "learned"
+
+
 def default_code(d: Draft) -> tuple[str, str]:
     """Return whose modules run, and why: the code that people run under this framework.
 
@@ -868,7 +894,7 @@ def default_code(d: Draft) -> tuple[str, str]:
     if d.framework == "deepspeed":
         if d.tp > 1 or d.pp > 1:
             return "megatron", "Megatron-DeepSpeed, as DeepSpeed has tp and pp from Megatron"
-        if m.norm == "layernorm" and m.hidden_act == "gelu" and m.position == "learned":
+        if is_gpt(m):
             return "megatron", "Megatron-DeepSpeed, as the model is a GPT with learned positions"
     published = m.at != "place" or m.family
     if d.framework != "fsdp2" and published and m.norm == "rmsnorm":

@@ -200,9 +200,26 @@ def test_sequence_parallelism_without_tp_is_off() -> None:
 
 
 def test_what_is_not_simulated_yet_is_refused_only_for_simulation() -> None:
-    override = "training.recompute=selective-op"
-    assert load(BASE, override, simulate=False).training.recompute == "selective-op"
-    assert problems(BASE, override) == ["recompute selective-op is not simulated yet"]
+    override = "model=mixtral-8x7b"
+    assert load(BASE, override, simulate=False).model.num_local_experts == 8
+    assert problems(BASE, override) == ["mixtures of experts are not simulated yet"]
+
+
+def test_a_gpt_in_megatron_drops_a_tenth_unless_the_model_says_otherwise() -> None:
+    gpt = """
+model: {hidden_size: 64, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 1000,
+  hidden_act: gelu, norm: layernorm, bias: true, position: learned, max_position_embeddings: 128}
+cluster: {node: dgx-a100-80gb}
+framework: megatron
+training: {sequence_length: 128, micro_batch_size: 1}
+"""
+    silent = load(gpt)
+    assert (silent.model.dropout, silent.model.attention_dropout) == (0.1, 0.1)
+    assert any("Megatron's default" in warning for warning in silent.warnings)
+    said = load(gpt, "model.dropout=0", "model.attention_dropout=0")
+    assert (said.model.dropout, said.model.attention_dropout, said.warnings) == (0.0, 0.0, ())
+    assert load(gpt, "framework=ddp").model.dropout == 0.0
+    assert load(gpt, "model.norm=rmsnorm").model.dropout == 0.0
 
 
 def test_findings_come_in_the_order_of_the_file() -> None:
