@@ -149,6 +149,10 @@ P2P_PER_BATCH = 8
 P2P_LOCAL_CHANNEL_BYTES_PER_S = 20.3e9
 """What one channel of a message over NVLink sends: nccl-tests sendrecv of xxrjun/nccl-tests-cluster@455de4f (H100, one
 node), 128 and 256 MiB over 8 and 16 channels in 825 and 896 us."""
+SHM_BYTES_PER_S = 48e9
+"""What a hop through host memory is a share of, whatever the generation of PCIe: the port of the machine on which it was
+measured. Its kernels and the host's memory limit it, not the port: 24.7 GB/s over eight RTX PRO 6000 on PCIe 5, 25.9
+over pairs of A100 on PCIe 4 (a public all_gather_perf of Azure NC A100 v4), 28 over eight RTX 5090 (NVIDIA/nccl#1639)."""
 P2P_NET_BATCH_S = 30e-6
 """Latency of each batch of messages to other nodes: the same logs, all-to-all of 80 ranks, 31 to 127 MiB: 10 batches in
 280 to 330 us beside what the NICs need; 10 ranks, 2 batches in 95 to 107 us."""
@@ -434,7 +438,7 @@ def _local_wires(cluster: Cluster, patterns: tuple[NodePattern, ...]) -> tuple[s
         order = pattern.orders[0]
         hops = [cluster.local_route(a, b) for a, b in pairwise((*order, order[0]))]
         hw = "shm" if any(cluster.link(i).kind == "memory" for hop in hops for i in hop.links) else "pci"
-        rate = min(cluster.library_bytes_per_s(hop.links[0]) for hop in hops)
+        rate = SHM_BYTES_PER_S if hw == "shm" else min(cluster.library_bytes_per_s(hop.links[0]) for hop in hops)
         kinds[hw] = min(kinds.get(hw, rate), rate)
     found = next(((hw, kinds[hw]) for hw in ("shm", "pci", "nvlink") if hw in kinds), ("nvlink", 0.0))
     cluster.memo[key] = found
