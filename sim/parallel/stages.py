@@ -105,4 +105,7 @@ def _stage(
         # a stage that does not hold the owner keeps a copy of its own
         kept.append(replace(layer, tied=tuple(t for t in layer.tied if t[0] not in away)) if away else layer)
     read = {name for layer in kept for op in (*layer.forward, *layer.backward) for name in (*op.reads, *op.saves)}
+    # what all blocks share (angles, masks) stands in the model's first layer; every stage with blocks makes its own
+    if index and stages[0][0].buffers and any(layer.kind == "block" for layer in kept):
+        kept[0] = replace(kept[0], buffers=stages[0][0].buffers)
     return Stage(index, tuple(kept), tuple(t for t in batch_inputs if t.name in read), tuple(tied))

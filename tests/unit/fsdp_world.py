@@ -1,4 +1,4 @@
-"""The small GPT that validation/real/fsdp2.py trains, as layers, and a rank's program under FSDP written by hand."""
+"""A small GPT as layers, and a rank's program under FSDP written by hand."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Attention(nn.Module):
             cos, sin = tables[:2]
             q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
         out = self.eager(q, k, v, tables[-1]) if self.is_eager else self.sdpa(q, k, v)
-        out = out.transpose(1, 2).contiguous().view(batch, seq, q_width)
+        out = out.transpose(1, 2).contiguous().view(batch, seq, -1)  # a tensor-parallel rank has some of the heads
         return functional.dropout(self.o(out), c.dropout) if c.dropout else self.o(out)
 
     @property
@@ -179,10 +179,10 @@ class Mlp(nn.Module):
         if config.gated:
             self.gate = nn.Linear(h, f, bias=bias)
         self.up, self.down = nn.Linear(h, f, bias=bias), nn.Linear(f, h, bias=bias)
-        functions: dict[str, Callable[[Tensor], Tensor]] = {
-            "silu": functional.silu, "gelu_gated": functional.gelu, "relu": functional.relu, "gelu": functional.gelu
+        kinds: dict[str, type[nn.Module]] = {
+            "silu": nn.SiLU, "gelu_gated": nn.GELU, "relu": nn.ReLU, "gelu": nn.GELU
         }  # fmt: skip
-        self.act = functions[config.hidden_act]
+        self.act: nn.Module = kinds[config.hidden_act]()
         if code == "huggingface" and config.hidden_act == "gelu" and config.position == "learned":
             self.act = NewGELU()
 
@@ -197,9 +197,17 @@ class Block(nn.Module):
         super().__init__()
         self.parallel, self.code, self.norms_after = config.parallel_block, code, not config.final_norm
         self.neox = config.mlp_bias
+        # registered in the order of use, which is the ledger's
+        two = config.num_block_norms == 2
         self.norm1 = make_norm(config, code, config.hidden_size)
-        self.norm2 = make_norm(config, code, config.hidden_size) if config.num_block_norms == 2 else None
-        self.attention, self.mlp = Attention(config, code, kernel, fused=fused), Mlp(config, code)
+        if two and self.parallel:
+            self.norm2: nn.Module | None = make_norm(config, code, config.hidden_size)
+        self.attention = Attention(config, code, kernel, fused=fused)
+        if not self.parallel:
+            self.norm2 = make_norm(config, code, config.hidden_size)
+        self.mlp = Mlp(config, code)
+        if not two:
+            self.norm2 = None
 
     def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
         if self.parallel:
@@ -250,7 +258,14 @@ class Head(nn.Module):
         self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        logits = self.head(self.project(self.norm(x)))
-        if self.code == "huggingface":
-            labels = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
-        return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        return loss_of(self.logits(x), labels, self.code)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(self.project(self.norm(x)))
+
+
+def loss_of(logits: Tensor, labels: Tensor, code: str) -> Tensor:
+    """Return the mean cross entropy, computed in fp32."""
+    if code == "huggingface":
+        labels = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+    return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
