@@ -78,17 +78,22 @@ def _buffers(c: Context) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def _norm_code(c: Context) -> str:
+    """Transformer Engine's kernels, or RMSNorms op by op, as a framework without them computes them."""
+    return "huggingface" if c.training.norms == "composed" else "megatron"
+
+
 def _norm(c: Context, tape: Tape, module: str, x: Value, out: str, *, width: Shape | None = None) -> Value:
     """A norm with a module of its own."""
     return norm(
-        tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code="megatron", out=out, width=width
+        tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code=_norm_code(c), out=out, width=width
     )  # fmt: skip
 
 
 def _norm_of_linear(c: Context, tape: Tape, module: str, x: Value, out: str) -> Value:
     """The norm inside a LayerNormColumnParallelLinear: its parameters belong to the linear's module."""
     return norm(
-        tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code="megatron", out=out, inner="layer_norm"
+        tape, module, x, kind=c.model.norm, bias=c.model.norm_bias, code=_norm_code(c), out=out, inner="layer_norm"
     )  # fmt: skip
 
 

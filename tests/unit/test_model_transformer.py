@@ -265,6 +265,24 @@ def test_megatron_with_flash_keeps_a_row_of_statistics_instead_of_scores() -> No
     assert saved(block) == 34 * tokens * hidden + 4 * heads * tokens + 16 + 4 * tokens * 4
 
 
+def test_megatron_without_a_fused_rmsnorm_computes_it_op_by_op() -> None:
+    """As many more kernels a norm as LlamaRMSNorm has ops, in a block with two of them; the same matrix products."""
+    model = llama(256, 512, 2, 4, 4, 512)
+    fused, composed = (
+        describe(
+            model,
+            Training(sequence_length=64, micro_batch_size=1, global_batch_size=1, precision="bf16", attention="flash-2",
+                     code="megatron", norms=norms),
+            parameter_dtype="bf16", compute_dtype="bf16", autocast=False,
+        ).layers[1]
+        for norms in (None, "composed")
+    )  # fmt: skip
+    count = [sum(len(op.kernels) for op in layer.forward) for layer in (fused, composed)]
+    assert count[1] - count[0] >= 2 * 5
+    assert matmuls(fused, backward=True) == matmuls(composed, backward=True)
+    assert [p.num_elements for p in fused.parameters] == [p.num_elements for p in composed.parameters]
+
+
 def test_torch_llama_block_term_by_term() -> None:
     """bf16, GQA: norm inputs and outputs 8, q 2, k and v 4 kv/a, attention 2, gate, act, up, product 8 f/h, per sbh."""
     model = llama(128, 352, 2, 8, 2, 512)
