@@ -252,6 +252,10 @@ def validate(
     jobs: Annotated[
         int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes; all cores if left out.")
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="DIR", help="Draw measured and predicted memory of runs with a snapshot."),
+    ] = None,
 ) -> None:
     """Predict measured runs; show the signed errors."""
     from sim.validation.predict import select, validate
@@ -276,6 +280,12 @@ def validate(
         results.write_text(
             results_markdown(answered, f"sim validate {' '.join(words)} --results {results}"), encoding="utf-8"
         )
+    if plot is not None:
+        from sim.validation.parts import write_plots
+
+        written = write_plots(answered, plot)
+        if not quiet:
+            typer.echo(f"{len(written)} pictures in {plot}" if written else "no run names a snapshot", err=True)
     if json:
         _print_json(result(answered))
     else:

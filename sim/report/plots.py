@@ -54,6 +54,31 @@ def _time_unit(ticks: int) -> tuple[float, str]:
 # --- memory --------------------------------------------------------------------------------------
 
 
+def measured_png(
+    name: str, measured: Sequence[tuple[float, int]], predicted: Sequence[tuple[float, int]], seconds: bool
+) -> bytes:
+    """Draw allocated bytes of a real run (left) and of the simulation (right) over time, on one scale of bytes.
+
+    ``measured`` is (us, or number of the event, bytes); ``predicted`` (seconds, bytes) of one step. The peaks of both
+    are marked in both.
+    """
+    figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    peaks = [max((size for _, size in points), default=0) / GIB for points in (measured, predicted)]
+    for axes, points, scale, colour in ((left, measured, 1e-6 if seconds else 1.0, "#4e79a7"),
+                                        (right, predicted, 1.0, "#f28e2b")):  # fmt: skip
+        times = np.array([time for time, _ in points], dtype=float) * scale
+        sizes = np.array([size for _, size in points], dtype=float) / GIB
+        axes.fill_between(times, sizes, step="post", color=colour, alpha=0.6)
+        axes.axhline(peaks[0], color="#4e79a7", linestyle="--", linewidth=1, label=f"measured peak {peaks[0]:.2f} GiB")
+        axes.axhline(peaks[1], color="#f28e2b", linestyle="--", linewidth=1, label=f"predicted peak {peaks[1]:.2f} GiB")
+        axes.set_ylim(bottom=0)
+    left.set(title=f"{name}: measured", xlabel="s" if seconds else "event", ylabel="allocated, GiB")
+    right.set(title="predicted, one step", xlabel="s")
+    right.legend(loc="lower right", fontsize="small")
+    return _png(figure)
+
+
 def memory_png(footprint: Footprint, timeline: Timeline, program: Program, report: Report) -> bytes:
     """Draw what a rank holds over the step, stacked by category; the peak and the GPU's capacity are marked."""
     rank = footprint.ranks[0]

@@ -62,6 +62,8 @@ class Run:
     """Whose memory was measured, where it is not the fullest rank's."""
     at_peak: Mapping[str, int] | None = None
     """Allocated bytes at the peak by category, where the source has them."""
+    snapshot: str = ""
+    """A real memory snapshot, relative to the file's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ def _runs(given: Sequence[object], document: Document, folder: str, problems: li
             notes=values.get("notes", ""),
             pipeline_rank=measured.get("pipeline_rank"),
             at_peak=measured.get("at_peak"),
+            snapshot=measured.get("snapshot", ""),
         )
 
 
@@ -236,8 +239,10 @@ MEASURED_KEYS: dict[str, Key] = {
     "fits": boolean("false where it ran out of memory."),
     "pipeline_rank": integer(0, 4096, 3, "Whose memory it is, from 0; the fullest rank's if left out."),
     "at_peak": Key(_categories, mapping_schema(_CATEGORIES), "Allocated bytes at the peak by category, in bytes."),
+    "snapshot": text("a path", "the path of a pickle of torch.cuda.memory._dump_snapshot",
+                     "A real memory snapshot beside the file, for --plot."),
     "memory_note": _note("Which memory the source means; for people."),
-}
+}  # fmt: skip
 RUN_KEYS: dict[str, Key] = {
     "id": text("a name", "a word that no other run of the file has", "One word.", required=True),
     "scenario": _mapping("The scenario that it was.", True, {"$ref": "#/$defs/scenario"}),

@@ -118,6 +118,8 @@ def time_errors(comparisons: Iterable[Comparison]) -> list[tuple[float, Comparis
 
 def result(validation: Validation) -> dict[str, Any]:
     """Return what ``sim validate --json`` prints."""
+    from sim.validation.parts import all_differences
+
     comparisons = validation.comparisons
     return {
         "runs": [
@@ -131,6 +133,22 @@ def result(validation: Validation) -> dict[str, Any]:
                 "predicted_fits": row.prediction.values["fits"],
             }
             for row in comparisons
+        ],
+        "at_peak": [
+            {
+                "id": run.id,
+                "file": run.file,
+                "categories": [
+                    {
+                        "category": d.category,
+                        "measured": d.measured_bytes,
+                        "predicted": d.predicted_bytes,
+                        "difference": d.difference_bytes,
+                    }
+                    for d in found
+                ],
+            }
+            for run, found in all_differences(validation)
         ],
         "summary": _plain(by_quantity(comparisons)),
         "failed": [_failed(row) for row in validation.failed],

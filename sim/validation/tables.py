@@ -20,6 +20,27 @@ def print_validation(screen: Screen, validation: Validation, quiet: bool) -> Non
     screen.show(_lines(validation, min(screen.width, 120), quiet))
 
 
+def _by_category(validation: Validation, width: int) -> Iterator[Line]:
+    """Where a run measured categories: what each is off, and which is the largest difference."""
+    from sim.validation.parts import all_differences
+
+    for run, found in all_differences(validation):
+        if not found:
+            continue
+        yield title(f"{run.id}: memory at the peak by category", f"most of the difference is {found[0].category}")
+        header = [(name, "dim") for name in ("", "measured", "predicted", "difference")]
+        rows = [
+            (d.category, format_bytes(d.measured_bytes), format_bytes(d.predicted_bytes), _signed(d.difference_bytes))
+            for d in found
+        ]
+        yield from grid([header, *rows], "lrrr", width, indent=4)
+        yield ()
+
+
+def _signed(num_bytes: int) -> str:
+    return f"{'-' if num_bytes < 0 else '+'}{format_bytes(abs(num_bytes))}"
+
+
 def _lines(validation: Validation, width: int, quiet: bool) -> Iterator[Line]:
     sources = {file.name: file.source.get("title") or "" for file in validation.files}
     if not quiet:
@@ -32,6 +53,7 @@ def _lines(validation: Validation, width: int, quiet: bool) -> Iterator[Line]:
                 yield from _runs(rows.get(file.name, ()), width)
                 yield from _failures(failed.get(file.name, ()), width)
                 yield ()
+        yield from _by_category(validation, width)
     for source, summaries in by_source(validation.comparisons).items():
         yield title(source)
         yield from _summaries(summaries, width)

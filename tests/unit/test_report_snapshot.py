@@ -86,3 +86,23 @@ def test_pytorchs_own_viewer_opens_it(tmp_path, command):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "made").stat().st_size > 1000 if made else len(done.stdout) > 100
+
+
+@pytest.mark.real
+def test_the_snapshot_of_a_run_opens_in_pytorchs_viewer(tmp_path):
+    """The whole road: ``sim run --out DIR``, then ``python -m torch.cuda._memory_viz trace_plot`` on what it wrote."""
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "model: {num_hidden_layers: 2, hidden_size: 256, intermediate_size: 512, num_attention_heads: 4, "
+        "vocab_size: 512}\ncluster: {node: dgx-h100, num_gpus: 2}\nframework: fsdp2\n"
+        "training: {sequence_length: 128, micro_batch_size: 1, global_batch_size: 2, precision: bf16}\n"
+    )
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    ran = subprocess.run(
+        [sys.executable, "-m", "sim", "run", str(file), "--out", str(out)], capture_output=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    command = [sys.executable, "-m", "torch.cuda._memory_viz", "trace_plot", str(out / "memory_snapshot.pickle")]
+    done = subprocess.run([*command, "-o", str(page)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "MemoryViz" in page.read_text()
