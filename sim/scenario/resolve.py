@@ -443,6 +443,10 @@ class _Resolver:
         self.draft.cp_comm = values.get("cp_comm") or _CP_COMM.get(framework or "", "p2p")
         if "cp_comm" not in values and values.get("cp", 1) > 1:
             self.sources["parallelism.cp_comm"] = f"{framework or 'Megatron'}'s default"
+        usual = (("schedule", "pp", "1f1b"), ("cp_comm", "cp", _CP_COMM.get(framework or "", "p2p")))
+        for key, axis, default in usual:
+            if values.get(key, default) != default and values.get(axis, 1) == 1:
+                self.warnings.append(f"parallelism.{key} {values[key]} changes nothing: {axis} is 1")
 
     def _zero(self, given: int | None, framework: str | None) -> None:
         d, reading = self.draft, self._ds()

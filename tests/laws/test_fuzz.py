@@ -33,7 +33,10 @@ KEYS = (
     "recompute",
 )  # fmt: skip
 FRAMEWORKS = ("ddp", "deepspeed", "fsdp1", "fsdp2", "megatron")
-SCHEDULES = ("gpipe", "1f1b", "1f1b", "interleaved", "interleaved", "zb-h1", "zb-2p", "zb-v", "dualpipev", "v-half")
+SCHEDULES = (
+    "gpipe", "1f1b", "1f1b", "interleaved", "interleaved", "zb-h1", "zb-2p", "zb-v", "v-half", "v-min", "dualpipev",
+    "dualpipe",
+)  # fmt: skip
 LINKS = (
     ["node0.gpu0", "node0.nvswitch0"], ["node0.gpu0", "node0.gpu1"], ["node0.nic0", "leaf"], ["node1.nic0", "leaf"],
     ["leaf0", "spine"], ["node0.cpu0", "node0.cpu1"],
@@ -77,6 +80,8 @@ def valid(draw: random.Random) -> dict[str, Any]:
 def _axes(draw: random.Random, framework: str) -> dict[str, int]:
     """At most 32 ranks."""
     axes = {"tp": 1, "pp": 1, "cp": 1, "dp": draw.choice([1, 2, 2, 3, 4, 8])}
+    if framework == "ddp" and draw.random() < 0.3:
+        axes["pp"] = draw.choice([2, 4])
     if framework in ("megatron", "fsdp2", "deepspeed"):
         for axis in ("tp", "pp", "cp"):
             size = draw.choice([1, 1, 1, 2, 2, 4, 3] if axis == "pp" else [1, 1, 2, 4])
@@ -130,6 +135,8 @@ def _pipeline(
 ) -> None:
     if axes["tp"] > 1 and draw.random() < 0.5:
         parallelism["sp"] = True
+    if axes["cp"] > 1 and draw.random() < 0.6:
+        parallelism["cp_comm"] = draw.choice(["p2p", "all_gather", "a2a"])
     if draw.random() < 0.1:
         order = ["tp", "cp", "dp", "pp"]
         draw.shuffle(order)
