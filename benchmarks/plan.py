@@ -35,7 +35,7 @@ def main() -> None:
     seconds = perf_counter() - began
     print(
         f"{file.stem}: {found.num_candidates:,} candidates, {len(found.discarded):,} pruned "
-        f"({sum(one.by is None for one in found.discarded):,} by memory), {len(found.tried):,} simulated, "
+        f"({sum(bool(one.over_bytes) for one in found.discarded):,} by memory), {len(found.tried):,} simulated, "
         f"{len(found.front)} on the front; {searched:.1f} s to search, {seconds:.1f} s in all, "
         f"{process_time():.1f} s of it this process's CPU, {num_cores()} cores"
     )

@@ -2,11 +2,12 @@
 
 1. ``sim run scenarios/70b_zero3.yaml`` beside a bare import of what it stands on, interleaved, so that a busy machine
    weighs on both.
-2. The large scenarios of this folder, from YAML to report.
-3. Synthetic worlds of the size of the largest real jobs.
-4. Time by the number of GPUs, by data parallelism at a fixed tensor and pipeline size.
+2. The large scenarios of the library, from YAML to report, remedies included where they do not fit.
+3. Synthetic worlds of the size of the largest real jobs: engine only.
+4. Whole processes by the number of GPUs, by data parallelism at a fixed tensor and pipeline size; and by the number of
+   microbatches.
 
-Times are of the CPU (user and system), medians; memory is the peak of the process.
+Times are of the CPU (user and system), medians in 1 and once elsewhere; memory is the peak of the process.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from sim.catalog import load
 from sim.cluster.topology import build_cluster
 from sim.cost.model import CostModel
 from sim.engine.run import run
+from sim.scenario.load import load_scenario
 from sim.scenario.schema import ClusterSpec
 
 ROOT = Path(__file__).parent.parent
 BARE = ("-c", "import numpy, pydantic, simpy, networkx")
+LARGEST = "scenarios/405b_16k_h100.yaml"
+LARGE = ("405b_16k_h100", "gpt_1t_a100", "gpt3_175b_a100")
 RUN = ("-m", "sim", "run", "scenarios/70b_zero3.yaml")
 
 
@@ -57,9 +61,33 @@ def against_imports(times: int) -> None:
 
 def scenarios() -> None:
     print(f"\n{'whole process, once':46}{'wall':>9}{'CPU':>9}{'peak':>10}")
-    for path in sorted((ROOT / "benchmarks").glob("*.yaml")):
-        wall, cpu, peak = spent(("-m", "sim", "run", str(path.relative_to(ROOT))))
-        print(f"{f'sim run {path.relative_to(ROOT)}':46}{wall:8.2f}s{cpu:8.2f}s{peak / 2**20:7.0f} MiB")
+    for name in LARGE:
+        wall, cpu, peak = spent(("-m", "sim", "run", f"scenarios/{name}.yaml"))
+        print(f"{f'sim run scenarios/{name}.yaml':46}{wall:8.2f}s{cpu:8.2f}s{peak / 2**20:7.0f} MiB")
+
+
+def by_gpus() -> None:
+    """Run the 405B scenario on 64 to 65,536 GPUs: tp 8 and pp as large as 64 GPUs let it be, or as its file says."""
+    for pp, num_gpus in ((8, (64, 256, 1024, 4096, 16384, 65536)), (16, (128, 1024, 16384, 65536))):
+        print(f"\nsim run {LARGEST}, tp 8, pp {pp}, 16 microbatches, by data parallelism")
+        print(f"{'GPUs':>10}{'wall':>10}{'CPU':>10}{'peak':>13}")
+        for gpus in num_gpus:
+            dp = gpus // 8 // pp
+            given = (f"cluster.num_nodes={gpus // 8}", f"parallelism.pp={pp}", f"training.global_batch_size={16 * dp}")
+            options = [word for option in given for word in ("--set", option)]
+            wall, cpu, peak = spent(("-m", "sim", "run", LARGEST, "--no-advice", *options))
+            print(f"{gpus:10,}{wall:9.2f}s{cpu:9.2f}s{peak / 2**20:9.0f} MiB")
+
+
+def by_microbatches() -> None:
+    print("\nsim run scenarios/8b_accumulation.yaml, by microbatches of a step")
+    print(f"{'number':>10}{'wall':>10}{'CPU':>10}{'peak':>13}")
+    scenario = load_scenario(ROOT / "scenarios/8b_accumulation.yaml")
+    for num in (16, 256, 4096):
+        size = num * scenario.parallelism.dp * scenario.training.micro_batch_size
+        given = ("--set", f"training.global_batch_size={size}")
+        wall, cpu, peak = spent(("-m", "sim", "run", "scenarios/8b_accumulation.yaml", "--no-advice", *given))
+        print(f"{num:10,}{wall:9.2f}s{cpu:9.2f}s{peak / 2**20:9.0f} MiB")
 
 
 def synthetic(name: str, dp: int) -> None:
@@ -110,9 +138,8 @@ def main() -> None:
     print(f"\n{'world':>8}{'GPUs':>10}{'classes':>9}{'CPU':>10}{'peak':>13}{'a step':>11}")
     told("405b")
     told("1t")
-    print("\nby data parallelism, tp 8, pp 16")
-    for dp in (1, 4, 16, 64, 128, 256, 512):
-        told("405b", dp)
+    by_gpus()
+    by_microbatches()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,13 @@ from sim.scenario.load import load_scenario
 ROOT = Path(__file__).parents[2]
 SCENARIOS = sorted((ROOT / "scenarios").glob("*.yaml"))
 PARTS = ("compute_s", "exposed_communication_s", "bubble_s", "optimizer_s", "other_s")
+
+
+@pytest.fixture(autouse=True)
+def _as_the_command_line_runs_it() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
