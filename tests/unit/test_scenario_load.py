@@ -348,9 +348,9 @@ def test_any_mutation_of_the_text_is_an_answer_or_a_finding(start: int, length: 
 
 
 def test_a_schedule_without_a_pipeline_is_said_to_change_nothing() -> None:
-    found = load(BASE, "parallelism.schedule=zb-v", "parallelism.cp_comm=a2a")
+    found = load(BASE, "parallelism.schedule=zb-v", "parallelism.cp_comm=p2p")
     said = [warning for warning in found.warnings if "changes nothing" in warning]
     assert said == [
         "parallelism.schedule zb-v changes nothing: pp is 1",
-        "parallelism.cp_comm a2a changes nothing: cp is 1",
+        "parallelism.cp_comm p2p changes nothing: cp is 1",
     ]
