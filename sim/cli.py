@@ -463,7 +463,7 @@ def topology(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Draw it: topology.png.")] = None,
     json: Json = False,
 ) -> None:
-    """Show a machine: its tree, what NCCL finds in it, expected bus bandwidths, measured ones beside."""
+    """Show a machine and its expected bus bandwidths."""
     from sim.report import topology as topologies
 
     source = topologies.read(name, gpu)
