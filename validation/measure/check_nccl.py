@@ -227,7 +227,9 @@ def _solve(hw: str, name: str, seen: list[tuple[Row, tuple[float, ...]]]) -> Any
     return full_x + fixed
 
 
-def write(system: str, entries: dict[str, dict[str, dict[str, Any]]], rows: list[Row], source: str) -> None:
+def write(
+    system: str, entries: dict[str, dict[str, dict[str, Any]]], rows: list[Row], over: list[Row], source: str
+) -> None:
     path = MEASURED / f"nccl_{system.replace('-', '_')}.yaml"
     lines = [
         f"# Coefficients of sim/cost/nccl_time.py for {system}, fitted by validation/measure/check_nccl.py on",
@@ -241,13 +243,14 @@ def write(system: str, entries: dict[str, dict[str, dict[str, Any]]], rows: list
             lines.append(f"  {name}: {{{inside}}}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     nccl_time._read.cache_clear()
-    errors = [(row, predicted_s(row)[0] / row.time_s - 1) for row in rows if row.tensor_bytes >= 65536]
     lines.append("residuals:  # mean absolute and mean signed error, from 64 KiB up")
-    for words, held in (("fitted", False), ("held_out", True)):
-        chosen = [error for row, error in errors if row.held_out == held]
-        if chosen:
-            mean, bias = np.mean(np.abs(chosen)), np.mean(chosen)
-            lines.append(f"  {words}: {{rows: {len(chosen)}, error: {mean:.3f}, bias: {bias:+.3f}}}")
+    for where, members in (("", rows), ("net_", over)):
+        errors = [(row, predicted_s(row)[0] / row.time_s - 1) for row in members if row.tensor_bytes >= 65536]
+        for words, held in (("fitted", False), ("held_out", True)):
+            chosen = [error for row, error in errors if row.held_out == held]
+            if chosen:
+                mean, bias = np.mean(np.abs(chosen)), np.mean(chosen)
+                lines.append(f"  {where}{words}: {{rows: {len(chosen)}, error: {mean:.3f}, bias: {bias:+.3f}}}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -301,7 +304,7 @@ def main() -> None:
             if over:
                 words += "; net: xxrjun/nccl-tests-cluster @455de4f, cluster01"
                 entries |= {hw: e for hw, e in fit(over).items() if hw == "net"}
-            write(system, entries, local, words)
+            write(system, entries, local, over, words)
     table(rows, arguments.rows)
 
 
