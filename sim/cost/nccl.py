@@ -396,7 +396,14 @@ def _channels(cluster: Cluster, num_rings: int, ring_bw: float, several_nodes: b
 
 
 def ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
-    """Return the rings of a group and the speed NCCL expects of them."""
+    """Return the rings of a group and the speed NCCL expects of them. Worked out once."""
+    known: RingGraph | None = cluster.memo.get(("rings", group))
+    if known is None:
+        known = cluster.memo["rings", group] = _ring_graph(cluster, group)
+    return known
+
+
+def _ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
     nodes = _by_node(cluster, group)
     several = len(nodes) > 1
     rails = [_rails(cluster, gpus) if several else () for _, gpus in nodes]
