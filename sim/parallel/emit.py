@@ -468,6 +468,23 @@ def _leave(steps: list[_Step], stack: list[tuple[str, _Verb]], depth: int) -> No
 # --- instantiation -----------------------------------------------------------------------------
 
 
+_CACHED = "autocast:"
+"""What a parameter's copy in the dtype of autocast is called (sim/model/tape.py, ``low_weight``)."""
+
+
+def _until_autocast_ends(forward: Sequence[Instruction]) -> list[Instruction]:
+    """Return a forward pass in which autocast's copies of parameters go at its end, not with their last reader.
+
+    Autocast keeps them in a cache until its region ends, whatever recompute lets go of (``cached_cast`` and
+    ``clear_cache`` in aten/src/ATen/autocast_mode.cpp). What autograd saved lives longer anyway.
+    """
+    late = [i for i in forward if isinstance(i, Free) and f".{_CACHED}" in i.storage.name]
+    if not late:
+        return list(forward)
+    kept = {id(i) for i in late}
+    return [*(i for i in forward if id(i) not in kept), *late]
+
+
 class Emitter:
     """Writes the passes of a microbatch for a stage. Plans are kept, so several roles cost little more than one."""
 
@@ -539,6 +556,8 @@ class Emitter:
         for index in range(len(self.layers)):
             forward.append(Mark("forward", self.names[index]))
             self._replay(forward, plans[index].forward, plans[index].slots, tables[index], index, hooks)
+        if any(f".{_CACHED}" in slot.name for plan in {id(p): p for p in plans}.values() for slot in plan.slots):
+            forward = _until_autocast_ends(forward)
         backward: list[Instruction] = []
         self._waiting: dict[tuple[int, str], Storage] = {}
         for index in reversed(range(len(self.layers))):

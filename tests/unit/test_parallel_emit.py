@@ -6,10 +6,15 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
+import yaml
 
 from sim.ir.ledger import Dim, Gemm, Layer, Op, Parameter, Pointwise, Tensor
 from sim.ir.program import Alloc, Chunk, Compute, Free, Instruction, Storage
+from sim.model.transformer import describe
 from sim.parallel.emit import Emitter, Recompute
+from sim.parallel.lower import lower
+from sim.parallel.precision import dtypes_of
+from sim.scenario.load import load_scenario_text
 
 B, D, F = Dim("batch", 4), Dim("hidden", 8), Dim("ffn", 16)
 X = Tensor("x", (B, D), "bf16")
@@ -176,3 +181,34 @@ def test_recompute_runs_before_the_backward_hooks_of_the_layer():
     start = hooks.log.index("again pre 2")
     assert hooks.log[start - 1] == "back 3"
     assert hooks.log[hooks.log.index("again post 2") + 1] == "back 2"
+
+
+def test_autocasts_copies_stay_until_forward_ends_even_under_recompute() -> None:
+    """cached_cast keeps a copy of every weight until the region ends: 2 bytes a parameter of the linear layers."""
+    text = {
+        "model": {
+            "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+            "vocab_size": 256, "tie_word_embeddings": False,
+        },
+        "cluster": {"node": "dgx-h100", "num_gpus": 2},
+        "framework": "ddp",
+        "training": {
+            "sequence_length": 32, "micro_batch_size": 1, "global_batch_size": 2, "precision": "bf16",
+            "recompute": "full",
+        },
+    }  # fmt: skip
+    scenario = load_scenario_text(yaml.safe_dump(text), "autocast.yaml")
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model, scenario.training, parameter_dtype=dtypes.parameter, compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+    )  # fmt: skip
+    program = lower(ledger, scenario).programs[0]
+    forward = next(chunk for name, chunk in program.chunks.items() if name.endswith("forward") or "forward" in name)
+    held = most = 0
+    for each in forward:
+        if isinstance(each, (Alloc, Free)) and ".autocast:" in each.storage.name:
+            held += each.storage.num_bytes if isinstance(each, Alloc) else -each.storage.num_bytes
+            most = max(most, held)
+    block = 4 * 64 * 64 + 3 * 64 * 128
+    assert most == 2 * (3 * block + 256 * 64)
