@@ -10,6 +10,7 @@ transformer_engine/pytorch/module/layernorm_linear.py, transformer_engine/pytorc
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sim.ir.ledger import Dim, Layer, Parameter, Pointwise, Shape, Tensor
@@ -232,11 +233,12 @@ def _unfused(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
 def _fused_softmax(tape: Tape, name: str, scores: Value, out: str, module: str, *, shared: bool) -> Value:
     """ScaledUpperTriangMaskedSoftmax: keeps its result; backward overwrites the gradient that arrives.
 
-    Source: megatron/fused_kernels and apex, scaled_upper_triang_masked_softmax_cuda.cu ("completely in-place").
+    Of each row only what the mask leaves is read (``local_seq``); all of it is written, zeros beyond. Source:
+    megatron/fused_kernels and apex, scaled_upper_triang_masked_softmax.h and _cuda.cu ("completely in-place").
     """
     result = Value(Tensor(out, scores.shape, scores.dtype))
     tape.op(
-        name, (Pointwise("softmax", (scores.tensor,), (result.tensor,)),),
+        name, (Pointwise("softmax", (_below(scores.tensor),), (result.tensor,)),),
         reads=() if shared else (scores.name,), writes=(result.tensor,), saves=(out,), module=module,
         region=core.REGION,
     )  # fmt: skip
@@ -246,13 +248,19 @@ def _fused_softmax(tape: Tape, name: str, scores: Value, out: str, module: str, 
         if grad is None:
             return
         tape.back(
-            f"{name}.backward", (Pointwise("softmax", (grad, result.tensor), (grad,)),), reads=(grad.name, out),
-            releases=(name,), module=module, region=core.REGION,
+            f"{name}.backward", (Pointwise("softmax", (_below(grad), _below(result.tensor)), (grad,)),),
+            reads=(grad.name, out), releases=(name,), module=module, region=core.REGION,
         )  # fmt: skip
         tape.give(scores, grad, module, core.REGION)
 
     tape.node(emit)
     return result
+
+
+def _below(scores: Tensor) -> Tensor:
+    """Return what a causal mask leaves of a matrix of scores [..., keys], for a kernel to read: half of it."""
+    keys = scores.shape[-1]
+    return replace(scores, shape=(*scores.shape[:-1], replace(keys, size=max(1, keys.size // 2))))
 
 
 def _mlp(c: Context, tape: Tape, x: Value) -> tuple[Value, Parameter | None]:
