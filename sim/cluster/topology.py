@@ -254,7 +254,10 @@ class Cluster:
         """Return the route between a GPU and the network through NIC ``rail``; links local to its domain."""
         key = (1 if outward else 2, gpu, rail)
         if key not in self._routes:
-            found = routing.nic_route(self.node, self.node.gpus[gpu], self.node.nics[rail], outward, self.gpudirect)
+            users = tuple(device for device, nic in zip(self.node.gpus, self._nic_of, strict=True) if nic == rail)
+            found = routing.nic_route(
+                self.node, self.node.gpus[gpu], self.node.nics[rail], outward, self.gpudirect, users
+            )
             port = self._nic_base + 2 * rail + (0 if outward else 1)
             links = (*found.links, port) if outward else (port, *found.links)
             self._routes[key] = Route(links, found.latency_s, found.kind)

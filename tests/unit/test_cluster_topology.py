@@ -275,3 +275,16 @@ def test_two_thousand_nodes_are_not_built_one_by_one() -> None:
 def test_networkx_is_not_imported_on_the_way_to_a_route() -> None:
     code = "import sys, sim.cluster.topology, sim.cost.nccl; sys.exit('networkx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gpu_relays_for_the_nic_that_it_uses() -> None:
+    """DGX A100: GPUs 6 and 7 and NICs 6 and 7 on one switch; what goes out by NIC 7 is relayed by GPU 7, whose NIC it
+    is (nccl src/graph/topo.cc, ncclTopoGetLocalGpu), and not all by GPU 6."""
+    facts = load.node("dgx-a100-80gb")
+    network = load.network(facts.default_network)
+    spec = ClusterSpec(node=facts, gpu=load.gpu(facts.gpu), network=network, num_nodes=2, num_gpus=16)
+    machine = build_cluster(spec)
+    for rail in (6, 7):
+        route = machine.local_nic_route(0, rail, outward=True)
+        assert route.kind == "PXN"
+        assert f"node0.gpu{rail}>pcie-switch3" in names(machine, route.links)

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from test_cost_nccl import MIB, alone_s, bus, machine
 
+from sim.catalog import load
+from sim.cluster.topology import build_cluster
 from sim.cost.nccl import plan_copy
 from sim.pipeline import simulate
 from sim.report.report import result
 from sim.scenario.load import load_scenario
+from sim.scenario.schema import ClusterSpec
 
 TOLERANCE = 0.15
 GIB = 2**10
@@ -47,6 +50,35 @@ def test_bus_bandwidth_of_an_all_reduce(name: str, num_gpus: int, mib: int, meas
     assert bus(cluster, "all_reduce", tuple(range(num_gpus)), mib * MIB) / 1e9 == pytest.approx(
         measured_gb, rel=TOLERANCE
     ), source
+
+
+@pytest.mark.parametrize(
+    ("node", "num_nodes", "network", "kind", "mib", "measured_gb"),
+    [
+        # argonne-lcf/alcf-nccl-tests@385be33: Sophia, two DGX A100 with eight HDR NICs each; Polaris, four A100 and two
+        # Slingshot NICs a node. Coefficients over the network are those of an H100 cluster.
+        ("dgx-a100-80gb", 2, "ib-hdr-200-rail", "all_reduce", GIB, 180.5),
+        ("dgx-a100-80gb", 2, "ib-hdr-200-rail", "all_gather", GIB, 177),
+        ("dgx-a100-80gb", 2, "ib-hdr-200-rail", "all_to_all", GIB, 40),
+        ("hgx-a100-4-80gb", 2, "slingshot-11-2", "all_reduce", 256, 36),
+        ("hgx-a100-4-80gb", 8, "slingshot-11-2", "all_gather", 256, 36),
+    ],
+)
+def test_bus_bandwidth_between_nodes(
+    node: str, num_nodes: int, network: str, kind: str, mib: int, measured_gb: float
+) -> None:
+    facts = load.node(node)
+    cluster = build_cluster(
+        ClusterSpec(
+            node=facts,
+            gpu=load.gpu(facts.gpu),
+            network=load.network(network),
+            num_nodes=num_nodes,
+            num_gpus=num_nodes * facts.num_gpus,
+        )
+    )
+    found = bus(cluster, kind, tuple(range(cluster.num_gpus)), mib * MIB)
+    assert found / 1e9 == pytest.approx(measured_gb, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(("mib", "measured_gb"), [(512, 586), (8 * GIB, 835)])
