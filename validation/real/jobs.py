@@ -23,6 +23,20 @@ from validation.real.modules import loss_of
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Note = Callable[[str], None]
+FAKE: list[Any] = []
+"""The mode under which tensors have no bytes, if :func:`use_fake_tensors` was called."""
+
+
+def use_fake_tensors() -> None:
+    """Have models, batches and steps of :class:`TorchJob` compute nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    FAKE.append(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def tensors() -> Any:
+    """Return the context in which tensors are made. Meshes and wrappers are made outside it: they look into tensors."""
+    return FAKE[-1] if FAKE else contextlib.nullcontext()
 
 
 class Job(Protocol):
@@ -60,7 +74,7 @@ def make_model(
     training = scenario.training
     reentrant = training.code != "torch"
     recompute = {"none": "", "full": "around" if reentrant else "inside"}[training.recompute]
-    with device:
+    with device, tensors():
         return Transformer(
             scenario.model,
             training.code,
@@ -75,7 +89,8 @@ def make_model(
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Give the parameters their dtype; angles that are complex numbers keep theirs."""
-    model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    if any(p.dtype != dtype for p in model.parameters()):
+        model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def batch(scenario: Scenario, device: torch.device, sequences: int = 0) -> tuple[Tensor, Tensor]:
@@ -155,6 +170,10 @@ class TorchJob:
         self.optimizer = make_optimizer(scenario, self.model.parameters())
 
     def step(self, note: Note) -> None:
+        with tensors():
+            self._step(note)
+
+    def _step(self, note: Note) -> None:
         count = self.scenario.num_microbatches
         for index in range(count):
             self._microbatch(last=index == count - 1, note=note)

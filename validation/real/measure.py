@@ -14,15 +14,20 @@ A GPU adds what its allocator, driver and profiler say (``validation/real/gpu.py
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
+import platform
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,7 @@ import yaml
 
 from sim.scenario.load import load_scenario
 from sim.scenario.schema import Scenario
-from validation.real.processes import launch
+from validation.real.processes import ROOT, launch
 
 NUM_STEPS = 4
 """Steps trained, of which the last counts: optimizers make their states in the first, ZeRO-3 checks its record in the
@@ -138,7 +143,8 @@ def worker(folder: str, paths: Sequence[str]) -> None:
         except Exception:
             found[path] = {"error": traceback.format_exc()}  # the others go on: it is one launch for all
     (Path(folder) / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
+    with suppress(RuntimeError):  # somebody failed and is gone: what was found is written down
+        torch.distributed.barrier()
     os._exit(0)  # frameworks' threads and destructors have nothing to add
 
 
@@ -166,6 +172,171 @@ def measure(scenarios: Mapping[str, Mapping[str, Any]], *, strict: bool = True) 
         return found
 
 
+# --- a file of measured runs ---------------------------------------------------------------------
+
+
+def measure_device(
+    scenario: Scenario, device: Any, num_steps: int, snapshots: Path | None, name: str
+) -> dict[str, Any]:
+    """Train as this process' rank, on a GPU with nothing in the way; return what its allocator, driver and clock say.
+
+    Times are left out under a fake process group, whose collectives take none.
+    """
+    from torch.distributed import get_backend
+
+    from validation.real import gpu
+    from validation.real.jobs import make_job
+
+    def step() -> None:
+        job.step(lambda border: None)
+
+    job = make_job(scenario, device)
+    gpu.reset()
+    step()  # makes the optimizer's states
+    found: dict[str, Any] = {"first_step": gpu.memory()}
+    for _ in range(num_steps - 1):
+        step()
+    found["memory"] = gpu.memory()
+    if get_backend() != "fake":
+        times = gpu.timed(step, num_steps)
+        found["step_times_s"] = times
+        found |= gpu.communication_s(step)
+    if snapshots is not None:
+        snapshots.mkdir(parents=True, exist_ok=True)
+        found["snapshot"] = f"{name}.{os.environ.get('RANK', '0')}.pickle"
+        gpu.snapshot(step, snapshots / found["snapshot"])
+    if hasattr(job, "close"):
+        job.close()
+    return found
+
+
+def row(name: str, given: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one run of a file of measured runs. ``ranks`` are what some or all of the ranks found."""
+    on_gpu = [rank["device"] for rank in ranks if "device" in rank]
+    measured: dict[str, Any] = {}
+    if on_gpu:
+        fullest = max(on_gpu, key=lambda each: each["memory"]["peak_allocated_bytes"])
+        measured = {
+            "peak_allocated_bytes": fullest["memory"]["peak_allocated_bytes"],
+            "peak_reserved_bytes": max(each["memory"]["peak_reserved_bytes"] for each in on_gpu),
+            "peak_device_bytes": max(each["memory"]["device_bytes"] for each in on_gpu),
+        }
+        if "step_times_s" in fullest:
+            slowest = [max(times) for times in zip(*(each["step_times_s"] for each in on_gpu), strict=True)]
+            measured["step_time_s"] = sorted(slowest)[len(slowest) // 2]
+    exact = [exact_of(rank) | ({"device": rank["device"]} if "device" in rank else {}) for rank in ranks]
+    return {"id": name, "scenario": given, "measured": measured, "exact": {"ranks": exact}}
+
+
+def exact_of(rank: dict[str, Any]) -> dict[str, Any]:
+    """Return what of one rank is exact, collectives of a kind and a group together."""
+    totals: dict[tuple[str, int], list[int]] = {}
+    for kind, size, num_ranks in rank["collectives"]:
+        total = totals.setdefault((kind, num_ranks), [0, 0])
+        total[0] += 1
+        total[1] += size
+    return {
+        "rank": rank.get("rank", 0),
+        "setup_bytes": rank["setup"],
+        "states_bytes": rank["states"],
+        "peak_live_bytes": max(peak for _, _, _, peak in rank["marks"]),
+        "borders": [
+            {"after": border, "live_bytes": live, "peak_live_bytes": peak} for border, _, live, peak in rank["marks"]
+        ],
+        "collectives": [
+            {"kind": kind, "ranks": num_ranks, "count": count, "tensor_bytes": size}
+            for (kind, num_ranks), (count, size) in totals.items()
+        ],
+    }
+
+
+def write_runs(path: Path, rows: Sequence[dict[str, Any]], notes: Mapping[str, Any]) -> None:
+    source = {"title": "validation/real/measure.py", "date": datetime.now(tz=UTC).date().isoformat(), **notes}
+    path.write_text(yaml.safe_dump({"source": source, "runs": list(rows)}, sort_keys=False, width=120))
+
+
+def software() -> dict[str, Any]:
+    """Return the versions that the figures depend on, and the GPU's where there is one."""
+    import torch
+
+    found: dict[str, Any] = {"versions": {name: version(name) for name in ("torch", "deepspeed") if _installed(name)}}
+    if torch.cuda.is_available():
+        from validation.real import gpu
+
+        return found | {"machine": gpu.machine()}
+    return found | {"machine": {"cpu": platform.processor() or platform.machine()}}
+
+
+def _installed(name: str) -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(version(name))
+    return False
+
+
+def as_rank(options: argparse.Namespace) -> None:
+    """Measure every scenario as one rank of this job; rank 0 writes the file."""
+    import torch
+
+    from validation.real import jobs
+
+    device = start_rank(options.fake_world, options.rank)
+    if options.fake_tensors:
+        jobs.use_fake_tensors()
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rows = []
+    for path in options.scenarios:
+        scenario = load_scenario(path)
+        if scenario.parallelism.world_size != size:
+            sys.exit(f"{path} has {scenario.parallelism.world_size} ranks, this job {size}")
+        found: dict[str, Any] = {"rank": rank}
+        if device.type == "cuda" and not options.fake_tensors:
+            found["device"] = measure_device(scenario, device, options.steps, options.snapshots, path.stem)
+        found |= measure_rank(scenario, device, options.steps)
+        ranks: list[Any] = [found]
+        if not options.fake_world:
+            ranks = [None] * size
+            torch.distributed.all_gather_object(ranks, found)
+        rows.append(row(path.stem, yaml.safe_load(path.read_text()), ranks))
+    if options.fake_world or rank == 0:
+        notes = {"fake_world": {"ranks": size, "rank": rank}} if options.fake_world else {}
+        write_runs(options.out, rows, software() | notes)
+        print(f"wrote {options.out}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m validation.real.measure", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("scenarios", nargs="+", type=Path, help="scenario files")
+    parser.add_argument("--out", type=Path, default=Path("runs.yaml"), help="file of measured runs to write")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="steps trained before the one that counts, and it")
+    parser.add_argument("--fake-world", type=int, default=0, metavar="N", help="measure one rank of N in this process")
+    parser.add_argument("--rank", type=int, default=0, help="which rank, with --fake-world")
+    parser.add_argument("--fake-tensors", action="store_true", help="tensors without bytes, with --fake-world")
+    parser.add_argument("--snapshots", type=Path, help="folder for the GPU allocator's history of one step")
+    options = parser.parse_args(arguments)
+    if options.fake_tensors and not options.fake_world:
+        parser.error("--fake-tensors needs --fake-world")
+    if options.fake_world or "RANK" in os.environ:
+        as_rank(options)
+        return
+    by_size: dict[int, list[Path]] = {}
+    for path in options.scenarios:
+        by_size.setdefault(load_scenario(path).parallelism.world_size, []).append(path)
+    rows: list[dict[str, Any]] = []
+    for size, paths in by_size.items():
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "runs.yaml"
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "-m"]
+            command += ["validation.real.measure", *map(str, paths), "--out", str(out), "--steps", str(options.steps)]
+            command += ["--snapshots", str(options.snapshots)] if options.snapshots else []
+            subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            rows += yaml.safe_load(out.read_text())["runs"]
+    write_runs(options.out, rows, software())
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(sys.argv[2], sys.argv[3:])
+    else:
+        main(sys.argv[1:])

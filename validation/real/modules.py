@@ -51,10 +51,14 @@ class LlamaRMSNorm(nn.Module):
         return self.weight * x.to(dtype)
 
 
+RMS_NORM: type[nn.Module] = nn.RMSNorm
+"""What plain torch code has for one."""
+
+
 def make_norm(config: ModelConfig, code: str, width: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(width, bias=config.norm_bias)
-    return LlamaRMSNorm(width) if code == "huggingface" else nn.RMSNorm(width)
+    return LlamaRMSNorm(width) if code == "huggingface" else RMS_NORM(width)
 
 
 class NewGELU(nn.Module):
