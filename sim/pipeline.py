@@ -65,7 +65,7 @@ def simulate(
         world,
         timeline,
         held,
-        usable_bytes=min(settings.capacity_bytes or 0 for settings in allocators.values()),
+        usable_bytes=min(_usable(settings) for settings in allocators.values()),
         warnings=(
             *scenario.warnings,
             *warnings_of(scenario),
@@ -153,14 +153,21 @@ def _folded(world: World, cluster: Cluster, slow: Mapping[int, float], fold: boo
 
 def _allocator(scenario: Scenario, outside: Outside) -> AllocatorSettings:
     """cudaMalloc can give the allocator what the context, NCCL and libraries leave of the GPU."""
-    config = scenario.allocator
+    config, total = scenario.allocator, scenario.cluster.gpu.total_memory_bytes
     return AllocatorSettings(
         expandable_segments=config.expandable_segments,
         max_split_size_bytes=config.max_split_size_bytes,
         roundup_power2_divisions=config.roundup_power2_divisions,
         garbage_collection_threshold=config.garbage_collection_threshold,
-        capacity_bytes=max(0, scenario.cluster.gpu.total_memory_bytes - outside.total_bytes),
+        capacity_bytes=max(0, total - outside.total_bytes),
+        allowed_bytes=None if config.memory_fraction is None else int(total * config.memory_fraction),
     )
+
+
+def _usable(settings: AllocatorSettings) -> int:
+    """Return what the allocator can have at most."""
+    capacity = settings.capacity_bytes or 0
+    return capacity if settings.allowed_bytes is None else min(capacity, settings.allowed_bytes)
 
 
 def _cache_notes(held: tuple[Footprint, ...]) -> tuple[str, ...]:

@@ -65,9 +65,12 @@ def plain(scenario: Scenario) -> dict[str, Any]:
     if scenario.framework == "megatron":
         given = scenario.megatron.model_dump()
         data["megatron"] = {key: value for key, value in given.items() if value is not None}
-    allocator = scenario.allocator.model_dump(exclude={"max_split_size_bytes", "cublas_workspace_bytes"})
+    apart = {"max_split_size_bytes", "cublas_workspace_bytes", "memory_fraction"}
+    allocator = scenario.allocator.model_dump(exclude=apart)
     if (split := scenario.allocator.max_split_size_bytes) is not None:
         allocator["max_split_size"] = size_text(split)
+    if (fraction := scenario.allocator.memory_fraction) is not None:
+        allocator["memory_fraction"] = fraction
     if (workspace := scenario.allocator.cublas_workspace_bytes) is not None:
         allocator["cublas_workspace"] = size_text(workspace)
     data["allocator"] = allocator

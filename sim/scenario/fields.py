@@ -282,6 +282,7 @@ ALLOCATOR: dict[str, Key] = {
     "max_split_size": measured(units.parse_size, "a size", "512 MiB", "Larger blocks are not split."),
     "roundup_power2_divisions": integer(0, 2**20, 8, "Steps between powers of two that sizes are rounded to."),
     "garbage_collection_threshold": number(0, 1, "0.8", "Use at which cached blocks are freed.", below=True),
+    "memory_fraction": number(0.001, 1, "0.9", "Of the GPU's memory, as set_per_process_memory_fraction allows it."),
     "cublas_workspace": measured(
         units.parse_size, "a size", "32 MiB", "As CUBLAS_WORKSPACE_CONFIG says."
     ),
@@ -292,9 +293,10 @@ _ALLOC_CONF = {
     "max_split_size_mb": "max_split_size",
     "roundup_power2_divisions": "roundup_power2_divisions",
     "garbage_collection_threshold": "garbage_collection_threshold",
+    "per_process_memory_fraction": "memory_fraction",
 }
 _ALLOC_CONF_SILENT = ("backend", "pinned_use_cuda_host_register", "pinned_num_register_threads",
-                      "release_lock_on_cudamalloc", "per_process_memory_fraction")  # fmt: skip
+                      "release_lock_on_cudamalloc")  # fmt: skip
 
 
 def allocator_mapping(given: str) -> dict[str, Any]:

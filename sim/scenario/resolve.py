@@ -1002,6 +1002,11 @@ def _allocator(r: _Resolver, given: object) -> dict[str, Any]:
     values = r.settings("allocator", fields.ALLOCATOR, given, None, "")
     if "max_split_size" in values:
         values["max_split_size_bytes"] = values.pop("max_split_size")
+    if values.get("garbage_collection_threshold") and "memory_fraction" not in values:
+        r.warnings.append(
+            "allocator.garbage_collection_threshold does nothing without allocator.memory_fraction: PyTorch collects "
+            "only where set_per_process_memory_fraction was called (c10/cuda/CUDACachingAllocator.cpp)"
+        )
     if "cublas_workspace" in values:
         values["cublas_workspace_bytes"] = values.pop("cublas_workspace")
     return values

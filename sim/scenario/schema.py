@@ -246,6 +246,8 @@ class AllocatorConfig(_Frozen):
     max_split_size_bytes: int | None = None
     roundup_power2_divisions: int = 0
     garbage_collection_threshold: float = Field(default=0.0, ge=0.0, lt=1.0)
+    memory_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    """What ``set_per_process_memory_fraction`` allows the allocator of the GPU's memory; None: not called."""
     cublas_workspace_bytes: int | None = None
     """What CUBLAS_WORKSPACE_CONFIG asks for; PyTorch takes it from the allocator. None: its default for the GPU."""
 
