@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sim.planner.economics import Cost, Economics
+from sim.planner.economics import Economics
 from sim.planner.goodput import distribution
 from sim.planner.schema import Plan
-from sim.planner.search import Discarded, Runner, Search, Tried, goal_value, keeps_goal, misses
+from sim.planner.search import Discarded, Runner, Search, Tried, excess, goal_value, keeps_goal, misses
 from sim.planner.sensitivity import flips, memory_margin, on_slower_networks
 from sim.planner.space import Candidate, scenario_of
 from sim.units import format_bytes, format_duration, format_energy, format_money
@@ -36,8 +36,8 @@ def answer(search: Search, runner: Runner, say: Callable[[str], None] = lambda w
     rejected = [
         *(_rejected(plan, one.candidate, _does_not_fit(plan, one), _nearest(search, one.candidate))
           for one in search.tried if one.cost is None),
-        *(_rejected(plan, one.candidate, _discarded(plan, one), _nearest(search, one.candidate) if not one.by else "")
-          for one in search.discarded),
+        *(_rejected(plan, one.candidate, _discarded(plan, one),
+                    _nearest(search, one.candidate) if one.over_bytes else "") for one in search.discarded),
     ]  # fmt: skip
     return {
         "schema_version": SCHEMA_VERSION,
@@ -52,7 +52,7 @@ def answer(search: Search, runner: Runner, say: Callable[[str], None] = lambda w
         "searched": {
             "candidates": search.num_candidates,
             "pruned": len(search.discarded),
-            "pruned_by_memory": sum(one.by is None for one in search.discarded),
+            "pruned_by_memory": sum(bool(one.over_bytes) for one in search.discarded),
             "simulated": len(search.tried),
         },
         "assumptions": list(plan.assumptions),
@@ -204,22 +204,12 @@ def _nothing(plan: Plan, ranked: Sequence[Tried], search: Search) -> str:
             f"Nothing fits. Nearest: {cluster_words(plan, best.candidate)}, {best.candidate.words()}, "
             f"{format_bytes(best.over_bytes)} over on stage {best.bound.stage} at the least."
         )
-    near_one = min(ranked, key=lambda one: _excess(plan, one.cost))
+    near_one = min(ranked, key=lambda one: excess(plan, one.cost) if one.cost else 0.0)
     assert near_one.cost is not None
     return (
         f"Nothing keeps the goal. Nearest: {cluster_words(plan, near_one.candidate)}, {near_one.candidate.words()}: "
         f"{misses(plan, near_one.cost)}."
     )
-
-
-def _excess(plan: Plan, cost: Cost | None) -> float:
-    """Return by what factor a candidate misses the limits of the goal, the worst of them."""
-    assert cost is not None
-    goal = plan.goal
-    late = cost.time_s / goal.deadline_s if goal.deadline_s else 0.0
-    dear = cost.usd / goal.budget_usd if goal.budget_usd else 0.0
-    power = cost.power_w / plan.constraints.max_power_w if plan.constraints.max_power_w else 0.0
-    return max(late, dear, power)
 
 
 def _why(plan: Plan, one: Tried, best: Tried | None) -> str:
@@ -286,6 +276,8 @@ def _does_not_fit(plan: Plan, one: Tried) -> str:
 
 
 def _discarded(plan: Plan, one: Discarded) -> str:
+    if one.by is None and not one.over_bytes:
+        return f"at best {format_duration(one.best.time_s)} and {format_money(one.best.usd)}: {misses(plan, one.best)}"
     if one.by is None:
         return f"does not fit: at least {format_bytes(one.over_bytes)} over on stage {one.bound.stage}"
     assert one.by.cost is not None

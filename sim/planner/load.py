@@ -74,7 +74,7 @@ class _Reader:
         self.problems = [_sent_home(problem) for problem in self.problems]
         draft = self._model(top.get("model"))
         workload = self._workload(top.get("workload"))
-        candidates, wrong = self._section("candidates", top.get("candidates"))
+        candidates, wrong = self._section("candidates", top["candidates"]) if "candidates" in top else ({}, {"nodes"})
         prices, _ = self._section("prices", top.get("prices"))
         goal = self._goal(top.get("goal"), len(_as_list(candidates.get("nodes"))) == 1)
         constraints, _ = self._section("constraints", top.get("constraints"))
@@ -373,6 +373,7 @@ class _Reader:
                         Problem(("prices", "providers"), f"prices.providers: nothing of {show(name)} is known",
                                 suggest(name, known, "known", 20))
                     )  # fmt: skip
+                    providers = None
         from_file = self._file(prices.get("file"))
         found = []
         for key, per, known_quotes in (("rent", "h", economy.rents()), ("buy", "GPU", economy.purchases())):

@@ -64,9 +64,10 @@ class Runner:
     ) -> None:
         self._dir = cache_dir
         self._jobs = jobs or num_cores()
-        self._backend = backend if self._jobs > 1 or backend not in ("loky",) else "sequential"
+        self._backend = "sequential" if backend == "loky" and self._jobs == 1 else backend
         self._address = address
         self._cluster = contextlib.ExitStack()
+        self._connected = False
         self.num_simulated = 0
         """Trials that were not in the cache."""
 
@@ -94,11 +95,34 @@ class Runner:
             for key, scenario in new.items():
                 yield key, trial(scenario, folder)
             return
-        from joblib import Parallel, delayed
+        from joblib import Parallel, delayed, parallel_config
 
-        options = {"n_jobs": self._jobs} if self._backend == "loky" else {"n_jobs": -1}
-        parallel = Parallel(backend=self._backend, return_as="generator_unordered", batch_size=1, **options)
-        yield from parallel(delayed(_keyed)(key, scenario, folder) for key, scenario in new.items())
+        self._connect()
+        with parallel_config(self._backend, n_jobs=self._jobs if self._backend == "loky" else -1):
+            parallel = Parallel(return_as="generator_unordered", batch_size=1)
+            yield from parallel(delayed(_keyed)(key, scenario, folder) for key, scenario in new.items())
+
+    def _connect(self) -> None:
+        """Reach the cluster, once: joblib's back ends of Dask and Ray use the client that is current."""
+        if self._connected or self._backend not in ("dask", "ray"):
+            return
+        self._connected = True
+        if self._backend == "dask":
+            from distributed import Client, LocalCluster
+
+            if self._address is None:
+                cluster = LocalCluster(n_workers=self._jobs, threads_per_worker=1, dashboard_address=None)
+                self._cluster.enter_context(cluster)
+                self._cluster.enter_context(Client(cluster))
+            else:
+                self._cluster.enter_context(Client(self._address))
+            return
+        import ray
+        from ray.util.joblib import register_ray
+
+        ray.init(address=self._address, num_cpus=None if self._address else self._jobs)
+        self._cluster.callback(ray.shutdown)
+        register_ray()
 
     def _path(self, key: str) -> Path:
         assert self._dir is not None

@@ -1,8 +1,9 @@
 """The search: bounds first, simulations best first, until what is left cannot be on the front.
 
-A candidate is discarded only where its lower bound says so: it holds more memory than the GPU has, or a simulated
-candidate is at least as good as its bound in time, money, energy and GPUs. Both cannot discard a candidate of the
-front, so the front is that of an exhaustive search (tests/laws/test_planner_laws.py).
+A candidate is discarded only where its lower bound says so: it holds more memory than the GPU has, it misses the plan's
+deadline or budget at best, or a simulated candidate is at least as good as its bound in time, money, energy and GPUs.
+None of these can discard a candidate of the front, which is of those that keep the plan's limits; so the front is that
+of an exhaustive search (tests/laws/test_planner_laws.py).
 
 Candidates are simulated in waves: the next wave is chosen from what all waves before it have shown, and its size does
 not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted.
@@ -20,8 +21,8 @@ from sim.planner.schema import Plan
 from sim.planner.space import Candidate, candidates, scenario_of
 from sim.units import format_duration, format_money, format_power
 
-WAVE = 8
-"""Candidates of a wave, of different clusters: what one shows of a cluster spares others of it."""
+WAVE = 4
+"""Candidates of a wave."""
 
 
 class Runner(Protocol):
@@ -42,7 +43,8 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Discarded:
-    """A candidate that its bound excludes. ``by`` is what it cannot beat; None where it cannot fit."""
+    """A candidate that its bound excludes: it cannot beat ``by``; or it cannot fit (``over_bytes``), or keep the plan's
+    limits."""
 
     candidate: Candidate
     bound: Bound
@@ -62,8 +64,9 @@ class Search:
 
     @property
     def front(self) -> list[Tried]:
-        """What nothing tried is better than, in the order of time."""
-        return front(self.tried)
+        """What nothing that keeps the plan's limits is better than, in the order of time."""
+        kept = [one for one in self.tried if one.cost is not None and keeps_goal(self.plan, one.cost)]
+        return front(kept or self.tried)
 
 
 def front(tried: Iterable[Tried]) -> list[Tried]:
@@ -73,7 +76,8 @@ def front(tried: Iterable[Tried]) -> list[Tried]:
     found: list[Tried] = []
     for one in fitting:
         assert one.cost is not None
-        if not any(_dominates(other.cost, one.cost.objectives()) for other in found if other.cost):
+        mine = one.cost.objectives()
+        if not any(_dominates(other.cost, mine) for other in found if other.cost):
             found.append(one)
     return found
 
@@ -91,42 +95,78 @@ def search(
     every = candidates(plan)
     found.num_candidates = len(every)
     say(f"{len(every):,} candidates")
-    queue: list[tuple[float, Candidate, Bound, Cost]] = []
+    queue: list[_Entry] = []
+    late: list[_Entry] = []
     for candidate in every:
         bound = bounds.bound(candidate)
         best = economics.cost(candidate, bound.time_s, min(bound.compute_s, bound.time_s))
         room = plan.sites[candidate.site].gpu.total_memory_bytes * (1 - plan.constraints.memory_margin)
         if bound.memory_bytes > room and not exhaustive:
             found.discarded.append(Discarded(candidate, bound, best, None, int(bound.memory_bytes - room)))
-            continue
-        queue.append((_rank(plan, best), candidate, bound, best))
-    queue.sort(key=lambda entry: entry[:2])
-    fitting: list[Tried] = []
-    while queue:
-        wave: list[tuple[float, Candidate, Bound, Cost]] = []
-        rest: list[tuple[float, Candidate, Bound, Cost]] = []
-        busy: set[tuple[int, int]] = set()
-        for entry in queue:
+        elif keeps_goal(plan, best) or exhaustive:
+            queue.append((goal_value(plan, best), candidate, bound, best))
+        else:
+            late.append((excess(plan, best), candidate, bound, best))
+    kept = _Waves(plan, runner, economics, found, say)
+    kept.go(queue, WAVE, exhaustive)
+    if not any(one.cost is not None and keeps_goal(plan, one.cost) for one in found.tried):
+        kept.go(late, 1, first=True)  # nothing keeps the goal: what comes nearest is simulated, to say by how much
+        late = kept.left
+    found.discarded += [Discarded(candidate, bound, best, None) for _, candidate, bound, best in late]
+    return found
+
+
+_Entry = tuple[float, Candidate, Bound, Cost]
+"""Place in the order, candidate, its bound and what it costs at best."""
+
+
+@dataclass(slots=True)
+class _Waves:
+    """Simulates a queue wave by wave. ``left`` is what has not been looked at when it stops."""
+
+    plan: Plan
+    runner: Runner
+    economics: Economics
+    found: Search
+    say: Callable[[str], None]
+    left: list[_Entry] = field(default_factory=list)
+
+    def go(self, queue: list[_Entry], size: int, exhaustive: bool = False, first: bool = False) -> None:
+        """Simulate what no simulated candidate beats; ``first``: until one fits."""
+        plan, found = self.plan, self.found
+        self.left = sorted(queue, key=lambda entry: entry[:2])
+        fresh = found.tried
+        while self.left and not (first and any(one.cost is not None for one in found.tried)):
+            wave = self._wave(len(self.left) if exhaustive else size, [] if exhaustive else fresh)
+            if not wave:
+                break
+            outcomes = self.runner.run([scenario_of(plan, entry[1]) for entry in wave], plan.folder)
+            fresh = [
+                Tried(candidate, bound, outcome, _cost(plan, self.economics, candidate, bound, outcome))
+                for (_, candidate, bound, _), outcome in zip(wave, outcomes, strict=True)
+            ]
+            found.tried += fresh
+            self.say(f"{len(found.tried):,} simulated, {len(self.left):,} left of {found.num_candidates:,}")
+
+    def _wave(self, size: int, fresh: Sequence[Tried]) -> list[_Entry]:
+        """Take the next wave from what is left, and discard what cannot be on the front any more.
+
+        ``fresh`` is what has been simulated since it was looked at last.
+        """
+        fitting = [one for one in fresh if one.cost is not None]
+        wave: list[_Entry] = []
+        rest: list[_Entry] = []
+        for entry in self.left:
             _, candidate, bound, best = entry
-            by = None if exhaustive else next((t for t in fitting if _beats(t, best)), None)
+            by = next((one for one in fitting if _beats(one, best)), None)
             if by is not None:
-                found.discarded.append(Discarded(candidate, bound, best, by))
-            elif len(wave) < WAVE and (candidate.site, candidate.num_gpus) not in busy:
-                busy.add((candidate.site, candidate.num_gpus))
+                self.found.discarded.append(Discarded(candidate, bound, best, by))
+            elif len(wave) < size:
                 wave.append(entry)
             else:
                 rest.append(entry)
-        queue = rest
-        if not wave:
-            break
-        outcomes = runner.run([scenario_of(plan, entry[1]) for entry in wave], plan.folder)
-        for (_, candidate, bound, _), outcome in zip(wave, outcomes, strict=True):
-            one = Tried(candidate, bound, outcome, _cost(plan, economics, candidate, bound, outcome))
-            found.tried.append(one)
-            if one.cost is not None:
-                fitting.append(one)
-        say(f"{len(found.tried):,} simulated, {len(queue):,} left of {len(every):,}")
-    return found
+        self.left = rest
+        return wave
 
 
 def _beats(tried: Tried, bound: Cost) -> bool:
@@ -173,6 +213,11 @@ def misses(plan: Plan, cost: Cost) -> str:
     return " and ".join(said)
 
 
-def _rank(plan: Plan, cost: Cost) -> float:
-    """Return the order in which candidates are tried: by the goal, those that miss a limit after all others."""
-    return goal_value(plan, cost) + (0.0 if keeps_goal(plan, cost) else 1e15)
+def excess(plan: Plan, cost: Cost) -> float:
+    """Return by what factor a cost misses the plan's limits, the worst of them."""
+    goal, limit = plan.goal, plan.constraints.max_power_w
+    return max(
+        cost.time_s / goal.deadline_s if goal.deadline_s else 0.0,
+        cost.usd / goal.budget_usd if goal.budget_usd else 0.0,
+        cost.power_w / limit if limit else 0.0,
+    )

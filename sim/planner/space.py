@@ -218,7 +218,7 @@ def _schedules(plan: Plan, framework: str, pp: int) -> Iterator[tuple[int, str]]
         yield 1, "1f1b"
         return
     layers = plan.draft.num_hidden_layers
-    chunks = plan.axes.vpp or (tuple(v for v in (1, 2, 4, 5) if layers % (pp * v) == 0) or (1,))
+    chunks = plan.axes.vpp or (1, *[v for v in (2, 4, 3, 5) if layers % (pp * v) == 0][:2])
     if framework == "deepspeed":
         chunks = (1,)
     for vpp in chunks:
