@@ -32,6 +32,13 @@ class Transfer:
     start: Ticks
     communicator: str = ""
 
+    def moved(self, start: Ticks, instance: int) -> Transfer:
+        """Return a later one like it."""
+        return Transfer(
+            self.kind, self.axis, self.num_ranks, self.tensor_bytes, self.wire_bytes, self.algorithm, instance, start,
+            self.communicator,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -81,7 +88,7 @@ class Repeat:
             transfer = span.transfer
             if transfer is not None:
                 start = Ticks(transfer.start + shift)
-                transfer = replace(transfer, instance=self.instances[communicator] + nth, start=start)
+                transfer = transfer.moved(start, self.instances[communicator] + nth)
             kernels = tuple([(index, Ticks(start + shift), Ticks(end + shift)) for index, start, end in span.kernels])
             yield Span(
                 span.rank, span.stream, span.kind, span.name, Ticks(span.start + shift), Ticks(span.end + shift),
@@ -124,7 +131,7 @@ class Later:
                 transfer = part.transfer
                 if transfer is not None:
                     instance = transfer.instance + meetings.get(transfer.communicator, 0)
-                    transfer = replace(transfer, instance=instance, start=Ticks(transfer.start + ticks))
+                    transfer = transfer.moved(Ticks(transfer.start + ticks), instance)
                 call = part.position[0] + calls
                 kernels = tuple(
                     [(index, Ticks(start + ticks), Ticks(end + ticks)) for index, start, end in part.kernels]
@@ -216,18 +223,25 @@ class Spans(Sequence[Span]):
         self._parts = parts
         """By rank, in the order in which the spans stand."""
         self._runs = runs or {}
+        self._shortened: dict[tuple[int, ...], tuple[Span, ...]] = {}
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         """Return the runs of equal periods of one representative."""
         return self._runs[rank].found() if rank in self._runs else ()
 
-    def shortened(self, rank: int, times: Sequence[int]) -> Iterator[Span]:
-        """Yield the spans of one representative as if its runs had so many periods."""
-        for part in unrolled(_with(self._parts.get(rank, ()), times)):
-            if isinstance(part, Span):
-                yield part
-            else:
-                yield from part.spans()
+    def shortened(self, rank: int, times: Sequence[int]) -> tuple[Span, ...]:
+        """Return the spans of one representative as if its runs had so many periods; kept, as several look at them."""
+        key = (rank, *times)
+        found = self._shortened.get(key)
+        if found is None:
+            spans: list[Span] = []
+            for part in unrolled(_with(self._parts.get(rank, ()), times)):
+                if isinstance(part, Span):
+                    spans.append(part)
+                else:
+                    spans.extend(part.spans())
+            found = self._shortened[key] = tuple(spans)
+        return found
 
     def of(self, rank: int) -> Iterator[Span]:
         """Yield the spans of one representative."""
@@ -321,4 +335,4 @@ class Timeline:
         assert isinstance(self.spans, Spans)
         fewer = sum((run.times - count) * run.period for run, count in zip(self.runs(rank), times, strict=True))
         end = Ticks(self.end - fewer)
-        return Timeline(tuple(self.spans.shortened(rank, times)), end, {rank: Ticks(self.rank_end[rank] - fewer)})
+        return Timeline(self.spans.shortened(rank, times), end, {rank: Ticks(self.rank_end[rank] - fewer)})

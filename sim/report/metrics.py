@@ -54,6 +54,8 @@ def _grown(timeline: Timeline, rank: int, measure: Callable[[Timeline], dict[Key
     timelines tell how much.
     """
     runs = timeline.runs(rank)
+    if not runs:
+        return measure(timeline)
     few = [min(run.at_least, run.times) for run in runs]
     if all(run.times - count < 2 for run, count in zip(runs, few, strict=True)):
         return measure(timeline)
@@ -70,6 +72,13 @@ def _grown(timeline: Timeline, rank: int, measure: Callable[[Timeline], dict[Key
 def step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
     """Return ticks by part for one rank; they add up to ``timeline.end``."""
     return _grown(timeline, rank, lambda line: _step_parts(line, rank))
+
+
+def of_rank(timeline: Timeline, rank: int) -> Timeline:
+    """Return one rank's part of a timeline, its spans told one by one for several to look at; runs stay as they are."""
+    if timeline.runs(rank):
+        return timeline
+    return Timeline(tuple(timeline.of(rank)), timeline.end, {rank: timeline.rank_end[rank]})
 
 
 def _step_parts(timeline: Timeline, rank: int) -> dict[str, int]:

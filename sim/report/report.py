@@ -16,7 +16,7 @@ from sim.ir.ledger import Attention, Gemm, Kernel, Ledger
 from sim.ir.program import Compute, World
 from sim.ir.timeline import Timeline
 from sim.memory.confidence import COVERAGE, Confidence
-from sim.report.metrics import PARTS, CommunicationTotal, communication, slowest_rank, step_parts
+from sim.report.metrics import PARTS, CommunicationTotal, communication, of_rank, slowest_rank, step_parts
 from sim.scenario.schema import Scenario
 from sim.units import seconds
 
@@ -186,7 +186,8 @@ def summarise(
     ``usable_bytes`` is what cudaMalloc can give the framework's allocator on the fullest rank.
     """
     rank = slowest_rank(timeline)
-    parts = step_parts(timeline, rank)
+    own = of_rank(timeline, rank)
+    parts = step_parts(own, rank)
     assert sum(parts.values()) == timeline.end, "the parts of a step add up to it"
     assert set(parts) == set(PARTS)
     peak = peak_flops_per_s(scenario)
@@ -209,7 +210,7 @@ def summarise(
         usable_bytes=usable_bytes,
         host_bytes_per_node=host_bytes,
         footprints=tuple(footprints),
-        communication=communication(timeline, rank),
+        communication=communication(own, rank),
         pipeline=Pipeline(
             parallelism.schedule if parallelism.pp > 1 else "none",
             parallelism.pp,
