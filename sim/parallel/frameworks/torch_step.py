@@ -12,7 +12,7 @@ from typing import Literal
 from sim.ir.ledger import DType, Shape
 from sim.ir.program import Instruction, Storage
 from sim.parallel.frameworks.flat import Flat, pointwise
-from sim.parallel.optimizer import OPTIMIZERS, Shapes, foreach_step, looped_step, state_storages
+from sim.parallel.optimizer import FUSED, OPTIMIZERS, Shapes, foreach_step, looped_step, state_storages
 
 Implementation = Literal["foreach", "fused", "for-loop"]
 
@@ -35,7 +35,7 @@ def torch_update(
     """Return the step over (name, elements) parameters whose states have their dtype; gradients too, if not given."""
     low = gradient_dtype or dtype
     held = [(name, count) for name, count in parameters if count]
-    if implementation == "foreach" or optimizer == "muon":
+    if implementation == "foreach" or optimizer == "muon" or (implementation == "fused" and optimizer not in FUSED):
         return foreach_step(optimizer, held, dtype, low, shapes)
     spec = OPTIMIZERS[optimizer]
     if implementation == "fused":  # one multi-tensor kernel without temporaries (_fused_adamw_)
