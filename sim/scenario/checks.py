@@ -658,14 +658,14 @@ def framework_has_axes(d: Draft) -> Iterator[Problem]:
     """
     if d.framework not in ("ddp", "fsdp1"):
         return
-    for axis in ("tp", "pp", "cp", "ep"):
-        value = getattr(d, axis)
     if d.framework == "ddp" and d.pp > 1 and d.schedule in SPLIT_BACKWARD:
         yield Problem(
             ("parallelism", "schedule"),
             f"schedule {d.schedule} splits the backward, and DDP's hooks reduce no gradient that autograd.grad makes",
             "write schedule: 1f1b or interleaved; or framework: fsdp2",
         )
+    for axis in ("tp", "pp", "cp", "ep"):
+        value = getattr(d, axis)
         if value > 1 and not (axis == "pp" and d.framework == "ddp"):
             yield Problem(
                 ("parallelism", axis),
@@ -767,9 +767,9 @@ RULES: tuple[Rule, ...] = (
     expert_parallelism_divides,
     context_parallelism_divides,
     heads_divide_over_context,
+    exchange_is_the_frameworks,
     optimizer_steps_there,
     loss_is_the_codes,
-    exchange_is_the_frameworks,
     context_parallelism_has_a_kernel,
     key_heads_divide,
     embeddings_stay_tied,

@@ -42,6 +42,7 @@ DERIVED = {
     "cluster.num_nodes": "1", "cluster.num_gpus": "all of num_nodes", "cluster.network": "the node's",
     "cluster.gpu": "the node's", "cluster.gpu.name": "the node's",
     "parallelism.dp": "what remains", "parallelism.zero": "the framework's", "parallelism.schedule": "1f1b",
+    "parallelism.cp_comm": "`all_gather` under FSDP2, `a2a` under DeepSpeed, else `p2p`",
     "training.micro_batch_size": "from the batch and DeepSpeed's settings",
     "training.global_batch_size": "one microbatch a rank",
     "training.precision": "the best of the GPU", "training.optimizer": "adamw",
