@@ -10,7 +10,7 @@ from sim.planner.economics import Economics
 from sim.planner.goodput import distribution
 from sim.planner.schema import Plan
 from sim.planner.search import Discarded, Runner, Search, Tried, excess, goal_value, keeps_goal, misses
-from sim.planner.sensitivity import flips, memory_margin, on_slower_networks
+from sim.planner.sensitivity import flips, memory_margin, on_slower_networks, optimistic
 from sim.planner.space import Candidate, scenario_of
 from sim.units import format_bytes, format_duration, format_energy, format_money
 
@@ -45,7 +45,7 @@ def answer(search: Search, runner: Runner, say: Callable[[str], None] = lambda w
         "question": question(plan),
         "recommended": {**entries[id(best)], "words": recommendation(plan, best, ranked, search)} if best else None,
         "nothing": None if best else _nothing(plan, ranked, search),
-        "sensitivity": _sensitivity(plan, best, fitting, runner, say) if best else None,
+        "sensitivity": _sensitivity(search, best, fitting, runner, say) if best else None,
         "front": [entries[id(one)] for one in front],
         "ranked": [entries[id(one)] for one in ranked],
         "rejected": rejected,
@@ -133,26 +133,25 @@ def _distribution(plan: Plan, one: Tried, economics: Economics) -> dict[str, Any
 
 
 def _sensitivity(
-    plan: Plan, best: Tried, fitting: Sequence[Tried], runner: Runner, say: Callable[[str], None]
+    search: Search, best: Tried, fitting: Sequence[Tried], runner: Runner, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Return what would change the recommendation, as data and in words."""
     say("looking for what would change it")
-    found = flips(plan, best, fitting)
+    plan = search.plan
+    found = flips(plan, best, fitting, optimistic(plan, search))
     margin = memory_margin(best)
     words, data = [], []
     for flip in found:
         then = f"{cluster_words(plan, flip.then.candidate)}, {flip.then.candidate.words()}" if flip.then else None
-        data.append(
-            {"what": flip.what, "flips_at": flip.factor, "then": then, "value_change_of_10_percent": flip.value_change}
-        )
+        data.append({
+            "what": flip.what, "flips_at": flip.factor, "at_least": flip.at_least, "then": then,
+            "value_change_of_10_percent": flip.value_change,
+        })  # fmt: skip
         if flip.factor is not None:
             change = flip.factor - 1
             said = f"{abs(change):.1%} {'more' if change > 0 else 'less'}" if abs(change) >= 5e-4 else "any change"
-            words.append(
-                f"{flip.what}: at {said}, {then} is better"
-                if then
-                else f"{flip.what}: at {said}, nothing keeps the goal"
-            )
+            result = f"{then} {'may be' if flip.at_least else 'is'} better" if then else "nothing keeps the goal"
+            words.append(f"{flip.what}: at {said}, {result}")
     networks = []
     for share, outcome in on_slower_networks(plan, best, runner):
         slower = outcome["step_s"] / best.outcome["step_s"] - 1

@@ -1,19 +1,19 @@
 """How sure the recommendation is: what changes it, and how much of that it takes.
 
 Every simulated candidate is priced again with one thing changed; nothing is simulated anew but the recommended one on
-slower networks. A *flip* is the smallest factor, found by bisection, at which another candidate is best. Candidates
-that bounds excluded take no part: each is no better than a simulated one in time, money, energy and GPUs today.
+slower networks. A *flip* is the smallest factor, found by bisection, at which another candidate is best. A kind of node
+all of whose candidates bounds excluded is represented by its best bound: it takes that much at the least.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sim.planner.economics import Cost, Economics
 from sim.planner.schema import Plan
-from sim.planner.search import Runner, Tried, goal_value, keeps_goal
+from sim.planner.search import Discarded, Runner, Search, Tried, goal_value, keeps_goal
 from sim.planner.space import scenario_of
 
 FURTHEST = 4.0
@@ -34,6 +34,8 @@ class Flip:
     then: Tried | None
     value_change: float
     """By how much 10 % more of it changes the recommended one's value."""
+    at_least: bool = False
+    """Whether it rests on a bound and not on a simulation."""
 
 
 def _priced(plan: Plan, one: Tried, economics: Economics, slower: dict[int, float]) -> Cost:
@@ -54,8 +56,27 @@ def best_of(plan: Plan, fitting: Sequence[Tried], slower: dict[int, float] | Non
     return found[1] if found else None
 
 
-def flips(plan: Plan, best: Tried, fitting: Sequence[Tried]) -> list[Flip]:
-    """Return what changes the recommendation: price, speed, failures, power, and how much of each."""
+def optimistic(plan: Plan, search: Search) -> list[Tried]:
+    """Return, for each kind of node of which nothing fitting was simulated, its best bound as if it were an outcome."""
+    known = {one.candidate.site for one in search.tried if one.cost is not None}
+    found: dict[int, Discarded] = {}
+    for one in search.discarded:
+        site = one.candidate.site
+        if site not in known and not one.over_bytes:
+            place = (not keeps_goal(plan, one.best), goal_value(plan, one.best), one.candidate)
+            other = found.get(site)
+            if other is None or place < (
+                not keeps_goal(plan, other.best), goal_value(plan, other.best), other.candidate,
+            ):  # fmt: skip
+                found[site] = one
+    return [Tried(one.candidate, one.bound, {"step_s": one.bound.time_s}, one.best) for _, one in sorted(found.items())]
+
+
+def flips(plan: Plan, best: Tried, fitting: Sequence[Tried], bounded: Sequence[Tried] = ()) -> list[Flip]:
+    """Return what changes the recommendation: price, speed, failures, power, and how much of each.
+
+    ``bounded`` are the representatives of what was not simulated (``optimistic``).
+    """
     site = best.candidate.site
     name = plan.sites[site].name
 
@@ -85,11 +106,15 @@ def flips(plan: Plan, best: Tried, fitting: Sequence[Tried]) -> list[Flip]:
         _flip(plan, best, fitting, f"the price of {name}", price(site), upwards=True),
         _flip(plan, best, fitting, f"the step on {name}", same, upwards=True, slows=site),
     ]
-    rivals = list(dict.fromkeys(one.candidate.site for one in fitting if one.candidate.site != site))
-    for rival in sorted(rivals):
+    of = {one.candidate.site: one for one in bounded}
+    for rival in sorted({one.candidate.site for one in (*fitting, *bounded)} - {site}):
         other = plan.sites[rival].name
-        found.append(_flip(plan, best, fitting, f"the price of {other}", price(rival), upwards=False))
-        found.append(_flip(plan, best, fitting, f"the step on {other}", same, upwards=False, slows=rival))
+        field = [*fitting, of[rival]] if rival in of else fitting
+        for flip in (
+            _flip(plan, best, field, f"the price of {other}", price(rival), upwards=False),
+            _flip(plan, best, field, f"the step on {other}", same, upwards=False, slows=rival),
+        ):
+            found.append(replace(flip, at_least=rival in of))
     found.append(_flip(plan, best, fitting, "the rate of failures", failures, upwards=True))
     if any(s.offer.pays_power or s.owned_gpus for s in plan.sites):
         found.append(_flip(plan, best, fitting, "the price of power", power, upwards=True))

@@ -67,7 +67,7 @@ def _front(found: Search) -> list[tuple[Candidate, Any]]:
     return [(one.candidate, one.cost) for one in found.front]
 
 
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**31), spread=st.floats(0, 0.5), goal=st.sampled_from([
     "{cheapest: true}", "{fastest: true}", "{deadline: 60 days}", "{budget: 60 kUSD}", "{value_of_time: 1 kUSD/day}",
     "{deadline: 1 h}", "{least_energy: true}",
@@ -86,13 +86,13 @@ def test_the_front_and_the_winner_are_those_of_an_exhaustive_search(seed: int, s
 
 def test_the_front_of_real_simulations_is_that_of_an_exhaustive_search() -> None:
     plan = plan_of(
-        ONE_NODE, "candidates.num_gpus=[4, 8]", "axes.tp=[1, 2]", "axes.pp=[1, 2]", "axes.micro_batch_size=2",
+        ONE_NODE, "candidates.num_gpus=4", "axes.tp=[1, 2]", "axes.pp=[1, 2]", "axes.micro_batch_size=2",
         "axes.recompute=[none, full]", "frameworks=[megatron, fsdp2]",
     )  # fmt: skip
     runner = Runner(jobs=1)
     pruned = search(plan, runner)
     whole = search(plan, runner, exhaustive=True)
-    assert len(whole.tried) >= 20
+    assert len(whole.tried) >= 10
     assert _front(pruned) == _front(whole)
     assert pruned.discarded
 
