@@ -7,7 +7,7 @@ categories, and writes ``validation/fsdp_mem_tracker.yaml``. 8B takes a minute o
 
 On a CPU build of torch only CPU fake tensors survive a backward, so CPU kernels are what is counted. Where they are not
 CUDA's: RMSNorm is composed of many operators on the CPU; here it is one (:class:`FusedNorm`) with the outputs of CUDA's
-``_fused_rms_norm``. What is left has a name in the file written.
+``_fused_rms_norm``. All that is left is in :func:`causes`; ``tests/real/test_fsdp_mem_tracker.py`` adds it up.
 """
 
 from __future__ import annotations
@@ -198,13 +198,28 @@ def held(program: Program) -> dict[str, dict[str, int]]:
     return {"peak": peak, "end": parts()}
 
 
+def causes(scenario: Scenario, when: str) -> dict[str, dict[str, int]]:
+    """Return what the tracker counts beyond ours: category -> name of the cause -> bytes."""
+    model, training = scenario.model, scenario.training
+    tensors = 9 * model.num_hidden_layers + 3
+    found = {"OptState": {"step counts, fp32 on the host, one a parameter": 4 * tensors}}
+    if when == "end":
+        ids = 2 * 8 * training.micro_batch_size * training.sequence_length
+        return found | {"Inputs": {"tokens and labels, which the script holds": ids}}
+    found["Activation"] = {"the loss and the weight it was divided by, held during backward": 8}
+    if training.recompute == "none":
+        found["Activation"]["state of CUDA's random generator, saved by each attention"] = -16 * model.num_hidden_layers
+    return found
+
+
 def category_of(storage: Storage, phase: str) -> str:
     """Return the tracker's category of one of our storages."""
     if storage.name.startswith("batch."):
         return "Inputs"
     later = {
         "parameters": "Unsharded Param",
-        "gradients": "Unsharded Grad" if storage.per_microbatch or "grad:" in storage.name else "Sharded Grad",
+        # the tracker knows a whole parameter's gradient once FSDP's hook has seen it: until then it is Temp
+        "gradients": "Temp" if storage.per_microbatch else "Sharded Grad",
         "activations": "Activation" if phase == "forward" else "Temp",
         "buffers": "All Gather" if "gather" in storage.name else "Reduce Scatter",
         "optimizer": "OptState",
@@ -237,7 +252,8 @@ def main(names: list[str]) -> None:
             "torch": version("torch"),
             "machine": f"{processor() or 'x86_64'}, CPU only",
         }
-        OUT.write_text(yaml.safe_dump(found, sort_keys=False))
+        found["cases"][name]["causes"] = {when: causes(scenario, when) for when in ("peak", "end")}
+        OUT.write_text(yaml.safe_dump(found, sort_keys=False, width=120))
         for when in ("peak", "end"):
             for category in sorted({*theirs[when], *mine[when]}):
                 a, b = theirs[when].get(category, 0), mine[when].get(category, 0)
