@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sim.catalog.schema import GpuFacts
 from sim.cluster.topology import Cluster
-from sim.cost.nccl import ring_graph
+from sim.cost.nccl import nvls_channels, ring_graph
 from sim.ir.program import Program, World
 from sim.ir.timeline import Timeline
 from sim.memory.runtime import NcclCommunicator, Outside, outside_torch
@@ -54,6 +54,7 @@ def _communicators(
             num_nodes=graph.num_nodes,
             link="p2p" if near else "shm",
             num_channels=graph.compute_channels,
+            nvls_channels=nvls_channels(cluster, graph.num_nodes),
             algorithms=tuple(algorithm.replace("nvls_tree", "nvlstree") for algorithm in algorithms),
             gpu_direct=cluster.gpudirect,
         )

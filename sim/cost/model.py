@@ -240,11 +240,12 @@ class CostModel:
         key = (communicator.name, collective.kind, collective.tensor_bytes)
         traffic = self._traffic.get(key)
         if traffic is None:
-            from sim.cost.nccl import plan_collective
+            from sim.cost.nccl import assumption, plan_collective
 
-            traffic = plan_collective(
-                self._cluster, self._groups(communicator), collective.kind, collective.tensor_bytes
-            )
+            groups = self._groups(communicator)
+            traffic = plan_collective(self._cluster, groups, collective.kind, collective.tensor_bytes)
+            if assumed := assumption(self._cluster, groups):
+                self._assume(assumed)
             self._traffic[key] = traffic
         return traffic
 

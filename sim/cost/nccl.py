@@ -29,10 +29,11 @@ from typing import Literal, NamedTuple
 from sim.cluster.routing import PATH_KINDS, SCALE_UP, PathKind, Route
 from sim.cluster.topology import Cluster
 from sim.cost import collective, nccl_time
+from sim.cost.efficiency import source_of
 from sim.cost.nccl_time import Coefficients, Work
 from sim.ir.traffic import Phase, Traffic
 
-__all__ = ["bus_bytes_per_s", "choose", "plan_collective", "plan_copy", "plan_point_to_point"]
+__all__ = ["assumption", "bus_bytes_per_s", "choose", "plan_collective", "plan_copy", "plan_point_to_point"]
 bus_bytes_per_s = collective.bus_bytes_per_s
 
 Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "pat"]
@@ -150,9 +151,10 @@ P2P_LOCAL_CHANNEL_BYTES_PER_S = 20.3e9
 """What one channel of a message over NVLink sends: nccl-tests sendrecv of xxrjun/nccl-tests-cluster@455de4f (H100, one
 node), 128 and 256 MiB over 8 and 16 channels in 825 and 896 us."""
 SHM_BYTES_PER_S = 48e9
-"""What a hop through host memory is a share of, whatever the generation of PCIe: the port of the machine on which it was
-measured. Its kernels and the host's memory limit it, not the port: 24.7 GB/s over eight RTX PRO 6000 on PCIe 5, 25.9
-over pairs of A100 on PCIe 4 (a public all_gather_perf of Azure NC A100 v4), 28 over eight RTX 5090 (NVIDIA/nccl#1639)."""
+"""What a hop through host memory is a share of, whatever the generation of PCIe: the port of the machine on which it
+was measured. Its kernels and the host's memory limit it, not the port: 24.7 GB/s over eight RTX PRO 6000 on PCIe 5,
+25.9 over pairs of A100 on PCIe 4 (an all_gather_perf of Azure NC A100 v4), 28 over eight RTX 5090
+(NVIDIA/nccl#1639)."""
 P2P_NET_BATCH_S = 30e-6
 """Latency of each batch of messages to other nodes: the same logs, all-to-all of 80 ranks, 31 to 127 MiB: 10 batches in
 280 to 330 us beside what the NICs need; 10 ranks, 2 batches in 95 to 107 us."""
@@ -690,9 +692,8 @@ def _sms(cluster: Cluster, graph: RingGraph, choice: Choice, tensor_bytes: int) 
 
     Source: nccl src/enqueue.cc, topoGetAlgoInfo.
     """
-    generation = _generation(cluster)
     if choice.algorithm in ("nvls", "nvls_tree"):
-        return NVLS_CHANNELS[generation][graph.num_nodes > 1]
+        return nvls_channels(cluster, graph.num_nodes)
     threads = MAX_THREADS[choice.protocol]
     if choice.algorithm == "ring" and choice.protocol == "Simple" and graph.channels * graph.channel_bw <= 12.0:
         threads = 256
@@ -984,6 +985,28 @@ def _measured(cluster: Cluster, name: str, hw: str) -> Coefficients | None:
         cluster.memo[key] = found[1] if found else None
     coefficients: Coefficients | None = cluster.memo[key]
     return coefficients
+
+
+def nvls_channels(cluster: Cluster, num_nodes: int) -> int:
+    """Return the channels of NVLS: src/transport/nvls.cc, ncclNvlsTuning."""
+    return NVLS_CHANNELS.get(_generation(cluster), (16, 16))[num_nodes > 1]
+
+
+def assumption(cluster: Cluster, groups: Sequence[tuple[int, ...]]) -> str:
+    """Return what the time of a collective of ``groups`` rests on, where that was measured on another machine."""
+    group = groups[0]
+    if len(group) < 2:
+        return ""
+    gpu, network = cluster.spec.gpu, cluster.spec.network
+    if network is not None and any(cluster.domain_of(a) != cluster.domain_of(group[0]) for a in group):
+        own = gpu.name.startswith("h100") and network.fabric == "infiniband"
+        return "" if own else f"collectives between nodes ({network.name}): latencies of H100 over InfiniBand assumed"
+    graph = ring_graph(cluster, tuple(group))
+    found = nccl_time.measured_by(gpu, "ring/Simple", graph.hw)
+    own = source_of(gpu)
+    if found is None or (own.same and found[0] == own.name):
+        return ""
+    return f"collectives on {gpu.name}: times of NCCL's kernels assumed to be those of {found[0]}"
 
 
 def kernel_work(

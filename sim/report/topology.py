@@ -355,7 +355,8 @@ def _lines(content: dict[str, Any], width: int) -> Iterator[Line]:
         yield ()
         yield title("NCCL", f"{found['channels']} channels, {found['bytes_per_s'] / GB:.4g} GB/s expected of its rings")
         for ring in found["rings"][:8]:
-            yield (f"  ring  {' '.join(map(str, ring))}",)
+            words = " ".join(map(str, ring)) if len(ring) <= MAX_MATRIX else f"{ring[0]} {ring[1]} ... {ring[-1]}"
+            yield (f"  ring  {words}",)
     yield ()
     yield from _bus_lines(content["bus"], width)
 

@@ -138,3 +138,18 @@ def test_the_script_fits_what_the_simulator_computes(tmp_path: Path, monkeypatch
     ):
         assert fitted == pytest.approx(written, rel=0.02)
     sys.modules.pop("check_nccl")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "said"),
+    [
+        ("dgx-h100", 1, ""),
+        ("dgx-h100", 2, ""),
+        ("dgx-a100-80gb", 1, ""),
+        ("dgx-a100-80gb", 2, "collectives between nodes (ib-hdr-200-rail): latencies of H100 over InfiniBand assumed"),
+        ("dgx-1", 1, "collectives on v100-sxm2-16gb: times of NCCL's kernels assumed to be those of a100-sxm"),
+    ],
+)
+def test_what_was_measured_elsewhere_is_said(name: str, num_nodes: int, said: str) -> None:
+    cluster = machine(name, num_nodes)
+    assert nccl.assumption(cluster, [tuple(range(cluster.num_gpus))]) == said
