@@ -999,8 +999,8 @@ def assumption(cluster: Cluster, groups: Sequence[tuple[int, ...]]) -> str:
         return ""
     gpu, network = cluster.spec.gpu, cluster.spec.network
     if network is not None and any(cluster.domain_of(a) != cluster.domain_of(group[0]) for a in group):
-        own = gpu.name.startswith("h100") and network.fabric == "infiniband"
-        return "" if own else f"collectives between nodes ({network.name}): latencies of H100 over InfiniBand assumed"
+        same = gpu.name.startswith("h100") and network.fabric == "infiniband"
+        return "" if same else f"collectives between nodes ({network.name}): latencies of H100 over InfiniBand assumed"
     graph = ring_graph(cluster, tuple(group))
     found = nccl_time.measured_by(gpu, "ring/Simple", graph.hw)
     own = source_of(gpu)
