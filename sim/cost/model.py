@@ -74,6 +74,7 @@ class CostModel:
         self._by_identity: dict[int, tuple[float, Kernel]] = {}
         self._by_value: dict[tuple[object, ...], float] = {}
         self._traffic: dict[tuple[object, ...], Traffic] = {}
+        self._planned: dict[tuple[object, ...], Traffic] = {}
         self._assumed: dict[str, int] = {}
         self._guessed_families: dict[str, int] = {}
         if self._host.assumed:
@@ -233,7 +234,7 @@ class CostModel:
 
     def take_over(self, other: CostModel) -> None:
         """Know what another model planned, for the same communicators in the same cluster."""
-        self._traffic = other._traffic
+        self._planned = {**other._planned, **other._traffic}
 
     def collective(self, collective: Collective, communicator: Communicator) -> Traffic:
         """Return the traffic of all groups of ``communicator`` together."""
@@ -243,7 +244,9 @@ class CostModel:
             from sim.cost.nccl import assumption, plan_collective
 
             groups = self._groups(communicator)
-            traffic = plan_collective(self._cluster, groups, collective.kind, collective.tensor_bytes)
+            traffic = self._planned.get(key)
+            if traffic is None:
+                traffic = plan_collective(self._cluster, groups, collective.kind, collective.tensor_bytes)
             if assumed := assumption(self._cluster, groups):
                 self._assume(assumed)
             self._traffic[key] = traffic
@@ -252,7 +255,7 @@ class CostModel:
     def point_to_point(self, message: Send | Recv, communicator: Communicator) -> Traffic:
         """Return the traffic of one message on all pairs of ``communicator`` together."""
         key = (communicator.name, "send", message.tensor_bytes)
-        traffic = self._traffic.get(key)
+        traffic = self._traffic.get(key) or self._planned.get(key)
         if traffic is None:
             from sim.cost.nccl import plan_point_to_point
 
