@@ -79,6 +79,12 @@ class Recompute:
 
     mode: Literal["none", "selective", "selective-op", "full"] = "none"
     reentrant: bool = True
+    interval: int = 1
+    """Every how many blocks one is checkpointed, the last of them (torchtitan's ``selective_ac_option: "2"``)."""
+
+    def of_block(self, number: int) -> Recompute:
+        """Return what holds for a block, counted from 0 on the stage."""
+        return self if (number + 1) % self.interval == 0 else NO_RECOMPUTE
 
     def ops(self, layer: Layer) -> frozenset[str]:
         if self.mode == "none" or layer.kind != "block":
@@ -519,12 +525,18 @@ class Emitter:
         self.gradient_bytes = DTYPE_BYTES[gradient_dtype]
 
     def _plans(self, *, split: bool) -> tuple[LayerPlan, ...]:
-        plans: dict[int, LayerPlan] = {}
+        plans: dict[tuple[int, bool], LayerPlan] = {}
+        keys: list[tuple[int, bool]] = []
+        number = 0
         for layer in self.layers:
-            if id(layer) not in plans:
-                plans[id(layer)] = plan_layer(
+            recompute = self._recompute.of_block(number)
+            number += layer.kind == "block"
+            key = id(layer), recompute is self._recompute
+            keys.append(key)
+            if key not in plans:
+                plans[key] = plan_layer(
                     layer,
-                    self._recompute,
+                    recompute,
                     self.gradient_dtype,
                     self.batch_inputs,
                     self._fused[id(layer)],
@@ -532,7 +544,7 @@ class Emitter:
                     retained=self._retained,
                     held=self._held if layer.kind == "head" else (),
                 )
-        return tuple(plans[id(layer)] for layer in self.layers)
+        return tuple(plans[key] for key in keys)
 
     def _border(self, before: bool, after: bool) -> Border:
         first, last = self.layers[:1], self.layers[-1:]

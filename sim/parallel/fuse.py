@@ -40,14 +40,20 @@ _REDUCES = ("norm", "softmax", "reduce")
 
 def compile_ledger(ledger: Ledger, recompute: Recompute, *, loss: bool) -> Ledger:
     """Return the ledger with its blocks compiled, and its ``loss``. Layers that are one object stay one object."""
-    made: dict[int, Layer] = {}
+    made: dict[tuple[int, bool], Layer] = {}
+    layers = []
+    number = 0
     for layer in ledger.layers:
-        if id(layer) not in made:
+        chosen = recompute.of_block(number)
+        number += layer.kind == "block"
+        key = id(layer), chosen is recompute
+        if key not in made:
             if layer.kind == "block":
-                made[id(layer)] = compile_block(layer, recompute)
+                made[key] = compile_block(layer, chosen)
             else:
-                made[id(layer)] = compile_loss(layer) if loss and layer.kind == "head" else layer
-    return replace(ledger, layers=tuple(made[id(layer)] for layer in ledger.layers))
+                made[key] = compile_loss(layer) if loss and layer.kind == "head" else layer
+        layers.append(made[key])
+    return replace(ledger, layers=tuple(layers))
 
 
 def compile_block(layer: Layer, recompute: Recompute) -> Layer:

@@ -101,4 +101,4 @@ def recompute_of(scenario: Scenario) -> Recompute:
     """Hugging Face, DeepSpeed and Megatron use the reentrant form, torch's own examples and torchtitan the other."""
     mode = scenario.training.recompute
     reentrant = scenario.training.code != "torch" and mode != "selective-op"
-    return Recompute(mode, reentrant)
+    return Recompute(mode, reentrant, scenario.training.recompute_interval)

@@ -190,6 +190,7 @@ TRAINING: dict[str, Key] = {
     "precision": choice(PRECISIONS, "a precision"),
     "optimizer": choice(OPTIMIZERS, "an optimizer that sim knows"),
     "recompute": choice(RECOMPUTES, "a way to recompute", "What is computed again in backward, not kept."),
+    "recompute_interval": integer(1, 10**4, 2, "Every how many blocks one recomputes."),
     "attention": choice(ATTENTIONS, "an attention kernel"),
     "gradient_clipping": number(0, 1e9, "1.0", "Largest norm; 0 is no clipping."),
     "loss": choice(("eager", "compiled", "vocab-parallel", "fused", "chunked", "linear-fused"),

@@ -516,6 +516,7 @@ class _Resolver:
         if "code" not in wrong:
             self._code(values.get("code"))
         d.norms = values.get("norms")
+        d.recompute_interval = values.get("recompute_interval", 1)
         if "loss" not in wrong and d.knows("code"):
             usual = "vocab-parallel" if d.code == "megatron" else "eager"
             if usual == "eager" and d.code == "torch" and d.knows("compile") and d.compile:
@@ -1085,6 +1086,7 @@ def _scenario(
             code=cast("Any", d.code),
             loss=cast("Any", d.loss),
             norms=cast("Any", d.norms),
+            recompute_interval=d.recompute_interval,
         ),
         ddp=DdpSettings(**ddp),
         deepspeed=settings,

@@ -126,6 +126,8 @@ class Training(_Frozen):
     precision: Precision
     optimizer: Literal["adamw", "adam", "sgd", "sgd-momentum", "adafactor", "adam-8bit", "lion", "muon"] = "adamw"
     recompute: Recompute = "none"
+    recompute_interval: PositiveInt = 1
+    """Every how many blocks one recomputes: 1 is all of them."""
     attention: AttentionKernel = "sdpa"
     gradient_clipping: float = Field(default=0.0, ge=0.0)
     """Largest norm; 0 is no clipping."""

@@ -212,3 +212,10 @@ def test_autocasts_copies_stay_until_forward_ends_even_under_recompute() -> None
             most = max(most, held)
     block = 4 * 64 * 64 + 3 * 64 * 128
     assert most == 2 * (3 * block + 256 * 64)
+
+
+def test_every_second_block_is_checkpointed() -> None:
+    """torchtitan counts blocks from 1 on and checkpoints those that the interval divides."""
+    recompute = Recompute("full", reentrant=False, interval=2)
+    assert [recompute.of_block(number).mode for number in range(4)] == ["none", "full", "none", "full"]
+    assert Recompute("full").of_block(0).mode == "full"
