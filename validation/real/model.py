@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         """Return the hidden states of a stage that is not the last, else logits, or the loss if there are labels."""
         if "embed" in self.ends:
             x = self.ends["embed"](x)
-        tables = self.tables(x)
+        tables = self.tables(x) if len(self.blocks) else ()
         for block in self.blocks:
             x = checkpoint(block, x, tables, use_reentrant=True) if self.recompute == "around" else block(x, tables)
         if "head" not in self.ends:
