@@ -33,9 +33,9 @@ TrafficOf = Callable[[Collective], Traffic | None]
 
 _Taken = tuple[int, int, int]
 """(ticks or end, SMs, steps of the memory's bandwidth) of a collective."""
-_Item = tuple[int, "Kernel | _Taken | list[int]"]
-"""(index, kernel), (-1, collective), (_RECORD or _WAIT, cell)."""
-_RECORD, _WAIT = -2, -3
+_RUN, _TAKE, _RECORD, _WAIT = range(4)
+_Item = tuple[int, "_Run | _Taken | list[int]"]
+"""(_RUN, kernels), (_TAKE, collective), (_RECORD or _WAIT, cell)."""
 _KINDS = frozenset({Compute, Collective, Record, Wait, HostWait})
 _NEVER = 1 << 62
 _MEMORY_STEP = 4e9
@@ -65,11 +65,21 @@ def durations_beside(
 
 
 @dataclass(slots=True, eq=False)
+class _Run:
+    """Kernels one after the other: (index, kernel, ticks alone) of each, ``total`` ticks; ``at`` the next one."""
+
+    kernels: list[tuple[int, Kernel, int]] = field(default_factory=list)
+    total: int = 0
+    at: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class _Stream:
     """What one stream of the chunk does in order, how far it is (``at``), and when it was free (``now``).
 
-    ``items``: a kernel with its index; a collective; an event to record (a cell that holds its tick, or -1) or to
-    wait for. A kernel that has begun: ``left`` of it is to do since ``since``, and all of it takes ``whole`` now.
+    ``items``: kernels; a collective; an event to record (a cell that holds its tick, or -1) or to wait for. ``when``
+    it goes on: -1 where that is to be looked up. A kernel that has begun: ``left`` of it is to do since ``since``, and
+    all of it takes ``whole`` now.
     """
 
     items: list[_Item] = field(default_factory=list)
@@ -82,6 +92,7 @@ class _Stream:
     since: int = 0
     whole: int = 0
     end: int = 0
+    when: int = -1
 
 
 class _Chunk:
@@ -92,12 +103,15 @@ class _Chunk:
         self._streams: dict[str, _Stream] = {}
         self._active: list[_Taken] = []
         self._sms = self._memory = 0
+        self._ending = _NEVER
+        self._all: tuple[_Stream, ...] = ()
         self._own: dict[int, _Taken] = {}
         self._slower: dict[tuple[int, int, int], int] = {}
         self._found: dict[int, int] = {}
 
     def play(self, chunk: Chunk) -> Mapping[int, int]:
         if self._issue(chunk):
+            self._all = tuple(self._streams.values())
             while self._next():
                 pass
         return self._found
@@ -108,39 +122,54 @@ class _Chunk:
         """Fill the streams; return whether a collective takes SMs. What comes after a host's wait waits for it too."""
         latest: dict[str, list[int]] = {}
         gates: list[list[int]] = []
-        streams = self._streams
-        takes = False
+        runs: dict[str, _Run] = {}
+        duration, takes = self._duration, False
         for index, step in enumerate(chunk):
             kind = step.__class__
             if kind not in _KINDS:
                 continue
             item: _Item
             if kind is Compute:
-                item = (index, step.kernel)  # type: ignore[union-attr]
-            elif kind is Record:
+                name, kernel = step.stream, step.kernel  # type: ignore[union-attr]
+                run = runs.get(name)
+                if run is None:
+                    run = runs[name] = _Run()
+                    self._stream(name, gates).items.append((_RUN, run))
+                alone = duration(kernel)
+                run.kernels.append((index, kernel, alone))
+                run.total += alone
+                continue
+            if kind is Record:
                 cell = latest[step.event] = [-1]  # type: ignore[union-attr]
                 item = (_RECORD, cell)
             elif kind is Collective:
                 taken = self._taken(cast("Collective", step))
                 if taken is None:
                     continue
-                item, takes = (-1, taken), takes or taken[1] > 0
+                item, takes = (_TAKE, taken), takes or taken[1] > 0
             else:
                 found = latest.get(step.event)  # type: ignore[union-attr]
                 if found is None:
                     continue
                 if kind is HostWait:
                     gates.append(found)
+                    runs.clear()
                     continue
                 item = (_WAIT, found)
-            stream = streams.get(step.stream)  # type: ignore[union-attr]
-            if stream is None:
-                stream = streams[step.stream] = _Stream()  # type: ignore[union-attr]
-            if stream.gates < len(gates):
-                stream.items.extend((_WAIT, gate) for gate in gates[stream.gates :])
-                stream.gates = len(gates)
-            stream.items.append(item)
+            name = step.stream  # type: ignore[union-attr]
+            self._stream(name, gates).items.append(item)
+            runs.pop(name, None)
         return takes
+
+    def _stream(self, name: str, gates: list[list[int]]) -> _Stream:
+        """Return a stream that has been made to wait for what the host has waited for."""
+        stream = self._streams.get(name)
+        if stream is None:
+            stream = self._streams[name] = _Stream()
+        if stream.gates < len(gates):
+            stream.items.extend((_WAIT, gate) for gate in gates[stream.gates :])
+            stream.gates = len(gates)
+        return stream
 
     def _taken(self, step: Collective) -> _Taken | None:
         traffic = self._traffic_of(step)
@@ -160,13 +189,15 @@ class _Chunk:
         """Do what comes next in time; False once there is nothing."""
         first: _Stream | None = None
         soonest = limit = _NEVER
-        for stream in self._streams.values():
-            when = stream.end if stream.running else self._ready(stream)
+        for stream in self._all:
+            when = stream.when
+            if when < 0:
+                when = self._ready(stream)
             if when < soonest:
                 first, soonest, limit = stream, when, soonest
             elif when < limit:
                 limit = when
-        ending = min((taken[0] for taken in self._active), default=_NEVER)
+        ending = self._ending
         if ending <= soonest:
             if ending == _NEVER:
                 return False
@@ -176,23 +207,28 @@ class _Chunk:
         assert first is not None
         if first.running:
             self._ended(first)
-        elif first.items[first.at][0] >= 0:
+        elif first.items[first.at][0] == _RUN:
             self._kernels(first, min(limit, ending))
         else:
             length, sms, memory = cast("_Taken", first.items[first.at][1])
             first.now = soonest + length
             first.at += 1
+            first.when = -1
             if sms and length:
                 self._active.append((first.now, sms, memory))
                 self._changed(soonest)
         return True
 
     def _ready(self, stream: _Stream) -> int:
-        """Return when a stream does its next kernel or collective; never, as far as can be said now."""
+        """Return when a stream does its next kernel or collective; never, as far as can be said now.
+
+        Kept as ``when`` unless it waits for what has not happened yet.
+        """
         items = stream.items
         while stream.at < len(items):
             kind, what = items[stream.at]
-            if kind >= -1:
+            if kind <= _TAKE:
+                stream.when = stream.now
                 return stream.now
             cell = cast("list[int]", what)
             if kind == _RECORD:
@@ -202,45 +238,59 @@ class _Chunk:
             elif cell[0] > stream.now:
                 stream.now = cell[0]
             stream.at += 1
+        stream.when = _NEVER
         return _NEVER
 
     def _kernels(self, stream: _Stream, limit: int) -> None:
         """Do the kernels that end before anything else happens; begin the next one."""
-        items, now = stream.items, stream.now
-        while stream.at < len(items) and items[stream.at][0] >= 0:
-            index, what = items[stream.at]
-            kernel = cast("Kernel", what)
-            whole = self._ticks(kernel)
+        now, stream.when = stream.now, -1
+        run = cast("_Run", stream.items[stream.at][1])
+        if not self._sms and not run.at and now + run.total <= limit:
+            stream.now = now + run.total
+            stream.at += 1
+            return
+        kernels = run.kernels
+        for at in range(run.at, len(kernels)):
+            index, kernel, alone = kernels[at]
+            whole = self._ticks(kernel, alone) if self._sms else alone
             if now + whole > limit:
                 stream.running, stream.start, stream.left = True, now, 1.0
-                stream.since, stream.whole, stream.end = now, whole, now + whole
+                stream.since, stream.whole = now, whole
+                stream.end = stream.when = now + whole
+                run.at = at
                 break
-            if self._sms and whole != self._duration(kernel):
+            if whole != alone:
                 self._found[index] = whole
             now += whole
+        else:
             stream.at += 1
         stream.now = now
 
     def _ended(self, stream: _Stream) -> None:
-        index, kernel = stream.items[stream.at]
-        stream.running, stream.now = False, stream.end
-        stream.at += 1
-        if stream.end - stream.start != self._duration(cast("Kernel", kernel)):
+        run = cast("_Run", stream.items[stream.at][1])
+        index, _, alone = run.kernels[run.at]
+        stream.running, stream.now, stream.when = False, stream.end, -1
+        run.at += 1
+        if run.at == len(run.kernels):
+            stream.at += 1
+        if stream.end - stream.start != alone:
             self._found[index] = stream.end - stream.start
 
     def _changed(self, now: int) -> None:
         """Note who runs from now on: kernels that have begun go on at another rate."""
         self._sms = sum(taken[1] for taken in self._active)
         self._memory = sum(taken[2] for taken in self._active)
-        for stream in self._streams.values():
+        self._ending = min((taken[0] for taken in self._active), default=_NEVER)
+        for stream in self._all:
             if stream.running:
                 stream.left -= (now - stream.since) / stream.whole
-                stream.since, stream.whole = now, self._ticks(cast("Kernel", stream.items[stream.at][1]))
-                stream.end = now + ceil(max(stream.left, 0.0) * stream.whole)
+                run = cast("_Run", stream.items[stream.at][1])
+                _, kernel, alone = run.kernels[run.at]
+                stream.since, stream.whole = now, self._ticks(kernel, alone)
+                stream.end = stream.when = now + ceil(max(stream.left, 0.0) * stream.whole)
 
-    def _ticks(self, kernel: Kernel) -> int:
+    def _ticks(self, kernel: Kernel, alone: int) -> int:
         """Return the ticks of a kernel beside the collectives that run now."""
-        alone = self._duration(kernel)
         if not self._sms:
             return alone
         key = (id(kernel), self._sms, self._memory)
