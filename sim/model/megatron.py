@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sim.ir.ledger import Dim, Layer, Parameter, Pointwise, Shape, Tensor
 from sim.model import attention as core
 from sim.model.embedding import TOKENS, lookup, positions
-from sim.model.loss import LABELS, fused_cross_entropy, vocab_cross_entropy
+from sim.model.loss import LABELS, cross_entropy, fused_cross_entropy, vocab_cross_entropy
 from sim.model.mlp import MLP_ACTIVATION
 from sim.model.norm import norm
 from sim.model.precision import promote
@@ -323,8 +323,12 @@ def _head(c: Context) -> Layer:
     if model.embedding_width is not None:
         x = linear(tape, "project_out", x, (d.embedding,), (d.hidden,), bias=False, out="projected")
     logits = linear(tape, "output_layer", x, (d.vocab,), (d.embedding,), bias=model.head_bias, out="logits")
-    compute = fused_cross_entropy if c.training.loss == "fused" else vocab_cross_entropy
-    loss = compute(tape, logits, Tensor(LABELS, d.rows, "int64"))
+    labels = Tensor(LABELS, d.rows, "int64")
+    if c.training.loss == "eager":  # other trainers on such layers: F.cross_entropy of the whole vocabulary
+        loss = cross_entropy(tape, logits, labels, code="torch")
+    else:
+        compute = fused_cross_entropy if c.training.loss == "fused" else vocab_cross_entropy
+        loss = compute(tape, logits, labels)
     tape.start_backward(loss)
     tape.finish_backward(source, None)
     tied = (("output_layer.weight", "embedding", "embedding.word_embeddings.weight"),)

@@ -201,6 +201,7 @@ def _job(ledger: Ledger, scenario: Scenario) -> _Job:
             cp_comm=parallelism.cp_comm,
             style="megatron" if scenario.framework in ("megatron", "deepspeed") else "dtensor",
             prepare_module_input=scenario.framework == "fsdp2",
+            loss_parallel=scenario.training.loss != "eager" or scenario.framework not in ("megatron", "deepspeed"),
         )
         ledger = transformed(shard_ledger(ledger, plan), scenario)
         of = {id(ours): theirs for ours, theirs in zip(ledger.layers, whole, strict=True)}
@@ -489,6 +490,7 @@ def _of_stage(job: _Job, stage: Stage, emitter: Emitter) -> Framework:
         from sim.parallel.frameworks.deepspeed import deepspeed
         from sim.parallel.frameworks.deepspeed_stage3 import Stage3
 
+        plan = replace(plan, model_ranks=job.mesh.size("model"))
         framework = deepspeed(stage.layers, scenario.deepspeed, plan)
         if isinstance(framework, Stage3):
             framework.use_trace(emitter)

@@ -34,7 +34,8 @@ class ShardPlan:
                  dtensor: torch.distributed.tensor.parallel: gathered inputs saved, new tensors, nothing overlapped
     ``prepare_module_input``  dtensor: the input is redistributed once for a whole attention or MLP module
                  (PrepareModuleInput, as torchtitan does), not once for each linear
-    ``loss_parallel``  dtensor: logits stay divided along ``vocab``; else they are gathered. Always so in Megatron
+    ``loss_parallel``  logits stay divided along ``vocab``; else they are gathered, as trainers on Megatron's layers do
+                 whose loss is F.cross_entropy
     """
 
     tp: int = 1

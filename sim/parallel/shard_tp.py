@@ -319,7 +319,7 @@ class _Transform:
             made = replace(made, reads=_swap(made.reads, source, linear.gathered))
             if not self.megatron:
                 made = replace(made, saves=_swap(made.saves, source, linear.gathered))
-        if op.writes[0].name == "logits" and not self.megatron and not self.plan.loss_parallel:
+        if op.writes[0].name == "logits" and not self.plan.loss_parallel:
             self.emit(made)
             self.gather_logits(op)
             return

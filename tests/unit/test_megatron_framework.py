@@ -285,3 +285,20 @@ def test_megatrons_own_linears_keep_no_dummies() -> None:
     assert not kept
     without = world_of(asked(megatron={"gradient_accumulation_fusion": False}))
     assert not dummies(without)
+
+
+def test_an_eager_loss_gathers_the_logits() -> None:
+    """F.cross_entropy wants the whole vocabulary: 4 bytes a logit thrice in backward, beside what is divided."""
+    divided, whole = (world_of(asked({"tp": 2}, loss=loss)) for loss in ("vocab-parallel", "eager"))
+    gathers = [
+        {i.name for chunk in world.programs[0].chunks.values() for i in chunk if isinstance(i, Collective)}
+        for world in (divided, whole)
+    ]
+    assert "logits.all_gather" in gathers[1] - gathers[0]
+    sizes = {
+        i.storage.name: i.storage.num_bytes
+        for chunk in whole.programs[0].chunks.values()
+        for i in chunk
+        if isinstance(i, Alloc)
+    }
+    assert sizes["head.log_probabilities"] == 4 * 64 * VOCAB
