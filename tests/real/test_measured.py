@@ -127,6 +127,8 @@ def causes(scenario: Scenario, stage: int, ours: Rank, mark: int) -> dict[str, i
     if scenario.fsdp1.use_orig_params and before[-1] == "end":
         # the flat gradient goes when the next forward finds that no original parameter has one
         found["flat gradient"] = ours.states["gradients"]
+    if scenario.parallelism.pp > 1 and scenario.framework == "deepspeed":
+        found["pipe buffers"] = deepspeed_pipe_bytes(scenario, stage)
     if scenario.parallelism.pp > 1 and scenario.framework == "fsdp2":
         if before[-1] == "forward":
             found |= pipeline_causes(scenario, stage, before, in_flight)
@@ -136,6 +138,18 @@ def causes(scenario: Scenario, stage: int, ours: Rank, mark: int) -> dict[str, i
         halved = sum(kind == "input_gradient" and at not in local for kind, at, _ in passes_of(scenario, stage, ours))
         found["gradients of receive buffers"] = halved * hidden_bytes(scenario) * (before[-1] == "end")
     return found
+
+
+def deepspeed_pipe_bytes(scenario: Scenario, stage: int) -> int:
+    """What DeepSpeed's pipeline engine keeps when a step has ended.
+
+    Its two pipe buffers: token ids on the first stage; labels and logits on the last, which also keeps the last logits
+    for its loss.
+    """
+    training, last = scenario.training, scenario.parallelism.pp - 1
+    tokens = training.micro_batch_size * training.sequence_length
+    logits = hidden_bytes(scenario) // scenario.model.hidden_size * scenario.model.vocab_size
+    return 2 * tokens * TOKEN_BYTES * (stage in (0, last)) + 3 * logits * (stage == last)
 
 
 def hidden_bytes(scenario: Scenario) -> int:

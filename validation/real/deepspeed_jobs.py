@@ -134,6 +134,8 @@ class DeepSpeedPipelineJob:
         for command, method in list(table.items()):
             if command.__name__ in ("ForwardPass", "BackwardPass"):
                 table[command] = self._followed(command.__name__.removesuffix("Pass").lower(), method)
+            elif command.__name__ == "OptimizerStep":
+                table[command] = self._noted(method)
         self.engine._INSTRUCTION_MAP = table
 
     def _followed(self, kind: str, method: Any) -> Any:
@@ -144,6 +146,13 @@ class DeepSpeedPipelineJob:
             self.note(kind)
 
         return followed
+
+    def _noted(self, method: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> None:
+            self.note("step")
+            method(*args, **kwargs)
+
+        return noted
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:

@@ -216,7 +216,10 @@ class Stage0(DeepSpeed):
         sizes = [p.num_elements for p in self.parameters]
         if self.clipping:
             out.extend(pointwise("norm", "reduce", ((count, "fp32"),), ()) for count in sizes)
-            # clip_grad_norm_ in deepspeed/runtime/utils.py averages the norm over the ranks
+            # clip_grad_norm_ in deepspeed/runtime/utils.py adds the norm up over the ranks that share the model, and
+            # averages it over the others
+            model = Communicator("model", self.plan.model_ranks)
+            out.extend(model.blocking("norm of the model", "all_reduce", DTYPE_BYTES["fp32"], "fp32", COMPUTE))
             out.extend(self.nccl.blocking("norm", "all_reduce", DTYPE_BYTES["fp32"], "fp32", COMPUTE))
             out.extend(in_place("clip", count, "fp32") for count in sizes)
         if first_step:
