@@ -2,7 +2,8 @@
 
 Setup is replayed once, then the first step, then later steps until the allocator ends one in a state it has been in
 before: from there on everything repeats. Within a step the same holds for microbatches: once a run of identical calls
-comes back to the same state, the rest of the run is skipped. Peaks are therefore those of the whole training.
+comes back to the same state, the rest of the run is skipped; likewise after ``MAX_QUIET`` of them that took no memory,
+as storages of several microbatches can change places for hundreds. Peaks are therefore those of the whole training.
 
 A program is first compiled: an allocation becomes (slot, block bytes, pool), a free becomes its slot, everything that
 does not concern memory is gone. The loop over these is what the speed of a replay depends on.
@@ -37,6 +38,9 @@ MAX_STEPS = 3
 """Steps replayed at most: a state that has not come back by then is taken not to."""
 MAX_CHECKS = 6
 """Places within a step at which its state is compared with the step before: from equal ones on, equal things follow."""
+MAX_QUIET = 64
+"""Equal groups of calls in a row that neither take memory nor end in a state that was there before: the rest of them is
+taken not to take any either. Storages of several microbatches can change places for hundreds of groups."""
 MAX_SAMPLES = 2000
 """Points of the memory curve that are kept: the lowest and the highest of each of half as many stretches."""
 PINNED = "pinned"
@@ -294,12 +298,19 @@ class _Replay:
         end = index + period * count
         cheap_seen: set[tuple[int, ...]] = set()
         seen: dict[object, int] = {}
+        latest: tuple[int, ...] = ()
+        quiet = 0
         while index < end:
             for call in range(index, index + period):
                 self._call(run, call, calls[call], ready)
             index += period
             # a state costs something to describe: only where it can have been there before
             cheap = (allocator.allocated_bytes, allocator.reserved_bytes, len(self.live))
+            quiet = quiet + 1 if cheap == latest else 0
+            latest = cheap
+            if quiet >= MAX_QUIET and index < end and self._may_end_early:
+                self._skip((end - index) // period * step, end - index)
+                return end
             if cheap in cheap_seen and index < end:
                 state = self._state(calls[index].microbatch, index)
                 if state in seen:
