@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sim.catalog.schema import GpuFacts
 from sim.cluster.topology import Cluster
-from sim.cost.nccl import nvls_channels, ring_graph
+from sim.cost.nccl import nvls_channels, p2p_channels, ring_graph
 from sim.ir.program import Program, World
 from sim.ir.timeline import Timeline
 from sim.memory.runtime import NcclCommunicator, Outside, outside_torch
@@ -40,7 +40,11 @@ def _algorithms(timeline: Timeline) -> dict[tuple[int, str], list[str]]:
 def _communicators(
     world: World, program: Program, used: dict[tuple[int, str], list[str]], cluster: Cluster
 ) -> Iterator[NcclCommunicator]:
+    peers: dict[int, None] = {}
     for axis, name in program.axes.items():
+        if axis.endswith((".send", ".recv")):
+            pair = next(g for g in world.communicators[name].groups if program.rank in g)
+            peers.update(dict.fromkeys(rank for rank in pair if rank != program.rank))
         algorithms = used.get((program.rank, axis))
         if not algorithms:
             continue
@@ -48,6 +52,7 @@ def _communicators(
         graph = ring_graph(cluster, group)
         local = graph.nodes[0][1]
         near = len(local) < 2 or cluster.route(local[0], local[1]).kind in _PEER_TO_PEER
+        sends = any(algorithm.startswith("pairwise") for algorithm in algorithms)
         yield NcclCommunicator(
             name=name,
             num_ranks=len(group),
@@ -57,4 +62,28 @@ def _communicators(
             nvls_channels=nvls_channels(cluster, graph.num_nodes),
             algorithms=tuple(algorithm.replace("nvls_tree", "nvlstree") for algorithm in algorithms),
             gpu_direct=cluster.gpudirect,
+            **(
+                _messages(cluster, program.rank, tuple(g for g in group if g != program.rank), len(group))
+                if sends
+                else {}
+            ),
         )
+    if peers:
+        near = all(cluster.route(program.rank, peer).kind in (*_PEER_TO_PEER, "NET", "PXN") for peer in peers)
+        yield NcclCommunicator(
+            name="pipeline",
+            num_ranks=1 + len(peers),
+            num_nodes=len({cluster.domain_of(rank) for rank in (program.rank, *peers)}),
+            link="p2p" if near else "shm",
+            algorithms=("direct",),
+            gpu_direct=cluster.gpudirect,
+            **_messages(cluster, program.rank, tuple(peers), 2),
+        )
+
+
+def _messages(cluster: Cluster, rank: int, peers: tuple[int, ...], num_ranks: int) -> dict[str, int]:
+    """Return to how many ranks of its node and of others a rank sends, and over how many channels each: all that a peer
+    may get are connected when the first message goes (nccl src/enqueue.cc, p2pTaskAppend)."""
+    near = sum(cluster.domain_of(peer) == cluster.domain_of(rank) for peer in peers)
+    channels = p2p_channels(cluster, num_ranks, 1, 2**40, near < len(peers))
+    return {"num_peers": near, "num_remote_peers": len(peers) - near, "num_p2p_channels": channels}

@@ -45,7 +45,8 @@ class NcclCommunicator:
     ``num_ranks``       of the group; ``num_nodes`` that it spans, evenly
     ``link``            between GPUs of a node: ``p2p`` (NVLink, PCIe with peer access) or ``shm`` (through the host)
     ``num_channels``    channels of its collectives
-    ``algorithms``      those in use ("ring", "tree", "nvls", "nvlstree"; a protocol after a slash is ignored): from
+    ``algorithms``      those in use ("ring", "tree", "nvls", "nvlstree"; "pairwise", "direct": messages, counted by
+                        their peers; a protocol after a slash is ignored): from
                         NCCL 2.22 on, an algorithm's connections are made when it is first used
     ``nvls_channels``   channels of NVLS, where in use
     ``num_peers``       ranks of the same node to which it sends or from which it receives, ``num_remote_peers`` of
@@ -105,7 +106,7 @@ def nccl_bytes(communicator: NcclCommunicator) -> int:
     algorithms = {algorithm.split("/")[0].lower() for algorithm in c.algorithms}
     local_ranks = -(-c.num_ranks // c.num_nodes)
     tree = bool(algorithms & {"tree"})
-    ring = bool(algorithms - {"tree", "nvls", "nvlstree"})
+    ring = bool(algorithms - {"tree", "nvls", "nvlstree", "pairwise", "direct"})
     neighbours = min(2 if tree else 1, local_ranks - 1) if ring or tree else 0
     # channels on which this GPU has the node's network end; there a ring has no neighbour inside
     outer = -(-c.num_channels // local_ranks) if c.num_nodes > 1 and (ring or tree) else 0
