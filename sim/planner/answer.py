@@ -151,7 +151,12 @@ def _sensitivity(
             change = flip.factor - 1
             said = f"{abs(change):.1%} {'more' if change > 0 else 'less'}" if abs(change) >= 5e-4 else "any change"
             result = f"{then} {'may be' if flip.at_least else 'is'} better" if then else "nothing keeps the goal"
-            words.append(f"{flip.what}: at {said}, {result}")
+            if words and words[-1].endswith(
+                f": at {said}, {result}"
+            ):  # what is rented costs as much more as it is slower
+                words[-1] = f"{words[-1].partition(': ')[0]}, or {flip.what}: at {said}, {result}"
+            else:
+                words.append(f"{flip.what}: at {said}, {result}")
     networks = []
     for share, outcome in on_slower_networks(plan, best, runner):
         slower = outcome["step_s"] / best.outcome["step_s"] - 1

@@ -14,7 +14,7 @@ from typing import Any
 from sim.units import format_bytes, format_duration, format_energy, format_money
 
 WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 84, 18, 18, 52
+LEFT, RIGHT, TOP, BOTTOM = 104, 18, 18, 52
 _SERIES = ("#2a6fdb", "#c2571a", "#1f8a5b", "#8a4fc7", "#b8860b", "#c23b6b", "#4a7a8c", "#6b6b6b")
 _STYLE = (
     "<style>.ink{fill:var(--ink,#1c1c1c)}.soft{fill:var(--soft,#5f6368)}.grid{stroke:var(--grid,#dadce0)}"

@@ -104,17 +104,17 @@ def flips(plan: Plan, best: Tried, fitting: Sequence[Tried], bounded: Sequence[T
 
     found = [
         _flip(plan, best, fitting, f"the price of {name}", price(site), upwards=True),
-        _flip(plan, best, fitting, f"the step on {name}", same, upwards=True, slows=site),
+        _flip(plan, best, fitting, f"the step on {name} (its MFU)", same, upwards=True, slows=site),
     ]
     of = {one.candidate.site: one for one in bounded}
     for rival in sorted({one.candidate.site for one in (*fitting, *bounded)} - {site}):
         other = plan.sites[rival].name
         field = [*fitting, of[rival]] if rival in of else fitting
-        for flip in (
+        pair = (
             _flip(plan, best, field, f"the price of {other}", price(rival), upwards=False),
-            _flip(plan, best, field, f"the step on {other}", same, upwards=False, slows=rival),
-        ):
-            found.append(replace(flip, at_least=rival in of))
+            _flip(plan, best, field, f"the step on {other} (its MFU)", same, upwards=False, slows=rival),
+        )
+        found += [replace(flip, at_least=rival in of) for flip in pair]
     found.append(_flip(plan, best, fitting, "the rate of failures", failures, upwards=True))
     if any(s.offer.pays_power or s.owned_gpus for s in plan.sites):
         found.append(_flip(plan, best, fitting, "the price of power", power, upwards=True))

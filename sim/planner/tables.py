@@ -71,7 +71,7 @@ def _run(run: Mapping[str, Any], width: int) -> Iterator[Line]:
         f"{format_duration(spread['p50_s'])}: {spread['failures']:.1f} failures, one every "
         f"{format_duration(run['mtbf_s'])}; a checkpoint of "
         f"{format_duration(run['checkpoint_s'])} every {format_duration(run['checkpoint_interval_s'])}, "
-        f"{run['spare_nodes']} spare nodes. Goodput {run['goodput']:.1%}."
+        f"{run['spare_nodes']} spare node{'' if run['spare_nodes'] == 1 else 's'}. Goodput {run['goodput']:.1%}."
     )
     if spread["by_deadline"] is not None:
         words += f" {spread['by_deadline']:.0%} of the runs keep the deadline."

@@ -1,0 +1,84 @@
+"""Searches that are killed, on this machine and on a real Dask cluster: they end with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from plan_world import ONE_NODE, plan_of
+
+from sim.planner.run import Runner
+from sim.planner.search import search
+
+pytestmark = pytest.mark.real
+
+PLAN = ONE_NODE.replace("[2, 4, 8]", "4") + "axes: {tp: [1, 2], pp: 1, micro_batch_size: [1, 2], recompute: none}\n"
+FILES = ("plan.json", "plan.html", "ranked.csv", "recommended.yaml", "pareto.svg")
+
+
+def _start(file: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "sim", "plan", str(file), "--out", str(out), "--quiet", "--json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the search and the workers that it started, without warning."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(PLAN)
+    whole = _start(file, tmp_path / "whole")
+    began = time.monotonic()
+    answered, _ = whole.communicate()
+    took = time.monotonic() - began
+    assert json.loads(answered)["searched"]["simulated"] >= 2
+    kills = 0
+    for share in (0.5, 0.7, 0.9):
+        process = _start(file, tmp_path / "killed")
+        time.sleep(took * share)
+        kills += process.poll() is None
+        _kill(process)
+    assert kills
+    assert _start(file, tmp_path / "killed").wait() == 0
+    for name in FILES:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_what_is_in_the_cache_is_not_simulated_again(tmp_path: Path) -> None:
+    plan = plan_of(PLAN)
+    first, second = Runner(tmp_path, jobs=1), Runner(tmp_path, jobs=1)
+    found, again = search(plan, first), search(plan, second)
+    assert first.num_simulated == len(found.tried)
+    assert second.num_simulated == 0
+    assert [one.outcome for one in found.tried] == [one.outcome for one in again.tried]
+    next(tmp_path.glob("*.json")).write_text('{"version": 1, "fi')  # as a full disk leaves it
+    third = Runner(tmp_path, jobs=1)
+    assert [one.outcome for one in search(plan, third).tried] == [one.outcome for one in found.tried]
+    assert third.num_simulated == 1
+
+
+def test_a_dask_cluster_loses_a_worker() -> None:
+    distributed = pytest.importorskip("distributed")
+    plan = plan_of(PLAN, "axes.recompute=[none, full]")
+    with Runner(jobs=1) as here:
+        expected = search(plan, here, exhaustive=True)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        pid = next(iter(cluster.workers.values())).pid
+        with Runner(backend="dask", address=cluster.scheduler_address) as runner:
+            killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
+            killer.start()
+            found = search(plan, runner, exhaustive=True)
+            assert not killer.is_alive(), "the search was over before a worker was killed"
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert [one.outcome for one in found.tried] == [one.outcome for one in expected.tried]
