@@ -1,0 +1,64 @@
+"""The program that measures: its file of measured runs, its fake world, and what it makes of a GPU's profile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from configurations import LLAMA, scenario
+
+from sim.validation.runs import read_runs
+
+pytestmark = pytest.mark.real
+
+
+def measured(tmp_path: Path, *options: str) -> dict[str, Any]:
+    """Return the one run of the file that the program writes for a small scenario."""
+    given, out = tmp_path / "small.yaml", tmp_path / "runs.yaml"
+    given.write_text(yaml.safe_dump(scenario("fsdp2", 2, LLAMA, precision="bf16")))
+    command = [sys.executable, "-m", "validation.real.measure", str(given), "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [run.id for file in read_runs([out]) for run in file.runs] == ["small"]
+    (run,) = yaml.safe_load(out.read_text())["runs"]
+    found: dict[str, Any] = run
+    return found
+
+
+def test_a_fake_world_is_as_real_processes(tmp_path: Path) -> None:
+    """Neither messages that do not travel nor tensors without bytes change what a rank holds and issues."""
+    real = measured(tmp_path)["exact"]["ranks"]
+    assert [rank["rank"] for rank in real] == [0, 1]
+    fake = measured(tmp_path, "--fake-world", "2", "--rank", "1")["exact"]["ranks"]
+    shapes = measured(tmp_path, "--fake-world", "2", "--rank", "1", "--fake-tensors")["exact"]["ranks"]
+    assert fake == shapes == real[1:]
+
+
+def test_communication_is_exposed_where_no_other_kernel_runs() -> None:
+    """NCCL from 0 to 10 and 8 to 20 us, kernels from 2 to 5 and 12 to 14: 20 us of communication, 15 exposed."""
+    from validation.real import gpu
+
+    spans = [(True, 0.0, 10.0), (True, 8.0, 20.0), (False, 2.0, 5.0), (False, 12.0, 14.0)]
+    found = gpu.exposed(spans)
+    assert found == pytest.approx({"communication_s": 20e-6, "exposed_communication_s": 15e-6})
+
+
+def test_a_run_of_gpus_has_the_fullest_rank_and_the_slowest_steps() -> None:
+    from validation.real import measure
+
+    def rank(allocated: int, reserved: int, times: list[float]) -> dict[str, Any]:
+        memory = {"peak_allocated_bytes": allocated, "peak_reserved_bytes": reserved, "device_bytes": reserved + 5}
+        exact = {"setup": 0, "states": {}, "marks": [("end", 0, 1, 2)], "collectives": [("all_reduce", 8, 2)] * 3}
+        return exact | {"device": {"memory": memory, "step_times_s": times}}
+
+    found = measure.row("run", {}, [rank(10, 30, [1.0, 2.0, 9.0]), rank(20, 25, [3.0, 1.0, 8.0])])
+    assert found["measured"] == {
+        "peak_allocated_bytes": 20, "peak_reserved_bytes": 30, "peak_device_bytes": 35, "step_time_s": 3.0
+    }  # fmt: skip
+    assert found["exact"]["ranks"][0]["collectives"] == [
+        {"kind": "all_reduce", "ranks": 2, "count": 3, "tensor_bytes": 24}
+    ]
