@@ -491,6 +491,18 @@ class _Transform:
         self.emit(Op("loss.target", (Pointwise("gather", (target,), (target,)),), (out.name,), (target,)))
         self.emit(Op("loss.target.all_reduce", (), (target.name,), exchange=self.summed(target)))
 
+    def loss_backward(self, op: Op) -> Op:
+        """``_nll_loss_and_log_softmax_backward``: (grad_input + exp(x)) * grad_output, where x is what was saved.
+
+        While the sum or the product is made, two of these are live beside x and the result.
+        """
+        made = self.local(op)
+        if self.megatron or self.whole_vocab or not op.writes:
+            return made
+        ones, exponent = (replace(made.writes[0], name=f"loss.backward.{n}") for n in ("grad_input", "sum"))
+        kernels = (*made.kernels, Pointwise("elementwise", (ones, ones), (exponent,)))
+        return replace(made, kernels=kernels, scratch=(*made.scratch, ones, exponent))
+
     # --- backward ---
 
     def run_backward(self) -> None:
@@ -518,7 +530,7 @@ class _Transform:
                 if self.shared_heads and op.name.endswith(".split.backward"):
                     self.scatter_heads(op)
                     continue
-                self.emit(self.local(op))
+                self.emit(self.loss_backward(op) if op.name == "loss.backward" else self.local(op))
         for name in list(self.in_flight):
             self.wait(name, self.out[-1].module, self.out[-1].region)
         assert not self.partial, f"{self.layer.name}: partial sums that nobody reduced: {sorted(self.partial)}"
