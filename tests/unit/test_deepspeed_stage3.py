@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from deepspeed_world import Job, P, collectives, peak_bytes
+from deepspeed_world import H, Job, P, V, collectives, gpt, peak_bytes
 from held import live, live_bytes
 
+from sim.ir.ledger import Dim
 from sim.ir.program import Chunk, Collective, UseOn
 from sim.parallel.frameworks.deepspeed_stage3 import ALL_GATHER_STREAM, REDUCE_STREAM, Stage3
 
@@ -129,3 +132,22 @@ def test_fp32_models_have_a_master_copy_too() -> None:
     # measured: 40 001 024 bytes with a bucket of 400 000
     job = Job(3, dtype="fp32", reduce_bucket_size=400_000)
     assert live_bytes(job.chunks) == 40_001_024 == (4 + 12 + 4) * P // 2 + 4 * PERSISTENT + 4 * 400_000
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+def test_a_memory_efficient_linear_hands_over_its_weight_before_its_bias(efficient: bool) -> None:
+    """A bucket of fc2's weight: with the weight first it is full at once, with the bias first that goes alone."""
+    embedding, block, head = gpt(1)
+    weight = 4 * H * H
+    shaped = tuple(
+        replace(p, shape=(Dim("rows", H), Dim("columns", p.num_elements // H)))
+        if p.name.endswith("weight") and p.num_elements > H
+        else p
+        for p in block.parameters
+    )
+    job = Job(
+        3, layers=(embedding, replace(block, parameters=shaped), head), reduce_bucket_size=weight,
+        memory_efficient_linear=efficient,
+    )  # fmt: skip
+    reduced = [size // 2 for kind, size in collectives(job.passes[0][1]) if kind == "reduce_scatter"]
+    assert reduced[: 2 + efficient] == ([V * H, 2 * H, weight] if efficient else [V * H, 3 * H])

@@ -261,3 +261,17 @@ def test_the_peak_of_llama_3_8b_is_that_of_a_traced_step(recompute: str, traced_
     ours = llama_job(recompute)
     most, _ = peak([ours.setup, *ours.micro, ours.first_step, *ours.micro])
     assert (most + kept_beside) / GIB == pytest.approx(traced_gib, abs=0.005)
+
+
+def test_gradients_that_tensor_parallel_ranks_share_are_summed_before_they_are_scattered() -> None:
+    """The norms of a block, 64 elements in bf16 each, once a reduction, ahead of the block's reduce-scatter."""
+    names = ("ln1.weight", "ln2.weight")
+    plan = {"tp": 4, "partial": tuple((1, name) for name in names)}
+    for sync, times in (("every", 2), ("last", 1)):
+        ours = job(microbatches=2, plan=plan, gradient_sync=sync)
+        found = [(kind, size, axis) for chunk in ours.micro for kind, size, axis in collectives(chunk)]
+        summed = [i for i, each in enumerate(found) if each[2] == "tp"]
+        width = 2 if sync == "every" else 4  # accumulated whole gradients are in the dtype of the reduction
+        assert [found[i] for i in summed] == [("all_reduce", 64 * width, "tp")] * len(names) * times
+        assert [found[i + 1][0] for i in summed[1::2]] == ["reduce_scatter"] * times
+        assert live_bytes([*ours.two_steps]) == live_bytes([*job(microbatches=2, gradient_sync=sync).two_steps])

@@ -219,3 +219,40 @@ def test_every_second_block_is_checkpointed() -> None:
     recompute = Recompute("full", reentrant=False, interval=2)
     assert [recompute.of_block(number).mode for number in range(4)] == ["none", "full", "none", "full"]
     assert Recompute("full").of_block(0).mode == "full"
+
+
+def test_what_somebody_holds_lives_to_the_end_of_backward() -> None:
+    """torch's pipelines keep a last stage's logits until its backward is over: 2 sequences of 32 tokens, 256 words."""
+    scenario = load_scenario_text(
+        yaml.safe_dump(
+            {
+                "model": {
+                    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+                    "vocab_size": 256,
+                },
+                "cluster": {"node": "dgx-h100", "num_gpus": 2},
+                "framework": "fsdp2",
+                "parallelism": {"pp": 2, "schedule": "gpipe"},
+                "training": {
+                    "sequence_length": 32, "micro_batch_size": 2, "global_batch_size": 4, "precision": "bf16",
+                    "attention": "sdpa",
+                },
+            }
+        ),
+        "held.yaml",
+    )  # fmt: skip
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model, scenario.training, parameter_dtype=dtypes.parameter, compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+    )  # fmt: skip
+    last = lower(ledger, scenario).programs[-1]
+    forward, backward = (next(c for n, c in last.chunks.items() if n.startswith(f"{w}.first")) for w in FIRST)
+    logits = next(i.storage for i in forward if isinstance(i, Alloc) and i.storage.name == "head.logits")
+    assert logits.num_bytes == 2 * 32 * 256 * 2
+    assert not any(isinstance(i, Free) and i.storage is logits for i in forward)
+    (freed,) = (i for i in backward if isinstance(i, Free) and i.storage is logits)
+    assert freed
+
+
+FIRST = ("forward", "backward")

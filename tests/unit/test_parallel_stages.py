@@ -92,3 +92,13 @@ def test_one_stage_is_the_model_as_it_is():
     (only,) = split(whole.layers, whole.batch_inputs, 1)
     assert only.layers == whole.layers
     assert not only.tied
+
+
+def test_every_stage_with_blocks_has_the_tables_that_blocks_read() -> None:
+    found = ledger(4)
+    (table, *_) = found.layers[0].buffers
+    stages = split(found.layers, found.batch_inputs, 4)
+    assert [[t.name for layer in stage.layers for t in layer.buffers] for stage in stages] == [
+        [t.name for t in found.layers[0].buffers]
+    ] * 4
+    assert table.num_bytes

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from sim.parallel.precision import dtypes_of
+from sim.parallel.schedule import SCHEDULES, V_SHAPED
 from sim.parallel.stages import blocks_per_stage
 from sim.scenario.schema import Scenario
 from validation.real.model import Transformer
@@ -341,4 +342,5 @@ def divide(scenario: Scenario, model: Transformer, mesh: DeviceMesh) -> None:
 def num_blocks_of(scenario: Scenario, num_stages: int) -> tuple[int, ...]:
     """Return the blocks of each virtual stage."""
     p = scenario.parallelism
-    return blocks_per_stage(scenario.model.num_hidden_layers, num_stages, p.layers_per_stage)
+    in_a_v = p.pp > 1 and SCHEDULES[p.schedule].placement is V_SHAPED
+    return blocks_per_stage(scenario.model.num_hidden_layers, num_stages, p.layers_per_stage, in_a_v=in_a_v)
