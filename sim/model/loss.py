@@ -105,7 +105,7 @@ def fused_cross_entropy(tape: Tape, logits: Value, labels: Tensor) -> Value:
 
     Megatron's ``cross_entropy_fusion_impl: te`` and Liger's cross-entropy. Statistics of a row (maximum, sum, target's
     logit) are fp32 and, over a divided vocabulary, gathered at once. Backward scales in place.
-    Source: transformer_engine/pytorch/triton/cross_entropy.py up to 2.16 (later ones keep an fp32 gradient beside the
+    Source: transformer_engine/pytorch/triton/cross_entropy.py up to 2.17 (later ones keep an fp32 gradient beside the
     logits, which this leaves out); liger_kernel/ops/cross_entropy.py.
     """
     loss = Value(Tensor("loss", labels.shape, "fp32"))
