@@ -124,9 +124,20 @@ def _dims(model: ModelConfig, training: Training) -> Dims:
         kv_heads=Dim("kv_heads", model.num_key_value_heads),
         head_dim=Dim("head_dim", model.head_dim),
         ffn=Dim("ffn", model.intermediate_size),
-        vocab=Dim("vocab", model.vocab_size),
+        vocab=Dim("vocab", padded_vocab(model, training)),
         embedding=Dim("hidden" if model.embedding_width is None else "embedding", _embedding_width(model)),
     )
+
+
+VOCAB_MULTIPLE = 128
+"""``--make-vocab-size-divisible-by`` (megatron/training/arguments.py): rows are padded to a multiple of 128 * tp."""
+
+
+def padded_vocab(model: ModelConfig, training: Training) -> int:
+    """Return the rows of the word embedding before it is divided: Megatron pads them whatever tp is."""
+    if training.code != "megatron":
+        return model.vocab_size
+    return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 # --- counts -------------------------------------------------------------------------------------

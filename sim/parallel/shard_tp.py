@@ -34,11 +34,10 @@ from sim.ir.ledger import (
     Tensor,
     size,
 )
+from sim.model.transformer import VOCAB_MULTIPLE
 from sim.parallel.shard import TP_AXIS, ShardPlan, ceil_div
 
 DIVIDED = ("heads", "kv_heads", "ffn", "vocab")
-VOCAB_MULTIPLE = 128
-"""``--make-vocab-size-divisible-by`` (megatron/training/arguments.py): rows are padded to a multiple of 128 * tp."""
 
 
 @dataclass(frozen=True, slots=True)
