@@ -47,6 +47,8 @@ DERIVED = {
     "training.global_batch_size": "one microbatch a rank",
     "training.precision": "the best of the GPU", "training.optimizer": "adamw",
     "training.gradient_clipping": "the framework's", "training.code": "huggingface for Llama-like models, else torch",
+    "training.loss": "that of the code", "allocator.memory_fraction": "not set",
+    "allocator.cublas_workspace": "that of the GPU",
     "allocator.max_split_size": "no limit",
     "fsdp2.param_dtype": "training.precision", "fsdp2.reduce_dtype": "`fp32`",
     "fsdp2.shard_size": "dp", "fsdp1.shard_size": "a node's GPUs",
