@@ -232,9 +232,12 @@ def write(
 ) -> None:
     path = MEASURED / f"nccl_{system.replace('-', '_')}.yaml"
     lines = [
-        f"# Coefficients of sim/cost/nccl_time.py for {system}, fitted by validation/measure/check_nccl.py on",
-        f"# {datetime.date.today().isoformat()}. Source: {source}.",
-        "# start, hop, turn, round, level, peer, simple are times; share is that of the wires; the rest are rates.",
+        "# Coefficients of sim/cost/nccl_time.py. start, hop, turn, round, level, peer, simple are times; share is that",
+        "# of the wires; the rest are rates.",
+        f"gpu: {system}",
+        f"source: {source}",
+        f"date: '{datetime.date.today().isoformat()}'",
+        "script: validation/measure/check_nccl.py",
     ]
     for hw, names in entries.items():
         lines.append(f"{hw}:")
@@ -243,14 +246,17 @@ def write(
             lines.append(f"  {name}: {{{inside}}}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     nccl_time._read.cache_clear()
-    lines.append("residuals:  # mean absolute and mean signed error, from 64 KiB up")
-    for where, members in (("", rows), ("net_", over)):
+    lines.append("collectives:  # from 64 KiB up")
+    for where, members in (("one_node", rows), ("between_nodes", over)):
         errors = [(row, predicted_s(row)[0] / row.time_s - 1) for row in members if row.tensor_bytes >= 65536]
-        for words, held in (("fitted", False), ("held_out", True)):
-            chosen = [error for row, error in errors if row.held_out == held]
-            if chosen:
-                mean, bias = np.mean(np.abs(chosen)), np.mean(chosen)
-                lines.append(f"  {where}{words}: {{rows: {len(chosen)}, error: {mean:.3f}, bias: {bias:+.3f}}}")
+        for words, held in (("", True), ("_fitted_rows", False)):
+            chosen = np.array([error for row, error in errors if row.held_out == held])
+            if len(chosen):
+                lines.append(
+                    f"  residuals_{where}{words}: {{count: {len(chosen)}, median_abs: {np.median(abs(chosen)):.4f}, "
+                    f"mean_abs: {np.mean(abs(chosen)):.4f}, mean_signed: {np.mean(chosen):.4f}, "
+                    f"p90_abs: {np.quantile(abs(chosen), 0.9):.4f}}}"
+                )
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -299,10 +305,10 @@ def main() -> None:
             local = [row for row in own if row.site == "one node"]
             over = [row for row in own if row.nodes > 1]
             versions = sorted({row.version for row in local})
-            words = f"ai-dynamo/aiconfigurator @095f58a51, NCCL {', '.join(versions)}, 16-bit rows"
+            words = f"ai-dynamo/aiconfigurator @095f58a51, systems/data (Apache-2.0), NCCL {', '.join(versions)}"
             entries = fit(local)
             if over:
-                words += "; net: xxrjun/nccl-tests-cluster @455de4f, cluster01"
+                words += "; between nodes xxrjun/nccl-tests-cluster @455de4f, cluster01 (Apache-2.0)"
                 entries |= {hw: e for hw, e in fit(over).items() if hw == "net"}
             write(system, entries, local, over, words)
     table(rows, arguments.rows)
