@@ -23,6 +23,20 @@ from validation.real.model import Transformer
 from validation.real.modules import loss_of
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adam": (torch.optim.Adam, {}),
+    "sgd": (torch.optim.SGD, {}),
+    "sgd-momentum": (torch.optim.SGD, {"momentum": 0.9}),
+}
+PIPELINES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved": "Interleaved1F1B",
+    "zb-v": "ZBVZeroBubble",
+    "dualpipev": "DualPipeV",
+}
+"""Schedule of a scenario -> torch's name of it."""
 Note = Callable[[str], None]
 FAKE: list[Any] = []
 """The mode under which tensors have no bytes, if :func:`use_fake_tensors` was called."""
@@ -54,15 +68,37 @@ class Job(Protocol):
 
 def make_job(scenario: Scenario, device: torch.device) -> Job:
     """Build the model of the scenario and what trains it, as this process' rank."""
+    if missing := unsupported(scenario):
+        raise NotImplementedError(f"this program does not train {', '.join(missing)}")
     if scenario.framework == "deepspeed":
         from validation.real.deepspeed_jobs import DeepSpeedJob, DeepSpeedPipelineJob
 
         return (DeepSpeedPipelineJob if scenario.parallelism.pp > 1 else DeepSpeedJob)(scenario, device)
-    if scenario.framework == "megatron":
-        raise NotImplementedError("Megatron needs CUDA kernels of its own")
     from validation.real.pipeline_jobs import PipelineJob
 
     return PipelineJob(scenario, device) if scenario.parallelism.pp > 1 else TorchJob(scenario, device)
+
+
+def unsupported(scenario: Scenario) -> list[str]:
+    """Return what a scenario asks for and no job does, in words."""
+    training, p = scenario.training, scenario.parallelism
+    whole = p.tp == p.pp == 1
+    found = {
+        "framework megatron": scenario.framework == "megatron",
+        f"code {training.code}": training.code == "megatron",
+        f"precision {training.precision}": training.precision not in DTYPES,
+        f"optimizer {training.optimizer}": training.optimizer not in OPTIMIZERS,
+        f"recompute {training.recompute}": training.recompute not in ("none", "full"),
+        "recompute of some blocks": training.recompute_interval > 1,
+        f"loss {training.loss}": training.loss not in (None, "eager"),
+        "compile": training.compile,
+        "cp": p.cp > 1,
+        "ddp with tp or pp": scenario.framework == "ddp" and not whole,
+        "fsdp1 with tp or pp": scenario.framework == "fsdp1" and not whole,
+        "deepspeed with tp": scenario.framework == "deepspeed" and p.tp > 1,
+        f"schedule {p.schedule}": p.pp > 1 and p.schedule not in PIPELINES,
+    }
+    return [words for words, asked in found.items() if asked]
 
 
 # --- the model and the batch ---------------------------------------------------------------------
@@ -102,11 +138,8 @@ def batch(scenario: Scenario, device: torch.device, sequences: int = 0) -> tuple
 
 
 def make_optimizer(scenario: Scenario, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    name = scenario.training.optimizer
-    kinds: dict[str, type[torch.optim.Optimizer]] = {
-        "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD
-    }  # fmt: skip
-    return kinds[name](parameters, lr=1e-4)  # type: ignore[call-arg]
+    kind, settings = OPTIMIZERS[scenario.training.optimizer]
+    return kind(parameters, lr=1e-4, **settings)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from sim.parallel.schedule import SCHEDULES
 from sim.scenario.schema import Scenario
 from validation.real.jobs import (
     DTYPES,
+    PIPELINES,
     Note,
     batch,
     cast,
@@ -25,15 +26,6 @@ from validation.real.jobs import (
     wrap,
 )
 from validation.real.modules import loss_of
-
-NAMES = {
-    "gpipe": "GPipe",
-    "1f1b": "1F1B",
-    "interleaved": "Interleaved1F1B",
-    "zb-v": "ZBVZeroBubble",
-    "dualpipev": "DualPipeV",
-}
-"""Schedule of a scenario -> torch's name of it."""
 
 
 def let_go_when_waited() -> None:
@@ -83,7 +75,7 @@ class PipelineJob:
         self.note: Note = lambda border: None
         for stage in self.stages:
             self._follow(stage)
-        kind: Any = get_schedule_class(NAMES[p.schedule])
+        kind: Any = get_schedule_class(PIPELINES[p.schedule])
         single = issubclass(kind, PipelineScheduleSingle)
         self.schedule = kind(
             self.stages[0] if single else self.stages, scenario.num_microbatches, loss_fn=self._loss, scale_grads=False

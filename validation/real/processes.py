@@ -58,14 +58,6 @@ def launch(
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def first_with_all_live_bytes(written: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return case -> what rank 0 wrote down, but ``live_bytes`` of all ranks."""
-    return {
-        name: found | {"live_bytes": [each[name]["live_bytes"] for each in written]}
-        for name, found in written[0].items()
-    }
-
-
 def write(folder: str, found: dict[str, Any]) -> None:
     """Write down what this rank found; return when all ranks have."""
     import torch
