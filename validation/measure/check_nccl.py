@@ -232,8 +232,8 @@ def write(
 ) -> None:
     path = MEASURED / f"nccl_{system.replace('-', '_')}.yaml"
     lines = [
-        "# Coefficients of sim/cost/nccl_time.py. start, hop, turn, round, level, peer, simple are times; share is that",
-        "# of the wires; the rest are rates.",
+        "# Coefficients of sim/cost/nccl_time.py. start, hop, turn, round, level, peer, simple are times; share is",
+        "# that of the wires; the rest are rates.",
         f"gpu: {system}",
         f"source: {source}",
         f"date: '{datetime.date.today().isoformat()}'",
