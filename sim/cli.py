@@ -46,6 +46,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Say something over what the file says; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, and nothing else there.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="Go by what `sim calibrate` measured on your machine."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No warnings and no prose.")]
 
 
@@ -53,6 +57,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No warnings and no p
 def run(
     file: File,
     set_: Set = None,
+    calibration: Calibration = None,
     json: Json = False,
     out: Annotated[
         Path | None,
@@ -83,6 +88,7 @@ def run(
 
     _choice("--memory", memory, ("at-peak", "by-module", "by-phase", "by-kind"))
     _choice("--largest", largest, ("micro_batch_size", "sequence_length"))
+    set_ = _with(set_, calibration)
     scenario = load_scenario(file, set_ or ())
     if out is not None:
         from sim.report.save import prepare
@@ -167,6 +173,15 @@ def _choice(option: str, given: str | None, known: tuple[str, ...]) -> None:
         raise ScenarioError([Finding(option, 0, f"{given!r} is not one of its values", f"write {', '.join(known)}")])
 
 
+def _with(overrides: list[str] | None, calibration: Path | None) -> list[str] | None:
+    """Return what is laid over the file, the calibration with it: its path is relative to where the user stands."""
+    if calibration is None:
+        return overrides
+    from json import dumps
+
+    return [*(overrides or ()), f"calibration={dumps(str(calibration.absolute()), ensure_ascii=False)}"]
+
+
 @app.command()
 def check(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
     """Print every problem of a scenario; simulate nothing."""
@@ -183,11 +198,14 @@ def check(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False
 
 
 @app.command()
-def explain(file: File, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
+def explain(
+    file: File, set_: Set = None, calibration: Calibration = None, json: Json = False, quiet: Quiet = False
+) -> None:
     """Print a resolved scenario, and where each value comes from."""
     from sim.report.explain import explanation, given_document, print_explanation
     from sim.scenario.load import load_scenario
 
+    set_ = _with(set_, calibration)
     scenario = load_scenario(file, set_ or ())
     content = explanation(scenario, given_document(file, set_ or ()))
     if json:
@@ -200,6 +218,7 @@ def explain(file: File, set_: Set = None, json: Json = False, quiet: Quiet = Fal
 def compare(
     files: Annotated[list[Path], typer.Argument(metavar="FILE FILE ...", help="Scenario files.", show_default=False)],
     set_: Set = None,
+    calibration: Calibration = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -209,6 +228,7 @@ def compare(
     from sim.scenario.load import load_scenario
 
     findings: list[Finding] = []
+    set_ = _with(set_, calibration)
     scenarios = []
     for file in files:
         try:
@@ -313,6 +333,10 @@ def plan(
     address: Annotated[
         str | None, typer.Option("--address", metavar="ADDRESS", help="Of the cluster's scheduler: tcp://host:8786.")
     ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", metavar="SHARE", min=0.0, max=0.5, help="Miss what is better by at most so much."),
+    ] = 0.0,
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="DIR", help="Where simulations are kept; DIR/cache of --out if left out."),
@@ -337,7 +361,7 @@ def plan(
         prepare(out)
     folder = cache or (out / "cache" if out is not None else None)
     with _progress(f"planning {question.name}", quiet) as step, Runner(folder, jobs, backend, address) as runner:
-        content = answer(search(question, runner, step), runner, step)
+        content = answer(search(question, runner, step, tolerance=tolerance), runner, step)
     if out is not None:
         from sim.planner.save import save
 
@@ -434,6 +458,47 @@ def _write_scenario(text: str, out: Path | None) -> None:
     load_scenario_text(text, str(out or "the scenario above"), folder=out.parent if out else ".")
     if out is not None:
         typer.echo(f"{out}: ok; now: sim run {out}", err=True)
+
+
+@app.command()
+def calibrate(
+    file: File,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.yaml", help="Where to write it.")] = Path(
+        "calibration.yaml"
+    ),
+    nccl_tests: Annotated[
+        list[Path] | None,
+        typer.Option("--nccl-tests", metavar="FILE", help="Output of nccl-tests on your machines; repeatable."),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help="cuda, cpu (the host's times alone), none, or auto: the GPU if there is one.",
+        ),
+    ] = "auto",
+    python: Annotated[
+        str, typer.Option("--python", metavar="PATH", help="The Python that has torch, if it is not sim's own.")
+    ] = "",
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the GPU at hand on a scenario's kernels."""
+    from sim.calibrating import DEVICES
+    from sim.calibrating import calibrate as measure
+    from sim.scenario.load import load_scenario
+
+    _choice("--device", device, DEVICES)
+    scenario = load_scenario(file, set_ or ())
+    with _progress(f"calibrating on {scenario.name}", quiet) as step:
+        found = measure(scenario, device, nccl_tests or (), python, step)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(found.text, encoding="utf-8")
+    if not quiet:
+        for note in found.notes:
+            typer.echo(note, err=True)
+        typer.echo(f"{out}: written; now: sim run {file} --calibration {out}", err=True)
 
 
 @app.command()

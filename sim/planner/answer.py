@@ -140,7 +140,8 @@ def _sensitivity(
     plan = search.plan
     found = flips(plan, best, fitting, optimistic(plan, search))
     margin = memory_margin(best)
-    words, data = [], []
+    words: list[str] = []
+    data: list[dict[str, Any]] = []
     for flip in found:
         then = f"{cluster_words(plan, flip.then.candidate)}, {flip.then.candidate.words()}" if flip.then else None
         data.append({
@@ -185,6 +186,8 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
         f"{format_energy(cost.joules)}: a step of {format_duration(best.outcome['step_s'])} reaches "
         f"{best.outcome['mfu']:.0%} of the GPUs' peak."
     )
+    if (sure := best.outcome["probability_fits"]) is not None:
+        text += f" It fits with a probability of {min(max(sure, 0.001), 0.999):.1%}."
     other = next((o for o in ranked if o is not best and o.candidate.site != c.site), None)
     if other is not None and other.cost is not None:
         name = plan.sites[other.candidate.site].name

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.cluster.topology import Cluster, build_cluster
-from sim.cost.model import CostModel
+from sim.cost.model import CostModel, CostSettings
 from sim.cost.nccl import plan_collective
 from sim.engine.network import flow_of
 from sim.ir.ledger import Layer, Ledger
@@ -172,7 +172,8 @@ class Bounds:
         """Return embedding, block and head as a rank of the candidate has them, with the plans of their passes."""
         training, dtypes = scenario.training, dtypes_of(scenario)
         flash = scenario.cluster.gpu.compute_capability >= (8, 0)
-        whole = (training.code, dtypes, training.micro_batch_size, training.attention, flash)
+        local = scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local"
+        whole = (training.code, dtypes, training.micro_batch_size, training.attention, flash, local)
         key = (*whole, c.framework, c.tp, c.cp, training.recompute)
         found = self._plans.get(key)
         if found is not None:
@@ -181,7 +182,7 @@ class Bounds:
         if ledger is None:
             ledger = self._ledgers[whole] = describe(
                 scenario.model, training, parameter_dtype=dtypes.parameter, compute_dtype=dtypes.compute,
-                autocast=dtypes.autocast, flash=flash,
+                autocast=dtypes.autocast, flash=flash, local=local,
             )  # fmt: skip
         # three layers stand for all: blocks are one object
         ends = Ledger(
@@ -224,7 +225,8 @@ class Bounds:
                 num_gpus=in_node * nodes, written=spec.written,
             )  # fmt: skip
             cluster = build_cluster(small)
-            found = self._costs[key] = (CostModel(cluster, spec.gpu), cluster)
+            settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code)
+            found = self._costs[key] = (CostModel(cluster, spec.gpu, settings), cluster)
         return found
 
     def _times(self, c: Candidate, cost: CostModel, cluster: Cluster, steps: Iterable[Any]) -> tuple[float, float]:

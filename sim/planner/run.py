@@ -83,7 +83,7 @@ class Runner:
         known = {key: found for key in dict.fromkeys(keys) if (found := self._read(key)) is not None}
         new = {key: scenario for key, scenario in zip(keys, scenarios, strict=True) if key not in known}
         for key, outcome in self._simulate(new, folder):
-            known[key] = outcome
+            known[key] = json.loads(json.dumps(outcome))  # as it comes out of the cache
             self._write(key, outcome)
             self.num_simulated += 1
         return [known[key] for key in keys]

@@ -87,9 +87,19 @@ def _dominates(cost: Cost, other: tuple[float, float, float, int]) -> bool:
 
 
 def search(
-    plan: Plan, runner: Runner, say: Callable[[str], None] = lambda words: None, *, exhaustive: bool = False
+    plan: Plan,
+    runner: Runner,
+    say: Callable[[str], None] = lambda words: None,
+    *,
+    exhaustive: bool = False,
+    tolerance: float = 0.0,
 ) -> Search:
-    """Return every candidate of a plan, tried or discarded. ``exhaustive``: try all, whatever the bounds say."""
+    """Return every candidate of a plan, tried or discarded.
+
+    ``exhaustive``: try all, whatever the bounds say. ``tolerance``: discard as well what can be better than a simulated
+    candidate by at most this share in any of time, money and energy; so the front is that of an exhaustive search to
+    within it.
+    """
     economics, bounds = Economics(plan), Bounds(plan)
     found = Search(plan)
     every = candidates(plan)
@@ -107,7 +117,7 @@ def search(
             queue.append((goal_value(plan, best), candidate, bound, best))
         else:
             late.append((excess(plan, best), candidate, bound, best))
-    kept = _Waves(plan, runner, economics, found, say)
+    kept = _Waves(plan, runner, economics, found, say, 1 + tolerance)
     kept.go(queue, WAVE, exhaustive)
     if not any(one.cost is not None and keeps_goal(plan, one.cost) for one in found.tried):
         kept.go(late, 1, first=True)  # nothing keeps the goal: what comes nearest is simulated, to say by how much
@@ -129,6 +139,7 @@ class _Waves:
     economics: Economics
     found: Search
     say: Callable[[str], None]
+    slack: float
     left: list[_Entry] = field(default_factory=list)
 
     def go(self, queue: list[_Entry], size: int, exhaustive: bool = False, first: bool = False) -> None:
@@ -158,7 +169,7 @@ class _Waves:
         rest: list[_Entry] = []
         for entry in self.left:
             _, candidate, bound, best = entry
-            by = next((one for one in fitting if _beats(one, best)), None)
+            by = next((one for one in fitting if _beats(one, best, self.slack)), None)
             if by is not None:
                 self.found.discarded.append(Discarded(candidate, bound, best, by))
             elif len(wave) < size:
@@ -169,8 +180,10 @@ class _Waves:
         return wave
 
 
-def _beats(tried: Tried, bound: Cost) -> bool:
-    return tried.cost is not None and _dominates(tried.cost, bound.objectives())
+def _beats(tried: Tried, bound: Cost, slack: float) -> bool:
+    """Whether a simulated candidate is as good as another's bound, ``slack`` times which counts as as good."""
+    time_s, usd, joules, gpus = bound.objectives()
+    return tried.cost is not None and _dominates(tried.cost, (time_s * slack, usd * slack, joules * slack, gpus))
 
 
 def _cost(

@@ -5,20 +5,78 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+from sim.memory.allocator import AllocatorSettings
+from sim.memory.replay import footprints
+from sim.model.transformer import describe
+from sim.parallel.lower import lower
+from sim.parallel.precision import dtypes_of
 from sim.pipeline import simulate
 from sim.report.report import Report
 from sim.scenario.load import load_scenario_mapping
+from sim.scenario.schema import Scenario
 
-VERSION = 1
+PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
+VERSION = 2
 """Of what a trial holds: an older cache is not read."""
 
 
 def trial(scenario: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Return the outcome of a candidate's scenario."""
+    """Return the outcome of a candidate's scenario.
+
+    What does not fit even without NCCL's buffers is told without working out when anything happens: the allocator acts
+    in the order in which the host issues.
+    """
     resolved = load_scenario_mapping(scenario, "candidate", folder=folder)
-    report = simulate(resolved).report
+    found = _too_large(resolved) if resolved.framework == "megatron" else None
+    if found is None:
+        found = outcome(simulate(resolved).report)
     gc.collect()
-    return outcome(report)
+    return found
+
+
+def _too_large(scenario: Scenario) -> dict[str, Any] | None:
+    """Return the outcome of a scenario whose tensors, cached blocks and CUDA context alone are too much; else None."""
+    gpu, config = scenario.cluster.gpu, scenario.allocator
+    dtypes = dtypes_of(scenario)
+    ledger = describe(
+        scenario.model,
+        scenario.training,
+        parameter_dtype=dtypes.parameter,
+        compute_dtype=dtypes.compute,
+        autocast=dtypes.autocast,
+        flash=gpu.compute_capability >= (8, 0),
+        local=scenario.megatron.transformer_impl == "local",
+    )
+    settings = AllocatorSettings(
+        expandable_segments=config.expandable_segments,
+        max_split_size_bytes=config.max_split_size_bytes,
+        roundup_power2_divisions=config.roundup_power2_divisions,
+        garbage_collection_threshold=config.garbage_collection_threshold,
+        capacity_bytes=gpu.total_memory_bytes - gpu.cuda_context_bytes,
+    )
+    held = footprints(lower(ledger, scenario), None, settings, {})
+    if all(footprint.out_of_memory is None for footprint in held):
+        return None
+    short, stage = max((f.out_of_memory.short_bytes, -f.stage) for f in held if f.out_of_memory)
+    fullest = max(held, key=lambda footprint: footprint.peak_device_bytes)
+    return {
+        "version": VERSION,
+        "fits": False,
+        "fits_gpu": False,
+        "step_s": 0.0,
+        "parts": dict.fromkeys(PARTS, 0.0),
+        "exposed": {},
+        "mfu": 0.0,
+        "tokens_per_s": 0.0,
+        "peak_device_bytes": fullest.peak_reserved_bytes + gpu.cuda_context_bytes,
+        "capacity_bytes": gpu.total_memory_bytes,
+        "short_bytes": short,
+        "short_stage": -stage,
+        "host_short_bytes": 0,
+        "at_peak": dict(fullest.at_peak),
+        "beside": dict(fullest.beside),
+        "probability_fits": None,
+    }
 
 
 def outcome(report: Report) -> dict[str, Any]:
@@ -35,10 +93,7 @@ def outcome(report: Report) -> dict[str, Any]:
         "fits": report.fits,
         "fits_gpu": report.fits_gpu,
         "step_s": data["step"]["time_s"],
-        "parts": {
-            key: data["step"][f"{key}_s"]
-            for key in ("compute", "exposed_communication", "bubble", "optimizer", "other")
-        },
+        "parts": {key: data["step"][f"{key}_s"] for key in PARTS},
         "exposed": exposed,
         "mfu": data["step"]["mfu"],
         "tokens_per_s": data["step"]["tokens_per_s"],
@@ -51,5 +106,5 @@ def outcome(report: Report) -> dict[str, Any]:
         else 0,
         "at_peak": dict(fullest.at_peak),
         "beside": dict(fullest.beside),
-        "probability_fits": data["memory"].get("probability_fits"),
+        "probability_fits": report.confidence.probability_fits if report.confidence else None,
     }

@@ -84,6 +84,23 @@ def test_the_front_and_the_winner_are_those_of_an_exhaustive_search(seed: int, s
     assert len(pruned.tried) < len(whole.tried) / 4
 
 
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**31), tolerance=st.sampled_from([0.01, 0.05]))
+def test_with_a_tolerance_the_front_is_missed_by_no_more(seed: int, tolerance: float) -> None:
+    plan = plan_of(TWO_SITES)
+    exact, rough = search(plan, Pretended(plan, seed)), search(plan, Pretended(plan, seed), tolerance=tolerance)
+    assert len(rough.tried) <= len(exact.tried)
+    for one in exact.front:
+        assert one.cost is not None
+        time_s, usd, joules, gpus = one.cost.objectives()
+        allowed = (time_s * (1 + tolerance), usd * (1 + tolerance), joules * (1 + tolerance), gpus)
+        assert any(
+            all(mine <= theirs for mine, theirs in zip(other.cost.objectives(), allowed, strict=True))
+            for other in rough.front
+            if other.cost is not None
+        )
+
+
 def test_the_front_of_real_simulations_is_that_of_an_exhaustive_search() -> None:
     plan = plan_of(
         ONE_NODE, "candidates.num_gpus=4", "axes.tp=[1, 2]", "axes.pp=[1, 2]", "axes.micro_batch_size=2",

@@ -57,7 +57,7 @@ class Pretended:
 def outcome(step_s: float, peak: int, capacity: int) -> dict[str, Any]:
     fits = peak <= capacity
     return {
-        "version": 1, "fits": fits, "fits_gpu": fits, "step_s": step_s,
+        "version": 2, "fits": fits, "fits_gpu": fits, "step_s": step_s,
         "parts": {"compute": step_s * 0.6, "exposed_communication": step_s * 0.3, "bubble": 0.0,
                   "optimizer": step_s * 0.05, "other": step_s * 0.05},
         "exposed": {"tp": step_s * 0.25, "dp": step_s * 0.05}, "mfu": 0.4, "tokens_per_s": 1e5,
