@@ -61,7 +61,7 @@ def test_what_is_in_the_cache_is_not_simulated_again(tmp_path: Path) -> None:
     assert first.num_simulated == len(found.tried)
     assert second.num_simulated == 0
     assert [one.outcome for one in found.tried] == [one.outcome for one in again.tried]
-    next(tmp_path.glob("*.json")).write_text('{"version": 1, "fi')  # as a full disk leaves it
+    next(tmp_path.glob("*.json")).write_text('{"version": 2, "fi')  # as a full disk leaves it
     third = Runner(tmp_path, jobs=1)
     assert [one.outcome for one in search(plan, third).tried] == [one.outcome for one in found.tried]
     assert third.num_simulated == 1
