@@ -47,6 +47,9 @@ TIMES = frozenset({"start", "hop", "turn", "round", "level", "peer", "simple"})
 NVLS_CHUNKS = ((64, 131072, 65536), (8, 65536, 32768), (2, 32768, 16384))
 """A message of fewer than (first) rounds with chunks of (second) bytes takes chunks of (third) bytes."""
 P2P_CHUNK = {"nvlink": 512 * 1024, "pci": 128 * 1024, "shm": 128 * 1024, "net": 128 * 1024}
+MOST_TURNS = 7
+"""Turns of a step: measured on nodes of up to 8 GPUs. A domain of more (the 72 of an NVLink rack) is taken to have as
+many: what the term stands for is a matter of a node's NICs and processors, and does not go on with NVLink's reach."""
 P2P_LL_BYTES = 16384
 """A channel's part of a message up to which it goes by LL: NCCL_P2P_LL_THRESHOLD."""
 
@@ -82,7 +85,7 @@ def terms(name: str, hw: str, work: Work) -> tuple[float, ...]:
     per = size / n
     if work.kind in ("broadcast", "reduce"):  # a chain: everything crosses every hop, in a pipeline
         per = size / max(steps, 1)
-    turns = steps * (n // work.num_nodes - 1) if work.num_nodes > 1 else 0
+    turns = steps * min(n // work.num_nodes - 1, MOST_TURNS) if work.num_nodes > 1 else 0
     over_wires = per * steps / work.wires if work.wires else 0.0
     if name == "ring/LL":
         return 1.0, steps, per * steps / work.channels, per / work.channels

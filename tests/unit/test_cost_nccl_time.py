@@ -39,6 +39,12 @@ def test_a_turn_is_paid_between_nodes_only() -> None:
     assert nccl_time.terms("ring/LL128", "net", between)[2] == 15 * 7
 
 
+def test_a_rack_has_no_more_turns_than_the_largest_node_that_was_measured() -> None:
+    """Seven each step, though 36 GPUs of a group share a domain."""
+    racks = Work("all_gather", 288, 8, 1e9, 32, 700e9)
+    assert nccl_time.terms("ring/LL128", "net", racks)[2] == 287 * 7
+
+
 @pytest.mark.parametrize(
     ("mib", "chunk"),
     [(1, 16384), (7, 16384), (8, 32768), (63, 32768), (64, 65536), (1023, 65536), (1024, 131072)],
