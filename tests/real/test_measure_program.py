@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 import yaml
-from configurations import LLAMA, scenario
+from configurations import LLAMA, deepspeed, scenario
+from simulated import load, simulated
 
 from sim.validation.runs import read_runs
 
 pytestmark = pytest.mark.real
 
 
-def measured(tmp_path: Path, *options: str) -> dict[str, Any]:
+SMALL = scenario("fsdp2", 2, LLAMA, precision="bf16")
+
+
+def measured(tmp_path: Path, *options: str, asked: dict[str, Any] = SMALL) -> dict[str, Any]:
     """Return the one run of the file that the program writes for a small scenario."""
     given, out = tmp_path / "small.yaml", tmp_path / "runs.yaml"
-    given.write_text(yaml.safe_dump(scenario("fsdp2", 2, LLAMA, precision="bf16")))
+    given.write_text(yaml.safe_dump(asked))
     command = [sys.executable, "-m", "validation.real.measure", str(given), "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -36,6 +40,28 @@ def test_a_fake_world_is_as_real_processes(tmp_path: Path) -> None:
     fake = measured(tmp_path, "--fake-world", "2", "--rank", "1")["exact"]["ranks"]
     shapes = measured(tmp_path, "--fake-world", "2", "--rank", "1", "--fake-tensors")["exact"]["ranks"]
     assert fake == shapes == real[1:]
+
+
+@pytest.mark.parametrize("framework", ["fsdp2", "deepspeed"])
+def test_one_rank_of_64_is_as_simulated(framework: str, tmp_path: Path) -> None:
+    """FSDP2 and ZeRO-3 on eight nodes: states, what is held between steps, and collectives of a rank.
+
+    Wide enough that a rank's shard of a norm is no scalar: 16 elements of 4 bytes.
+    """
+    wide = LLAMA | {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 2}
+    asked = deepspeed(3, 64, bucket=20_000, model=wide) if framework == "deepspeed" else scenario("fsdp2", 64, wide)
+    asked["cluster"] = {"node": "dgx-h100", "num_nodes": 8}
+    (real,) = measured(tmp_path, "--fake-world", "64", "--rank", "3", asked=asked)["exact"]["ranks"]
+    (ours,) = simulated(load(tmp_path, "asked", asked))
+    assert {name: real["states_bytes"][name] for name in ours.states} == ours.states
+    mesh_on_host = 64 * 4 if framework == "fsdp2" else 0  # DeviceMesh keeps its ranks as int32
+    assert real["borders"][-1]["live_bytes"] == ours.marks[-1][2] + mesh_on_host
+    totals: dict[tuple[str, int], tuple[int, int]] = {}
+    for kind, size, ranks in ours.collectives:
+        count, total = totals.get((kind, ranks), (0, 0))
+        totals[kind, ranks] = count + 1, total + size
+    found = {(c["kind"], c["ranks"]): (c["count"], c["tensor_bytes"]) for c in real["collectives"]}
+    assert found == totals
 
 
 def test_communication_is_exposed_where_no_other_kernel_runs() -> None:

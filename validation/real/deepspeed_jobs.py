@@ -62,6 +62,11 @@ def start() -> None:
 
     deepspeed.comm.torch.build_shm_op = lambda: None
     deepspeed.init_distributed(torch.distributed.get_backend())
+    if torch.distributed.get_backend() == "fake":
+        from deepspeed.runtime.zero import partitioned_param_coordinator
+
+        # ZeRO-3 compares its record with rank 0's, which does not arrive
+        partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 
 
 class DeepSpeedJob:
