@@ -159,8 +159,9 @@ def _sensitivity(
             else:
                 words.append(f"{flip.what}: at {said}, {result}")
     networks = []
-    for share, outcome in on_slower_networks(plan, best, runner):
-        slower = outcome["step_s"] / best.outcome["step_s"] - 1
+    measured = on_slower_networks(plan, best, runner)
+    for share, outcome in measured[1:]:
+        slower = outcome["step_s"] / measured[0][1]["step_s"] - 1
         networks.append({"bytes_per_s": share, "step_change": slower, "fits": outcome["fits"]})
     if networks:
         said = ", ".join(f"{n['step_change']:+.1%} with {n['bytes_per_s']:.0%} of its bytes" for n in networks)

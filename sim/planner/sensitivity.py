@@ -165,9 +165,12 @@ def memory_margin(best: Tried) -> float:
 
 
 def on_slower_networks(
-    plan: Plan, best: Tried, runner: Runner, shares: Sequence[float] = (0.75, 0.5, 0.25)
+    plan: Plan, best: Tried, runner: Runner, shares: Sequence[float] = (1.0, 0.5, 0.25)
 ) -> list[tuple[float, dict[str, Any]]]:
-    """Return the recommended one's outcomes on networks that carry a share of its own's bytes per second."""
+    """Return the recommended one's outcomes on networks that carry a share of its own's bytes per second.
+
+    The first is its own network, written in words as the others are: they compare with it.
+    """
     site, c = plan.sites[best.candidate.site], best.candidate
     network = site.network
     if network is None or c.num_gpus <= site.node.num_gpus:

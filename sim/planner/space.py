@@ -249,5 +249,11 @@ def _shards(plan: Plan, site: Site, framework: str, dp: int, tp: int) -> tuple[i
     return (0, *(size for size in (node, 4 * node) if 1 < size < dp and dp % size == 0))
 
 
+_RECOMPUTES = {
+    "megatron": ("none", "selective", "full"),
+    "fsdp2": ("none", "selective-op", "full"),  # torchtitan's
+}
+
+
 def _recomputes(plan: Plan, framework: str) -> tuple[str, ...]:
-    return plan.axes.recompute or (("none", "selective", "full") if framework == "megatron" else ("none", "full"))
+    return plan.axes.recompute or _RECOMPUTES.get(framework, ("none", "full"))

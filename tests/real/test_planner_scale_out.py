@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ def _start(file: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End the search and the workers that it started, without warning."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended before
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -43,7 +45,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
     took = time.monotonic() - began
     assert json.loads(answered)["searched"]["simulated"] >= 2
     kills = 0
-    for share in (0.5, 0.7, 0.9):
+    for share in (0.3, 0.5, 0.7):
         process = _start(file, tmp_path / "killed")
         time.sleep(took * share)
         kills += process.poll() is None
