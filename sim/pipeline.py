@@ -119,7 +119,8 @@ def _timed(
     )
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
     lowered = lower(ledger, scenario)
-    settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow)
+    settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
+                            calibration=scenario.calibration)  # fmt: skip
     try:
         world = _folded(lowered, cluster, slow, fold, trusting=fold)
         cost = _cost(cluster, scenario, settings, world, like)
@@ -135,7 +136,8 @@ def _cost(
     cluster: Cluster, scenario: Scenario, settings: CostSettings, world: World, like: Simulation | None
 ) -> CostModel:
     cost = CostModel(cluster, scenario.cluster.gpu, settings)
-    if like is not None and cluster is like.cluster and world.communicators == like.world.communicators:
+    same = like is not None and cluster is like.cluster and scenario.calibration == like.scenario.calibration
+    if same and like is not None and world.communicators == like.world.communicators:
         cost.take_over(like.cost)
     return cost
 

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 from sim import units
 from sim.cost.efficiency import read
 from sim.ir.program import Caller
+
+if TYPE_CHECKING:
+    from sim.scenario.calibration import HostTimes
 
 CPU_ADAM_BYTES = 16 + 12
 """Bytes moved for an element (fp32 gradient, parameter, two moments in; the last three out)."""
@@ -56,12 +60,21 @@ class HostCoefficients:
     assumed: str
 
 
-def host_coefficients(cpu: str, code: str, compiled: bool) -> HostCoefficients:
-    """Return the times on a node's processor ``cpu`` ("2x AMD EPYC 7742"), for the modules of ``code``."""
+def host_coefficients(cpu: str, code: str, compiled: bool, measured: HostTimes | None = None) -> HostCoefficients:
+    """Return the times on a node's processor ``cpu`` ("2x AMD EPYC 7742"), for the modules of ``code``.
+
+    ``measured`` on the user's machine: the block of torch that it timed says how fast its thread is, in place of the
+    processor's score, and a launch what its driver takes.
+    """
     facts, processors = read("host.yaml"), read("processors.yaml")
     points, assumed = single_thread_points(cpu, processors)
-    slower = _points(processors["reference"], processors) / points
+    reference = _points(processors["reference"], processors)
+    if measured is not None and (parts := _against_reference(facts, measured)):
+        points, assumed = reference / prod(parts) ** (1 / len(parts)), ""
+    slower = reference / points
     driver_s = _duration(facts, "driver") * _points(processors["desktop"], processors) / points
+    if measured is not None and measured.driver:
+        driver_s = measured.driver
 
     def share_s(name: str) -> float:
         return driver_s + slower * _duration(facts, "compiled" if compiled else name)
@@ -80,6 +93,12 @@ def host_coefficients(cpu: str, code: str, compiled: bool) -> HostCoefficients:
         points=points,
         assumed=assumed,
     )
+
+
+def _against_reference(facts: Mapping[str, Any], measured: HostTimes) -> list[float]:
+    """Return measured over reference time of the block that ``sim calibrate`` runs, forward and backward."""
+    pairs = ((measured.forward, "block_forward"), (measured.backward, "block_backward"))
+    return [time_s / _duration(facts, name) for time_s, name in pairs if time_s]
 
 
 def single_thread_points(cpu: str, processors: Mapping[str, Any]) -> tuple[float, str]:

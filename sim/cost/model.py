@@ -18,6 +18,8 @@ from sim.ir.traffic import Link, Traffic
 
 if TYPE_CHECKING:
     from sim.cluster.topology import Cluster
+    from sim.cost.calibrated import Calibrated
+    from sim.scenario.calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class CostSettings:
     ``sustained``   compute-bound kernels follow each other closely, as in training, so that the clock has settled;
                     False: each kernel starts at the boost clock, as in a short benchmark
     ``slow``        rank -> factor on its kernels' times
+    ``calibration`` what was measured on the user's own machine
     """
 
     placement: tuple[int, ...] = ()
@@ -37,6 +40,7 @@ class CostSettings:
     code: str = "torch"
     sustained: bool = True
     slow: Mapping[int, float] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 _DEFAULT = CostSettings()
@@ -64,7 +68,9 @@ class CostModel:
         self._gpu = gpu
         self._settings = settings
         self._source = efficiency.source_of(gpu)
-        self._host = host.host_coefficients(cluster.spec.node.cpu, settings.code, settings.compiled)
+        calibration = settings.calibration
+        own = calibration.host if calibration is not None else None
+        self._host = host.host_coefficients(cluster.spec.node.cpu, settings.code, settings.compiled, own)
         self._memory = efficiency.memory_coefficients(gpu)
         vector_flops = gpu.peak_flops.get("fp32") or min(gpu.peak_flops.values())
         self._vector = Machine(vector_flops, 4, gpu.num_sms, gpu.boost_clock_hz, gpu.memory_bytes_per_s, gpu.l2_bytes)
@@ -79,6 +85,12 @@ class CostModel:
         self._guessed_families: dict[str, int] = {}
         if self._host.assumed:
             self._assume(self._host.assumed)
+        self.calibrated: Calibrated | None = None
+        """What the user's own measurements change, if there are any."""
+        if calibration is not None:
+            from sim.cost.calibrated import Calibrated
+
+            self.calibrated = Calibrated(calibration, cluster, lambda kernel: self._model(kernel, None)[0])
         self.num_kernels = 0
         """Different kernels priced so far."""
         self.num_assumed_kernels = 0
@@ -127,20 +139,36 @@ class CostModel:
             key = (*key, beside)
         time_s = self._by_value.get(key)
         if time_s is None:
-            if isinstance(kernel, Gemm):
-                time_s, assumed = self._gemm(kernel, beside)
-            elif isinstance(kernel, Pointwise):
-                time_s, assumed = self._pointwise(kernel, beside)
-            else:
-                time_s, assumed = self._attention(kernel, beside)
+            time_s, assumed = self._model(kernel, beside)
+            if self.calibrated is not None:
+                time_s, assumed = self._as_measured(self.calibrated, kernel, time_s, assumed, beside is None)
             self._by_value[key] = time_s
             if beside is not None:
                 return time_s
             self.num_kernels += 1
             if assumed:
+                if assumed == _FAMILIES and isinstance(kernel, Pointwise):
+                    self._guessed_families[kernel.kind] = self._guessed_families.get(kernel.kind, 0) + 1
                 self.num_assumed_kernels += 1
                 self._assumed[assumed] = self._assumed.get(assumed, 0) + 1
         return time_s
+
+    def _model(self, kernel: Kernel, beside: Beside | None) -> tuple[float, str]:
+        """Return the time by the catalogue's coefficients, and what of it is assumed."""
+        if isinstance(kernel, Gemm):
+            return self._gemm(kernel, beside)
+        if isinstance(kernel, Pointwise):
+            return self._pointwise(kernel, beside)
+        return self._attention(kernel, beside)
+
+    @staticmethod
+    def _as_measured(own: Calibrated, kernel: Kernel, time_s: float, assumed: str, count: bool) -> tuple[float, str]:
+        ratio, how = own.ratio(kernel)
+        if not how:
+            return time_s, assumed
+        if count:
+            own.note(type(kernel).__name__, how)
+        return time_s * ratio, ""
 
     def _machine(self, dtype: str) -> Machine:
         machine = self._machines.get(dtype)
@@ -199,7 +227,6 @@ class CostModel:
         time_s = memory_bound_s(kernel.kind, kernel.moved_bytes, kernel.flops, vector, self._memory)
         if kernel.kind not in self._memory.assumed and kernel.kind in self._memory.fractions:
             return time_s, ""
-        self._guessed_families[kernel.kind] = self._guessed_families.get(kernel.kind, 0) + 1
         return time_s, _FAMILIES
 
     # --- host ----------------------------------------------------------------------------------
@@ -247,6 +274,8 @@ class CostModel:
             traffic = self._planned.get(key)
             if traffic is None:
                 traffic = plan_collective(self._cluster, groups, collective.kind, collective.tensor_bytes)
+            if self.calibrated is not None:
+                traffic = self.calibrated.collective(traffic, collective.kind, groups, collective.tensor_bytes)
             if assumed := assumption(self._cluster, groups):
                 self._assume(assumed)
             self._traffic[key] = traffic
@@ -260,7 +289,10 @@ class CostModel:
             from sim.cost.nccl import plan_point_to_point
 
             pairs = tuple((group[0], group[1]) for group in self._groups(communicator))
-            traffic = self._traffic[key] = plan_point_to_point(self._cluster, pairs, message.tensor_bytes)
+            traffic = plan_point_to_point(self._cluster, pairs, message.tensor_bytes)
+            if self.calibrated is not None:
+                traffic = self.calibrated.collective(traffic, "send", pairs, message.tensor_bytes)
+            self._traffic[key] = traffic
         return traffic
 
     def copy(self, copy: Copy, ranks: tuple[int, ...]) -> Traffic:
@@ -270,7 +302,10 @@ class CostModel:
         if traffic is None:
             from sim.cost.nccl import plan_copy
 
-            traffic = self._traffic[key] = plan_copy(self._cluster, self._place(ranks), copy.direction, copy.num_bytes)
+            traffic = plan_copy(self._cluster, self._place(ranks), copy.direction, copy.num_bytes)
+            if self.calibrated is not None:
+                traffic = self.calibrated.copy(traffic, copy.direction, copy.num_bytes)
+            self._traffic[key] = traffic
         return traffic
 
     def _place(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -288,7 +323,7 @@ class CostModel:
 
     def assumptions(self) -> tuple[str, ...]:
         """Return what the answers so far rest on that was not measured on this GPU, in the order of first use."""
-        texts = []
+        texts = [self.calibrated.words(self.num_kernels)] if self.calibrated is not None else []
         for text, count in self._assumed.items():
             if text == _FAMILIES:
                 families = ", ".join(self._guessed_families)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sim.catalog import load
@@ -42,6 +43,7 @@ def explanation(scenario: Scenario, document: Document) -> dict[str, Any]:
             for device, name, facts in _devices(scenario)
         },
         "cost": list(_cost(scenario)),
+        "calibration": _calibration(scenario),
         "memory": list(_memory(scenario)),
         "warnings": list(scenario.warnings),
     }
@@ -208,6 +210,28 @@ def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
     }
 
 
+def _calibration(scenario: Scenario) -> dict[str, Any] | None:
+    """Return what the user's own measurements are and change: ratios of measured to modelled time, by family."""
+    if scenario.calibration is None:
+        return None
+    from sim.cluster.topology import build_cluster
+    from sim.cost.model import CostModel, CostSettings
+
+    settings = CostSettings(code=scenario.training.code, calibration=scenario.calibration)
+    own = CostModel(build_cluster(scenario.cluster), scenario.cluster.gpu, settings).calibrated
+    assert own is not None
+    curves = {f"{c.collective}, {c.ranks} ranks, {c.nodes} nodes": ratios for c, ratios in own.curves()}
+    families = {" ".join(family): ratios for family, ratios in own.families().items()}
+    return {
+        "file": scenario.calibration.file,
+        "provenance": dict(scenario.calibration.provenance),
+        "ratios": [
+            {"of": of, "count": len(ratios), "least": min(ratios), "median": median(ratios), "most": max(ratios)}
+            for of, ratios in {**families, **curves}.items()
+        ],
+    }
+
+
 def _measured(file: str) -> dict[str, Any]:
     import yaml
 
@@ -260,6 +284,20 @@ def _lines(content: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Line
         for words in filter(None, (family["file"], family["source"])):
             yield from (((line, "dim"),) for line in fold(words, width, 2))
         yield from paragraphs([_fit_row(fit) for fit in family["fits"]], width)
+    if (own := content["calibration"]) is not None:
+        yield ()
+        yield title("calibration", own["file"])
+        yield from paragraphs([(key, value) for key, value in own["provenance"].items()], width)
+        yield from paragraphs(
+            [
+                (
+                    r["of"],
+                    f"measured / modelled {r['median']:.2f} ({r['least']:.2f} to {r['most']:.2f}), {r['count']} points",
+                )
+                for r in own["ratios"]
+            ],
+            width,
+        )
     yield ()
     yield title("certainty of memory", "sim/memory/confidence.py")
     yield from paragraphs([(m["key"], value_words(m["value"]), (m["from"], "dim")) for m in content["memory"]], width)

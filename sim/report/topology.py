@@ -10,10 +10,10 @@ from sim.catalog import load
 from sim.catalog.schema import NetworkFacts, NodeFacts
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost import collective, nccl
+from sim.cost.calibrated import alone_s
 from sim.errors import Finding, ScenarioError
 from sim.interop import machine, nccl_tests, nccl_xml, nvidia_smi
 from sim.interop.values import near
-from sim.ir.traffic import Traffic
 from sim.report.layout import Cell, Line, Screen, fold, grid, title
 from sim.scenario.schema import ClusterSpec
 from sim.units import format_bytes, format_duration
@@ -261,24 +261,13 @@ def _found(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _alone_s(cluster: Cluster, traffic: Traffic) -> float:
-    """Return the time on idle wires."""
-    total = 0.0
-    for phase in traffic.phases:
-        slowest = max((num_bytes / cluster.bytes_per_s(link) for link, num_bytes in phase.loads), default=0.0)
-        if phase.max_bytes_per_s:
-            slowest = max(slowest, phase.stream_bytes / phase.max_bytes_per_s)
-        total += phase.latency_s + slowest
-    return total
-
-
 def _bus(cluster: Cluster, kind: str, group: tuple[int, ...], size: int) -> dict[str, Any]:
     if kind == "send":
         pairs = [(gpu, group[(i + 1) % len(group)]) for i, gpu in enumerate(group)]
         traffic = nccl.plan_point_to_point(cluster, pairs, size, len(group))
     else:
         traffic = nccl.plan_collective(cluster, [group], kind, size)
-    time_s = _alone_s(cluster, traffic)
+    time_s = alone_s(cluster, traffic)
     return {
         "collective": kind,
         "num_ranks": len(group),

@@ -77,6 +77,8 @@ def plain(scenario: Scenario) -> dict[str, Any]:
     faults = {key: list(entries) for key, entries in scenario.faults.model_dump(mode="json").items() if entries}
     if faults:
         data["faults"] = faults
+    if scenario.calibration is not None:
+        data["calibration"] = scenario.calibration.file
     data["sources"] = dict(scenario.sources)
     if scenario.warnings:
         data["warnings"] = list(scenario.warnings)

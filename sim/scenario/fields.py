@@ -129,6 +129,7 @@ TOP: dict[str, Key] = {
         },
         "What is not as good as it should be: slow GPUs, degraded links.",
     ),
+    "calibration": text("a path", "the path of a file that sim calibrate wrote", "A file of sim calibrate to go by."),
     "sources": _anything({"type": "object"}, "Where values come from; written by sim into resolved scenarios."),
     "warnings": _anything({"type": "array"}, "What was assumed; written by sim into resolved scenarios."),
 }

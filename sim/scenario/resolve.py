@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sim.catalog import load as catalog
 from sim.catalog.schema import Fact, GpuFacts, NetworkFacts, NodeFacts
@@ -32,6 +32,9 @@ from sim.scenario.schema import (
     Training,
 )
 from sim.scenario.supported import unsupported
+
+if TYPE_CHECKING:
+    from sim.scenario.calibration import Calibration
 
 _MODEL_DEFAULTS = {
     name: spec.default for name, spec in ModelConfig.model_fields.items() if not spec.is_required() and name != "name"
@@ -944,6 +947,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     r.fsdp(fsdp2 if framework == "fsdp2" else fsdp1, framework)
     allocator = _allocator(r, top.get("allocator"))
     d.faults = top.get("faults", {})
+    calibration = _calibration(r, top.get("calibration"))
     r.problems = [_sent_home(problem) for problem in r.problems]
     r.problems.extend(run_rules(d))
     if simulate:
@@ -955,7 +959,8 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     name = top.get("name") or FilePath(doc.file).stem
     if "name" not in top:
         r.sources["name"] = "the file's name"
-    return _scenario(r, name, ddp, fsdp2, fsdp1, megatron, allocator, top)
+    scenario = _scenario(r, name, ddp, fsdp2, fsdp1, megatron, allocator, top)
+    return scenario if calibration is None else scenario.model_copy(update={"calibration": calibration})
 
 
 _DEFAULTS_OF_SIM = {
@@ -1011,6 +1016,25 @@ def _allocator(r: _Resolver, given: object) -> dict[str, Any]:
     if "cublas_workspace" in values:
         values["cublas_workspace_bytes"] = values.pop("cublas_workspace")
     return values
+
+
+def _calibration(r: _Resolver, given: str | None) -> Calibration | None:
+    """Return the calibration that the scenario names, if it was measured on the GPU that it asks for."""
+    if given is None:
+        return None
+    from sim.scenario.calibration import read_calibration
+
+    path = r._path_of(given)
+    try:
+        found = read_calibration(path, str(path))
+    except ScenarioError as error:
+        r.findings += error.findings
+        return None
+    d = r.draft
+    if found.gpu and d.knows("gpu") and found.gpu != d.gpu.name:
+        problem = f"calibration: {given} was measured on {found.gpu}, and the scenario's GPU is {d.gpu.name}"
+        r.problems.append(Problem(("calibration",), problem, "calibrate on the GPU that the scenario asks for"))
+    return found
 
 
 def _distinct(findings: list[Finding]) -> list[Finding]:

@@ -292,6 +292,8 @@ class Scenario(_Frozen):
     megatron: MegatronSettings = MegatronSettings()
     allocator: AllocatorConfig = AllocatorConfig()
     faults: Faults = Faults()
+    calibration: Any = None
+    """What was measured on the user's own machine: a ``calibration.Calibration``, which few scenarios load."""
     sources: dict[str, str] = Field(default_factory=dict)
     """dotted path of a resolved value -> where it comes from, for values that the file does not give."""
     warnings: tuple[str, ...] = ()

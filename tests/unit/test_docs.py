@@ -147,7 +147,7 @@ def test_every_command_option_exit_code_and_file_is_in_the_usage():
     text = (DOCS / "usage.md").read_text(encoding="utf-8")
     for command in cli.app.registered_commands:
         assert command.callback is not None
-        assert f"`sim {command.callback.__name__}" in text
+        assert f"`sim {command.name or command.callback.__name__}" in text
     for option in ("--json", "--out", "--set", "--quiet", "--no-advice", "--version"):
         assert f"`{option}" in text
     for code in (0, cli.EXIT_BAD_INPUT, cli.EXIT_DOES_NOT_FIT, cli.EXIT_DEFECT):
