@@ -291,6 +291,8 @@ def as_rank(options: argparse.Namespace) -> None:
         found: dict[str, Any] = {"rank": rank}
         if device.type == "cuda" and not options.fake_tensors:
             found["device"] = measure_device(scenario, device, options.steps, options.snapshots, path.stem)
+            gc.collect()
+            torch.cuda.empty_cache()
         found |= measure_rank(scenario, device, options.steps)
         ranks: list[Any] = [found]
         if not options.fake_world:
