@@ -142,6 +142,12 @@ def sustained_droop(source: Source, droop: float) -> float:
     return droop if entry is None else float(entry["droop"])
 
 
+def exposed_accumulation(source: Source) -> float:
+    """Return the share of the reading and writing of C that main loops do not hide."""
+    facts = read("accumulation.yaml")
+    return float(facts.get(source.name, facts["otherwise"])["exposed"])
+
+
 def sdpa_kernel(gpu: GpuFacts) -> tuple[str, str]:
     """Return the kernel of torch's scaled_dot_product_attention on ``gpu``, and what that assumes ("" if nothing).
 

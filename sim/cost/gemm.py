@@ -17,10 +17,20 @@ grows past ``droop_s``.
 
     T = floor + together + droop * (FLOPs / peak) * x,    x = together / (together + droop_s), 1 when sustained
 
+A product that adds to C in place, or writes it wider, moves more than one 16-bit write of C (:func:`result_s`): an SM
+reads its tile of C when the main loop is over and writes it; other SMs' main loops hide that but for ``exposed``.
+
+    more = exposed * (bytes of C read and written - 2 m n) / achieved bandwidth
+
+Which operand is transposed (forward TN, gradient of the input NN, of the weight NT) makes no difference to 16-bit
+tensor cores, which take both orders from shared memory: 0.718 and 0.716 of the peak on A100, 0.496 and 0.491 on B200
+for TN and NN; NT is 0.509 where it writes 16 bits (MooreThreads/SimuMax @4dcaae5, configs/system).
+
 Sources: NVIDIA, "Matrix Multiplication Background User's Guide" (tiles, wave quantisation, alignment); CUTLASS,
 ``media/docs/efficient_gemm.md`` (tile hierarchy, split-K, stream-K: q towards 1); Osama et al., "Stream-K", PPoPP 2023.
 Leaves out: the heuristics of cuBLAS, which now and then choose badly. Grows with each dimension as long as dimensions
-are multiples of 64. Checked by: tests/laws/test_cost_laws.py, validation/measure/fit_gemm.py.
+are multiples of 64. Checked by: tests/laws/test_cost_laws.py, validation/measure/fit_gemm.py,
+validation/measure/fit_accumulation.py.
 """
 
 from __future__ import annotations
@@ -140,6 +150,14 @@ def gemm_s(
     flops = 2 * batch * m * n * k
     share = 1.0 if sustained else best / (best + c.droop_s)
     return c.floor_s + best + c.droop * share * flops / machine.peak_flops
+
+
+def result_s(
+    m: int, n: int, batch: int, c_bytes: int, exposed: float, machine: Machine, coefficients: GemmCoefficients
+) -> float:
+    """Return what it takes longer, in seconds, that ``c_bytes`` an element of C are read and written, not 16 bits."""
+    more = batch * m * n * (c_bytes - max(machine.element_bytes, 2))
+    return max(0.0, exposed * more / (coefficients.memory_fraction * machine.memory_bytes_per_s))
 
 
 def gemm_bound_s(m: int, n: int, k: int, batch: int, machine: Machine) -> float:

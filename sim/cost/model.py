@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from sim.catalog.schema import GpuFacts
 from sim.cost import efficiency, host
 from sim.cost.attention import AttentionCoefficients, attention_s
-from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_s
+from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_s, result_s
 from sim.cost.memory_bound import memory_bound_s
 from sim.cost.roofline import Beside, Machine, left_of, machine_of, peak_of
-from sim.ir.ledger import Attention, Gemm, Kernel, Pointwise, size
+from sim.ir.ledger import DTYPE_BYTES, Attention, Gemm, Kernel, Pointwise, size
 from sim.ir.program import Caller, Collective, Communicator, Copy, HostCompute, Recv, Send
 from sim.ir.traffic import Link, Traffic
 
@@ -129,6 +129,8 @@ class CostModel:
                 size(kernel.batch),
                 kernel.dtype,
                 over_tokens,
+                kernel.result,
+                kernel.accumulates,
             )
         elif isinstance(kernel, Pointwise):
             key = (kernel.kind, kernel.moved_bytes, kernel.flops)
@@ -197,7 +199,12 @@ class CostModel:
         over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
         rows = (m, n) if over_tokens else (n, k)
         factor = alignment_factor(*rows, machine.element_bytes, efficiency.ALIGNMENT) * self._source.power
-        return gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained), assumed
+        time_s = gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained)
+        if kernel.accumulates or kernel.result is not None:
+            c_bytes = DTYPE_BYTES[kernel.result or "bf16"] * (2 if kernel.accumulates else 1)
+            exposed = efficiency.exposed_accumulation(self._source)
+            time_s += result_s(m, n, batch, c_bytes, exposed, machine, coefficients)
+        return time_s, assumed
 
     def _attention(self, kernel: Attention, beside: Beside | None) -> tuple[float, str]:
         backward = kernel.direction == "backward"

@@ -74,13 +74,19 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """C[batch, m, n] = A[batch, m, k] @ B[batch, k, n], accumulated in fp32."""
+    """C[batch, m, n] = A[batch, m, k] @ B[batch, k, n], accumulated in fp32.
+
+    C is written once, as wide as the operands (8-bit ones: 16 bits), unless ``result`` names its dtype;
+    ``accumulates``: C += A @ B, so that it is read too.
+    """
 
     m: Shape
     n: Shape
     k: Shape
     dtype: DType
     batch: Shape = ()
+    result: DType | None = None
+    accumulates: bool = False
 
     @property
     def flops(self) -> int:

@@ -255,10 +255,12 @@ def plan_layer(
     split: bool = False,
     retained: bool = False,
     held: tuple[str, ...] = (),
+    main_dtype: DType | None = None,
 ) -> LayerPlan:
     """Work out what lives when in the passes of one layer.
 
-    ``fused`` are parameters whose gradient the kernel adds to where it accumulates: it is no tensor of its own.
+    ``fused`` are parameters whose gradient the kernel adds to where it accumulates, a buffer of ``main_dtype``: it is
+    no tensor of its own.
     ``split``: ops that only make gradients of parameters come after all others, in a pass of their own; what they read
     lives until then. ``retained``: it is autograd that splits, which keeps all that forward saved for the second pass
     and hands over every gradient there (``retain_graph`` of ``stage_backward_input`` in
@@ -293,7 +295,8 @@ def plan_layer(
     grads: dict[str, int] = {f"grad:{layer.output.name}": _GRAD_OUTPUT} if layer.output is not None else {}
     node_of: dict[str, int] = {}  # forward op -> node that releases what it saved
     waiting, whole = bool(again), len(inside) == len(layer.forward)
-    backward = _parted(layer.backward) if split and retained else layer.backward
+    whole_backward = _accumulating(layer.backward, fused, main_dtype) if fused else layer.backward
+    backward = _parted(whole_backward) if split and retained else whole_backward
     later = [op for op in backward if split and op.gradients and not op.writes]
     num_weight_gradients = len(later)
     for op in (*(op for op in backward if not any(op is other for other in later)), *later):
@@ -316,8 +319,24 @@ def plan_layer(
         if name in first:
             tape.hold(first[name], len(tape.nodes) - num_weight_gradients - 1)
     _hold_saved(tape, recompute, node_of, first, second)
-    forward, whole_backward, weights = _steps(tape, num_forward, num_weight_gradients)
-    return LayerPlan(forward, whole_backward, tuple(tape.slots), weights)
+    forward, activations, weights = _steps(tape, num_forward, num_weight_gradients)
+    return LayerPlan(forward, activations, tuple(tape.slots), weights)
+
+
+def _accumulating(ops: Sequence[Op], fused: frozenset[str], main_dtype: DType | None) -> list[Op]:
+    """Let the products that make the gradients of ``fused`` add them to the buffer: they read and write it."""
+    return [
+        replace(
+            op,
+            kernels=tuple(
+                replace(kernel, result=main_dtype, accumulates=True) if isinstance(kernel, Gemm) else kernel
+                for kernel in op.kernels
+            ),
+        )
+        if not fused.isdisjoint(op.gradients)
+        else op
+        for op in ops
+    ]
 
 
 def _parted(ops: Sequence[Op]) -> list[Op]:
@@ -502,17 +521,19 @@ class Emitter:
         gradient_dtype: DType,
         *,
         fused: Callable[[Layer], frozenset[str]] = lambda layer: frozenset(),
+        main_dtype: DType | None = None,
         retained: bool = False,
         held: tuple[str, ...] = (),
         inside: tuple[bool, bool] = (False, False),
     ) -> None:
-        """``fused``, ``retained``, ``held`` as in :func:`plan_layer`; ``inside``: whether stages come before, after."""
+        """``fused``, ``main_dtype``, ``retained``, ``held`` as in :func:`plan_layer`; ``inside``: whether stages come
+        before, after."""
         self.layers = tuple(layers)
         self.batch_inputs = tuple(batch_inputs)
         self.names = layer_names(self.layers)
         self._recompute = recompute
         self._fused = {id(layer): fused(layer) for layer in self.layers}
-        self._retained, self._held = retained, held
+        self._retained, self._held, self._main_dtype = retained, held, main_dtype
         self._split_plans: tuple[LayerPlan, ...] = ()
         self.gradient_dtype = gradient_dtype
         self.plans = self._plans(split=False)
@@ -543,6 +564,7 @@ class Emitter:
                     split=split,
                     retained=self._retained,
                     held=self._held if layer.kind == "head" else (),
+                    main_dtype=self._main_dtype,
                 )
         return tuple(plans[key] for key in keys)
 

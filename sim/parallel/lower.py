@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, cast
 
 from sim.cluster.symmetry import Places
-from sim.ir.ledger import Layer, Ledger
+from sim.ir.ledger import DType, Layer, Ledger
 from sim.ir.program import Alloc, Call, Chunk, Collective, Instruction, Mark, Program, Storage, World
 from sim.parallel.cublas import workspaces
 from sim.parallel.emit import NO_RECOMPUTE, Emitter, Hooks
@@ -326,16 +326,18 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
 
 def _emitter(job: _Job, stage: Stage) -> Emitter:
     fused: Callable[[Layer], frozenset[str]] = lambda layer: frozenset()  # noqa: E731
+    main: DType | None = None
     if job.scenario.framework == "megatron" and job.scenario.megatron.gradient_accumulation_fusion:
-        from sim.parallel.frameworks.megatron import fused_gradients
+        from sim.parallel.frameworks.megatron import fused_gradients, main_dtype
 
-        fused = fused_gradients
+        fused, main = fused_gradients, main_dtype(job.scenario.megatron, job.ledger.parameter_dtype)
     return Emitter(
         stage.layers,
         stage.batch_inputs,
         NO_RECOMPUTE if job.scenario.training.compile else recompute_of(job.scenario),
         job.ledger.parameter_dtype,
         fused=fused,
+        main_dtype=main,
         retained=job.scenario.framework == "fsdp2",
         # the last stage's outputs wait for their backward in ``fwd_cache`` (torch/distributed/pipelining/stage.py)
         held=("logits",) if job.messages.buffers and len(job.stages) > 1 else (),

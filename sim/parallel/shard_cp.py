@@ -20,7 +20,6 @@ from sim.ir.ledger import (
     Dim,
     DType,
     Exchange,
-    Gemm,
     Kernel,
     Layer,
     Op,
@@ -93,7 +92,7 @@ def _divided_kernel(op: Op, kernel: Kernel, cp: int) -> Kernel:
     scores = any(dim.name == "key_seq" for shape in (kernel.m, kernel.n, kernel.k) for dim in shape)
     assert not scores, f"{op.name}: context parallelism needs a fused attention kernel"
     m, n, k = (_seq(shape, cp) for shape in (kernel.m, kernel.n, kernel.k))
-    return Gemm(m, n, k, kernel.dtype, kernel.batch)
+    return replace(kernel, m=m, n=n, k=k)
 
 
 def _seq(shape: Shape, cp: int) -> Shape:

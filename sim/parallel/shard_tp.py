@@ -147,7 +147,7 @@ class _Transform:
     def kernel(self, kernel: Kernel, split: bool) -> Kernel:
         if isinstance(kernel, Gemm):
             m, n, k, batch = (self.shape(s, split) for s in (kernel.m, kernel.n, kernel.k, kernel.batch))
-            return Gemm(m, n, k, kernel.dtype, batch)
+            return replace(kernel, m=m, n=n, k=k, batch=batch)
         if isinstance(kernel, Attention):
             return replace(kernel, heads=self.shape(kernel.heads), kv_heads=self.shape(kernel.kv_heads))
         return replace(

@@ -253,3 +253,12 @@ def test_kernels_bound_by_memory_share_its_bandwidth() -> None:
 def test_the_more_sms_are_taken_the_slower(sms: int) -> None:
     for kernel in (gemm(4096, 4096, 4096), attention(4096)):
         assert model().beside_s(kernel, 0, sms, 0.0) <= model().beside_s(kernel, 0, sms + 8, 0.0)
+
+
+def test_adding_to_c_in_fp32_takes_what_its_bytes_leave_exposed() -> None:
+    """C of 4096 x 4096 is read and written in 4 bytes, not written in 2: 6 bytes more, of which A100 exposes 0.41."""
+    plain, a100 = gemm(4096, 4096, 4096), gpu("a100-sxm-80gb")
+    adding = dataclasses.replace(plain, result="fp32", accumulates=True)
+    fraction = efficiency.gemm_coefficients(efficiency.source_of(a100), "bf16")[0].memory_fraction
+    more = model(a100).kernel_s(adding, 0) - model(a100).kernel_s(plain, 0)
+    assert more == pytest.approx(0.41 * 6 * 4096**2 / (fraction * a100.memory_bytes_per_s))

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sim.ir.ledger import Gemm
 from sim.ir.program import Alloc, Collective, Compute, Program, World
 from sim.model.transformer import describe
 from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
@@ -248,6 +249,17 @@ def test_matmuls_add_weight_gradients_to_the_buffer() -> None:
         )
 
     assert made(False) - made(True) >= 2 * LAYERS * largest
+
+
+@pytest.mark.parametrize("fp32", [True, False])
+def test_matmuls_that_add_read_and_write_the_buffers_dtype(fp32: bool) -> None:
+    """Four weights a block and the head's; lookups and norms have no matmul."""
+    settings = {"gradient_accumulation_fusion": True, "accumulate_allreduce_grads_in_fp32": fp32}
+    (program,) = world_of(asked(None, settings)).programs
+    kernels = [i.kernel for i in program.chunks["backward.first"] if isinstance(i, Compute)]
+    adding = [kernel for kernel in kernels if isinstance(kernel, Gemm) and kernel.accumulates]
+    assert len(adding) == 4 * LAYERS + 1
+    assert {kernel.result for kernel in adding} == {"fp32" if fp32 else "bf16"}
 
 
 def test_receives_are_the_hidden_tensor() -> None:

@@ -118,6 +118,14 @@ def fused_gradients(layer: Layer) -> frozenset[str]:
     )
 
 
+def main_dtype(settings: MegatronSettings, parameter_dtype: DType) -> DType:
+    """Return the dtype of the buffer of gradients (``main_grad``)."""
+    fp32 = settings.accumulate_allreduce_grads_in_fp32
+    if fp32 is None:  # megatron/training/arguments.py turns it on for bf16
+        fp32 = parameter_dtype == "bf16"
+    return "fp32" if fp32 else parameter_dtype
+
+
 def buckets_of(
     sizes: Sequence[tuple[Key, int]], dp: int, bucket_size: int | None, *, aligned: bool, alone: Sequence[Key] = ()
 ) -> tuple[Bucket, ...]:
@@ -164,10 +172,7 @@ class MegatronChunk:
                     self.sizes[index, p.name] = p.num_elements
                     self.names[index, p.name] = f"{layer.kind}.{p.name}"
         self.dtype = plan.parameter_dtype
-        fp32_grads = settings.accumulate_allreduce_grads_in_fp32
-        if fp32_grads is None:  # megatron/training/arguments.py turns it on for bf16
-            fp32_grads = plan.parameter_dtype == "bf16"
-        self.grad_dtype: DType = "fp32" if fp32_grads else plan.parameter_dtype
+        self.grad_dtype = main_dtype(settings, plan.parameter_dtype)
         bucketed = settings.overlap_grad_reduce and stage.index == 0
         size = settings.bucket_size or max(LEAST_BUCKET, LEAST_BUCKET_PER_RANK * plan.dp)
         self.sharded = settings.use_distributed_optimizer
