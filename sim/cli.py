@@ -339,7 +339,9 @@ def plan(
     ] = 0.0,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="DIR", help="Where simulations are kept; DIR/cache of --out if left out."),
+        typer.Option(
+            "--cache", metavar="DIR", help="Where simulations are kept; cache in --out, or the user's, if left out."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -348,7 +350,7 @@ def plan(
 
     from sim.planner.answer import answer
     from sim.planner.load import load_plan
-    from sim.planner.run import BACKENDS, Runner
+    from sim.planner.run import BACKENDS, Runner, default_cache
     from sim.planner.search import search
 
     if backend not in BACKENDS:
@@ -359,7 +361,7 @@ def plan(
         from sim.report.save import prepare
 
         prepare(out)
-    folder = cache or (out / "cache" if out is not None else None)
+    folder = cache or (out / "cache" if out is not None else default_cache())
     with _progress(f"planning {question.name}", quiet) as step, Runner(folder, jobs, backend, address) as runner:
         content = answer(search(question, runner, step, tolerance=tolerance), runner, step)
     if out is not None:

@@ -68,6 +68,7 @@ class Runner:
         self._address = address
         self._cluster = contextlib.ExitStack()
         self._connected = False
+        self._known: dict[str, dict[str, Any]] = {}
         self.num_simulated = 0
         """Trials that were not in the cache."""
 
@@ -77,16 +78,37 @@ class Runner:
     def __exit__(self, *error: object) -> None:
         self._cluster.close()
 
-    def run(self, scenarios: Sequence[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
-        """Return the outcomes in the order given. Each is in the cache as soon as it is known."""
+    @property
+    def width(self) -> int:
+        """Simulations that run at one time."""
+        self._connect()
+        return self._jobs
+
+    def run(
+        self, scenarios: Sequence[dict[str, Any]], folder: str, ahead: Sequence[dict[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
+        """Return the outcomes in the order given. Each is in the cache as soon as it is known.
+
+        ``ahead`` are scenarios that will be asked for next, perhaps: they keep processes busy that have nothing to do.
+        """
         keys = [key_of(scenario, folder) for scenario in scenarios]
-        known = {key: found for key in dict.fromkeys(keys) if (found := self._read(key)) is not None}
-        new = {key: scenario for key, scenario in zip(keys, scenarios, strict=True) if key not in known}
+        new: dict[str, dict[str, Any]] = {}
+        for key, scenario in zip(keys, scenarios, strict=True):
+            if key not in self._known and (found := self._read(key)) is not None:
+                self._known[key] = found
+            if key not in self._known:
+                new[key] = scenario
+        if new:
+            further = {key_of(scenario, folder): scenario for scenario in ahead[: max(0, self._jobs - len(new))]}
+            new.update((k, s) for k, s in further.items() if k not in self._known and not self._has(k))
         for key, outcome in self._simulate(new, folder):
-            known[key] = json.loads(json.dumps(outcome))  # as it comes out of the cache
+            self._known[key] = json.loads(json.dumps(outcome))  # as it comes out of the cache
             self._write(key, outcome)
             self.num_simulated += 1
-        return [known[key] for key in keys]
+        return [self._known[key] for key in keys]
+
+    def _has(self, key: str) -> bool:
+        return self._dir is not None and self._path(key).exists()
 
     def _simulate(self, new: dict[str, dict[str, Any]], folder: str) -> Any:
         if not new:
@@ -113,9 +135,10 @@ class Runner:
             if self._address is None:
                 cluster = LocalCluster(n_workers=self._jobs, threads_per_worker=1, dashboard_address=None)
                 self._cluster.enter_context(cluster)
-                self._cluster.enter_context(Client(cluster))
+                client = self._cluster.enter_context(Client(cluster))
             else:
-                self._cluster.enter_context(Client(self._address))
+                client = self._cluster.enter_context(Client(self._address))
+            self._jobs = max(1, sum(client.nthreads().values()))
             return
         import ray
         from ray.util.joblib import register_ray
@@ -151,6 +174,12 @@ def _keyed(key: str, scenario: dict[str, Any], folder: str) -> tuple[str, dict[s
     """In a process of its own, which makes no cycles worth collecting between trials."""
     gc.disable()
     return key, trial(scenario, folder)
+
+
+def default_cache() -> Path:
+    """Return where simulations are kept if nobody says where: the user's cache (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base if base else Path.home() / ".cache") / "sim" / "plans"
 
 
 def num_cores() -> int:

@@ -6,7 +6,8 @@ None of these can discard a candidate of the front, which is of those that keep 
 of an exhaustive search (tests/laws/test_planner_laws.py).
 
 Candidates are simulated in waves: the next wave is chosen from what all waves before it have shown, and its size does
-not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted.
+not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted. More
+processes than a wave has candidates work ahead on those that come next; what they find waits until it is asked for.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ WAVE = 4
 
 
 class Runner(Protocol):
-    """Whoever simulates the scenarios of a wave, in the order given."""
+    """Whoever simulates the scenarios of a wave, in the order given; ``ahead`` with what has nothing else to do."""
 
-    def run(self, scenarios: Sequence[dict[str, Any]], folder: str) -> list[dict[str, Any]]: ...
+    @property
+    def width(self) -> int: ...
+
+    def run(
+        self, scenarios: Sequence[dict[str, Any]], folder: str, ahead: Sequence[dict[str, Any]] = ()
+    ) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +157,12 @@ class _Waves:
             wave = self._wave(len(self.left) if exhaustive else size, [] if exhaustive else fresh)
             if not wave:
                 break
-            outcomes = self.runner.run([scenario_of(plan, entry[1]) for entry in wave], plan.folder)
+            ahead = self.left[: max(0, self.runner.width - len(wave))]
+            outcomes = self.runner.run(
+                [scenario_of(plan, entry[1]) for entry in wave],
+                plan.folder,
+                [scenario_of(plan, entry[1]) for entry in ahead],
+            )
             fresh = [
                 Tried(candidate, bound, outcome, _cost(plan, self.economics, candidate, bound, outcome))
                 for (_, candidate, bound, _), outcome in zip(wave, outcomes, strict=True)

@@ -84,3 +84,14 @@ def test_a_dask_cluster_loses_a_worker() -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert [one.outcome for one in found.tried] == [one.outcome for one in expected.tried]
+
+
+def test_more_processes_than_a_wave_has_candidates_find_the_same() -> None:
+    plan = plan_of(PLAN, "axes.recompute=[none, full]")
+    with Runner(jobs=1) as one, Runner(jobs=8) as many:
+        few, ahead = search(plan, one), search(plan, many)
+        assert many.num_simulated >= one.num_simulated
+    assert [found.outcome for found in few.tried] == [found.outcome for found in ahead.tried]
+    assert [(d.candidate, d.by and d.by.candidate) for d in few.discarded] == [
+        (d.candidate, d.by and d.by.candidate) for d in ahead.discarded
+    ]

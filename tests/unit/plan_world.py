@@ -39,7 +39,11 @@ class Pretended:
         self._known = {repr(scenario_of(plan, c)): c for c in candidates(plan)}
         self.asked: list[Candidate] = []
 
-    def run(self, scenarios: Sequence[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
+    width = 1
+
+    def run(
+        self, scenarios: Sequence[dict[str, Any]], folder: str, ahead: Sequence[dict[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
         return [self._answer(scenario) for scenario in scenarios]
 
     def _answer(self, scenario: dict[str, Any]) -> dict[str, Any]:

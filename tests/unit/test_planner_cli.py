@@ -18,6 +18,8 @@ SMALL = ONE_NODE.replace("[2, 4, 8]", "4") + "axes: {tp: 2, pp: 1, micro_batch_s
 def sim(monkeypatch, capsys, tmp_path):
     """Return a function that runs ``sim plan`` on a text: (exit code, standard output, standard error)."""
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
     def run(text: str, *words: str) -> tuple[int, str, str]:
         file = tmp_path / "x.yaml"
         file.write_text(text)
@@ -31,12 +33,13 @@ def sim(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_json_is_all_there_is_on_standard_output(sim) -> None:
+def test_json_is_all_there_is_on_standard_output(sim, tmp_path) -> None:
     code, out, err = sim(SMALL, "--json")
     content = json.loads(out)
     assert (code, err) == (0, "")
     assert content["recommended"]["keeps_goal"]
     assert content["searched"]["seconds"] > 0
+    assert any((tmp_path / "home" / "sim" / "plans").glob("*.json"))
 
 
 def test_out_has_all_files_and_the_same_answer_twice(sim, tmp_path) -> None:
