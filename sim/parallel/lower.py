@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from sim.cluster.symmetry import Places
 from sim.ir.ledger import DType, Layer, Ledger
@@ -26,6 +26,7 @@ from sim.parallel.pipelining import (
     TORCH,
     Exchange,
     Messages,
+    fetches,
     pair_axes,
     roles,
 )
@@ -83,9 +84,20 @@ class RankFramework(Protocol):
         """What is to start once a chunk's gradients are complete, where the schedule says when. May be empty."""
         ...
 
+    def gather_ahead(self, chunk: int) -> Chunk:
+        """What is to start some chunks before this one's first pass. May be empty."""
+        ...
+
     def optimizer_step(self, first_step: bool) -> Chunk: ...
 
     def after_first_step(self) -> Chunk: ...
+
+
+@runtime_checkable
+class GathersAhead(Protocol):
+    """A framework whose parameters the pipeline's schedule may ask for before their stage's turn."""
+
+    def gather_ahead(self) -> Iterable[Instruction]: ...
 
 
 class OfChunks:
@@ -103,6 +115,10 @@ class OfChunks:
 
     def start_reductions(self, chunk: int) -> Chunk:
         return ()
+
+    def gather_ahead(self, chunk: int) -> Chunk:
+        framework = self.frameworks[chunk]
+        return tuple(framework.gather_ahead()) if isinstance(framework, GathersAhead) else ()
 
     def setup(self) -> Chunk:
         return self._joined(f.setup() for f in self.frameworks)
@@ -363,6 +379,8 @@ def _passes(
     several = len(emitters) > 1
     for number, emitter in enumerate(emitters):
         mine = dict.fromkeys(role for (chunk, _), role in role_of.items() if chunk == number)
+        if gathers := framework.gather_ahead(number):
+            chunks[f"{prefix}unshard.{number}"] = gathers
         for role in sorted(mine, key=_ROLES.index):
             place, _, halves = role.partition(".")
             framework.begin_microbatch(number, first=place in ("only", "first"), last=place in ("only", "last"))
@@ -387,6 +405,9 @@ def _passes(
         end = name(pass_).replace(pass_.kind, "end")
         if pass_.kind in ("backward", "weight_gradient") and end in chunks:
             group.append(Call(end, pass_.microbatch))
+    for number, index in fetches(order, len(emitters)).items():
+        if f"{prefix}unshard.{number}" in chunks:
+            groups[index].insert(0, Call(f"{prefix}unshard.{number}"))
     for number in range(len(emitters)):
         reductions = framework.start_reductions(number)
         if reductions:
@@ -551,4 +572,8 @@ def _plan(job: _Job, scenario: Scenario) -> Plan:
         root_modules=2 if training.code == "huggingface" else 1,
         gpu_memory_bytes=scenario.cluster.gpu.total_memory_bytes - scenario.cluster.gpu.cuda_context_bytes,
         pipeline=scenario.parallelism.pp > 1,
+        gathers_ahead=scenario.framework == "fsdp2"
+        and scenario.parallelism.pp > 1
+        and job.num_chunks > 1
+        and shard > 1,
     )

@@ -466,6 +466,28 @@ def _synchronize() -> list[Instruction]:
     return [Record("exchanged", COMPUTE), HostWait("exchanged")]
 
 
+ACTIVE_STAGES = 3
+"""``max_active_stages`` of ``_add_unshard_reshard`` in torch/distributed/pipelining/schedules.py."""
+
+
+def fetches(order: Order, num_chunks: int) -> dict[int, int]:
+    """Return the pass before which each chunk's parameters are fetched: the first from which on it is among the next
+    ``ACTIVE_STAGES`` chunks to compute; later chunks of one pass after earlier ones, as they are inserted before it.
+
+    Leaves out that a fourth chunk's parameters are let go, and fetched again.
+    """
+    coming: list[int] = []
+    found: dict[int, int] = {}
+    for index in range(len(order) - 1, -1, -1):
+        chunk = order[index].chunk
+        coming = [chunk, *(c for c in coming if c != chunk)]
+        for near in coming[:ACTIVE_STAGES]:
+            found[near] = index
+    assert len(found) == num_chunks, "every chunk has passes"
+    turn = {chunk: place for place, chunk in enumerate(dict.fromkeys(p.chunk for p in order))}
+    return dict(sorted(found.items(), key=lambda item: (item[1], -turn[item[0]])))
+
+
 def roles(order: Order) -> dict[tuple[int, int], str]:
     """Return the role of each (chunk, microbatch) of an order, with ``.split`` where its backward is in two passes.
 

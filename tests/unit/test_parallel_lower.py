@@ -10,6 +10,7 @@ import yaml
 from sim.ir.program import Alloc, Collective, Free, HostWait, Program, Recv, Send, World
 from sim.model.transformer import describe
 from sim.parallel.lower import lower
+from sim.parallel.pipelining import fetches
 from sim.parallel.precision import dtypes_of
 from sim.parallel.schedule import SCHEDULES
 from sim.scenario.load import load_scenario_text
@@ -156,3 +157,30 @@ def test_an_order_of_axes_moves_the_neighbours() -> None:
     world = world_of("megatron", {"pp": 2, "tp": 2, "order": "pp-tp-cp-dp"})
     pair = world.communicators[world.programs[0].axes["pp_forward.send"]]
     assert pair.groups == ((0, 1), (2, 3))
+
+
+def test_stages_are_fetched_before_their_turn() -> None:
+    """Three stages ahead: with chunks 0 to 3, the first three at the start, the fourth as the first has done its part.
+
+    ``_add_unshard_reshard`` of torch gives "0UNSHARD 1UNSHARD 2UNSHARD 0F0 0F1 3UNSHARD 1F0 ...".
+    """
+    order = SCHEDULES["interleaved-torch"].orders(2, 2, 4)[1]
+    first = {chunk: next(i for i, p in enumerate(order) if p.chunk == chunk) for chunk in range(4)}
+    assert list(fetches(order, 4).items()) == [(2, 0), (1, 0), (0, 0), (3, first[1])]
+    program = world_of("fsdp2", {"pp": 2, "vpp": 4}).programs[1]
+    calls = [call.chunk for call in program.step]
+    assert calls[:3] == ["unshard.0", "unshard.1", "unshard.2"]
+    gathers = [
+        (name, i.stream, i.axis)
+        for name, chunk in program.chunks.items()
+        for i in chunk
+        if isinstance(i, Collective) and i.kind == "all_gather"
+    ]
+    assert {name for name, _, _ in gathers} == {f"unshard.{chunk}" for chunk in range(4)}
+    assert {stream for _, stream, _ in gathers} == {"nccl:dp"}, "on the process group's own stream"
+
+
+def test_one_stage_a_rank_gathers_in_its_own_hook() -> None:
+    """GPipe and 1F1B run without UNSHARD: FSDP's hook gathers once the stage's input is there."""
+    program = world_of("fsdp2", {"pp": 2}).programs[1]
+    assert not any(call.chunk.startswith("unshard") for call in program.step)

@@ -8,6 +8,7 @@ _fsdp_collectives.py).
 * Gather: the shards are cast into one flat tensor, copied into this rank's slice of the output, gathered, and copied
   out into one tensor a parameter. In forward the output lives until the next group has been copied out, so that the
   next gather, which the host issues before this group's kernels have run, never writes what is still read.
+* Torch's pipelines of several stages a rank gather a stage whole, and while those before it are at work.
 * Backward gathers one group ahead, in reverse of the order in which groups finished forward.
 * Reduce: the gradients of a group are copied into one flat tensor in ``reduce_dtype``, which lives until the next
   group's gradients are there; the output is cast back to the original dtype, and the sharded gradients are views of it.
@@ -167,6 +168,7 @@ class Fsdp2:
         self.nccl_reshard = Communicator(plan.reshard_axis, self.reshard_ranks or 1)
         self.nccl_replicate = Communicator(plan.replicate_axis, plan.replicas)
         self.nccl_tp = Communicator("tp", plan.tp)
+        self.copy_in_stream = COMPUTE if plan.gathers_ahead else COPY_IN_STREAM
         self.first = self.last = True
         self._make_groups()
         self.partial: dict[str, list[int]] = {}
@@ -261,8 +263,8 @@ class Fsdp2:
             shard,
             whole,
             gathered,
-            flat_storage("all_gather.input", gathered // ranks, dtype, "buffers", COPY_IN_STREAM),
-            flat_storage("all_gather.output", gathered, dtype, "buffers", COPY_IN_STREAM),
+            flat_storage("all_gather.input", gathered // ranks, dtype, "buffers", self.copy_in_stream),
+            flat_storage("all_gather.output", gathered, dtype, "buffers", self.copy_in_stream),
             unsharded,
             kept,
             flat_storage("reduce_scatter.input", whole, self.reduce_dtype, "buffers"),
@@ -318,6 +320,21 @@ class Fsdp2:
         for group in self.groups:
             group.before_backward = group.after_backward = False
 
+    def gather_ahead(self) -> Iterable[Instruction]:
+        """``UNSHARD`` of a stage: ``unshard(async_op=True)`` of every module of it that is wrapped, root first.
+
+        The copies are the current stream's and the gathers the process group's, so that they wait for nothing that the
+        stage itself waits for (torch/distributed/pipelining/schedules.py, ``_PipelineScheduleRuntime``;
+        ``get_all_gather_streams`` in _fsdp_param_group.py).
+        """
+        if not self.plan.gathers_ahead:
+            return ()
+        self.nccl.reset()
+        out: list[Instruction] = [Mark("forward", "unshard")]
+        for group in self.groups:
+            self._unshard(group, out)
+        return out if len(out) > 1 else ()
+
     def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
         if module:
             return ()
@@ -326,7 +343,11 @@ class Fsdp2:
             # a checkpointed block runs again when the gradient of its output is there: its hook came first
             self._enter_backward(layer, out)
             return out
-        if layer == 0:
+        if layer == 0 and self.plan.gathers_ahead:  # ``_assert_unsharded``: the stage waits for all its handles
+            for each in self.groups:
+                self._unshard(each, out)
+                self._await(each, out, forward=False)
+        elif layer == 0:
             if self.plan.dp > 1:
                 out.extend(wait_stream(COPY_IN_STREAM, COMPUTE))
                 out.extend(wait_stream(GATHER_STREAM, COMPUTE))
@@ -453,21 +474,21 @@ class Fsdp2:
         mine = group.whole // ranks
         if group.is_kept:
             event = f"fsdp.resharded.{group.name}"
-            out += [wait(event, COPY_IN_STREAM), wait(event, GATHER_STREAM)]
+            out += [wait(event, self.copy_in_stream), wait(event, GATHER_STREAM)]
         casts = dtype != self.orig_dtype
         temporaries: list[Storage] = []
         if self.offload and not group.is_kept:
             # a copy to the device for each parameter, and its cast
             for p in group.params:
                 count = p.padded // ranks
-                arrived = flat_storage("all_gather.arrived", count, self.orig_dtype, "buffers", COPY_IN_STREAM)
+                arrived = flat_storage("all_gather.arrived", count, self.orig_dtype, "buffers", self.copy_in_stream)
                 out += [
                     Alloc(arrived),
-                    Copy(p.name, "host_to_device", count * DTYPE_BYTES[self.orig_dtype], COPY_IN_STREAM),
+                    Copy(p.name, "host_to_device", count * DTYPE_BYTES[self.orig_dtype], self.copy_in_stream),
                 ]
                 if casts:
-                    cast = flat_storage("all_gather.input", count, dtype, "buffers", COPY_IN_STREAM)
-                    out += [Alloc(cast), copy("fsdp.cast", count, self.orig_dtype, dtype, COPY_IN_STREAM)]
+                    cast = flat_storage("all_gather.input", count, dtype, "buffers", self.copy_in_stream)
+                    out += [Alloc(cast), copy("fsdp.cast", count, self.orig_dtype, dtype, self.copy_in_stream)]
                     out.append(Free(arrived))
                     arrived = cast
                 temporaries.append(arrived)
@@ -475,16 +496,19 @@ class Fsdp2:
             source = dtype if group.is_kept else self.orig_dtype
             cast = group.cast
             if group.is_kept:
-                cast = flat_storage("all_gather.input", mine, dtype, "buffers", COPY_IN_STREAM)
-            out += [Alloc(cast), copy("fsdp.cast", mine, source, dtype, COPY_IN_STREAM)]
+                cast = flat_storage("all_gather.input", mine, dtype, "buffers", self.copy_in_stream)
+            out += [Alloc(cast), copy("fsdp.cast", mine, source, dtype, self.copy_in_stream)]
             temporaries.append(cast)
         mine = group.gathered_elements // ranks
-        out += [Alloc(group.output), copy("fsdp.all_gather.copy_in", mine, dtype, dtype, COPY_IN_STREAM)]
-        out.extend(wait_stream(GATHER_STREAM, COPY_IN_STREAM))
+        out += [Alloc(group.output), copy("fsdp.all_gather.copy_in", mine, dtype, dtype, self.copy_in_stream)]
         size = group.gathered_elements * DTYPE_BYTES[dtype]
-        out.extend(nccl.blocking(group.name, "all_gather", size, dtype, GATHER_STREAM))
         group.gathered = f"fsdp.gathered.{group.name}"
-        out.append(record(group.gathered, GATHER_STREAM))
+        if self.plan.gathers_ahead:
+            out.extend(nccl.asynchronous(group.name, "all_gather", size, dtype, COMPUTE, group.gathered))
+        else:
+            out.extend(wait_stream(GATHER_STREAM, COPY_IN_STREAM))
+            out.extend(nccl.blocking(group.name, "all_gather", size, dtype, GATHER_STREAM))
+            out.append(record(group.gathered, GATHER_STREAM))
         out.extend(Free(storage) for storage in temporaries)
 
     def _await(self, group: Group, out: list[Instruction], *, forward: bool) -> None:
@@ -529,7 +553,9 @@ class Fsdp2:
     def _drop_output(self, group: Group, out: list[Instruction]) -> None:
         """The gather streams wait until the copy-out has read; then the memory is theirs again."""
         event = f"fsdp.copied.{group.name}"
-        out += [wait(event, COPY_IN_STREAM), wait(event, GATHER_STREAM), Free(group.output)]
+        if not self.plan.gathers_ahead:  # else it is the compute stream's own
+            out += [wait(event, COPY_IN_STREAM), wait(event, GATHER_STREAM)]
+        out.append(Free(group.output))
 
     def _reshard(self, group: Group, out: list[Instruction]) -> None:
         if group.is_unsharded:

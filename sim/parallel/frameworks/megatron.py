@@ -393,6 +393,10 @@ class Megatron:
         self.nccl.reset()
         return tuple(self.parts[chunk].start_reductions())
 
+    def gather_ahead(self, chunk: int) -> Chunk:
+        """Nothing: parameters are gathered as their bucket's first module needs them."""
+        return ()
+
     @property
     def has_master(self) -> bool:
         return self.dtype != "fp32"

@@ -28,6 +28,7 @@ class Plan:
     ``replicate_axis``     name of the axis over them
     ``reshard_axis``       name of the axis over which FSDP2 gathers again after resharding to fewer ranks
     ``pipeline``           other microbatches' passes run between the forward and the backward of one
+    ``gathers_ahead``      torch's schedule of several stages a rank gathers a stage's parameters before it is its turn
     ``model_ranks``        ranks that hold one replica together, on the axis "model"
     ``tp``                 tensor-parallel ranks
     ``partial``            (layer, parameter) whose gradients each tensor-parallel rank has a part of
@@ -49,6 +50,7 @@ class Plan:
     replicate_axis: str = "dp_replicate"
     reshard_axis: str = "dp_reshard"
     pipeline: bool = False
+    gathers_ahead: bool = False
     model_ranks: int = 1
     tp: int = 1
     partial: tuple[tuple[int, str], ...] = ()
