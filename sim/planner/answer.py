@@ -39,6 +39,7 @@ def answer(search: Search, runner: Runner, say: Callable[[str], None] = lambda w
         *(_rejected(plan, one.candidate, _discarded(plan, one),
                     _nearest(search, one.candidate) if one.over_bytes else "") for one in search.discarded),
     ]  # fmt: skip
+    rejected += [_rejected(plan, candidate, why, "") for candidate, why in search.refused]
     return {
         "schema_version": SCHEMA_VERSION,
         "plan": plan.name,
@@ -272,6 +273,8 @@ def _largest_loss(plan: Plan, one: Tried) -> str:
 
 def _does_not_fit(plan: Plan, one: Tried) -> str:
     outcome = one.outcome
+    if "refused" in outcome:
+        return str(outcome["refused"])
     if outcome["short_bytes"]:
         return f"does not fit: {format_bytes(outcome['short_bytes'])} over on stage {outcome['short_stage']}"
     if outcome["host_short_bytes"]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sim.errors import ScenarioError
 from sim.planner.bounds import Bound, Bounds
 from sim.planner.economics import Cost, Economics
 from sim.planner.schema import Plan
@@ -67,6 +68,8 @@ class Search:
     num_candidates: int = 0
     tried: list[Tried] = field(default_factory=list)
     discarded: list[Discarded] = field(default_factory=list)
+    refused: list[tuple[Candidate, str]] = field(default_factory=list)
+    """Candidates that the scenario's door does not let in, and why: a rule that ``space`` does not know."""
 
     @property
     def front(self) -> list[Tried]:
@@ -114,7 +117,11 @@ def search(
     queue: list[_Entry] = []
     late: list[_Entry] = []
     for candidate in every:
-        bound = bounds.bound(candidate)
+        try:
+            bound = bounds.bound(candidate)
+        except ScenarioError as error:
+            found.refused.append((candidate, error.findings[0].problem))
+            continue
         best = economics.cost(candidate, bound.time_s, min(bound.compute_s, bound.time_s))
         room = plan.sites[candidate.site].gpu.total_memory_bytes * (1 - plan.constraints.memory_margin)
         if bound.memory_bytes > room and not exhaustive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+from sim.errors import ScenarioError
 from sim.memory.allocator import AllocatorSettings
 from sim.memory.replay import footprints
 from sim.model.transformer import describe
@@ -20,13 +21,37 @@ VERSION = 2
 """Of what a trial holds: an older cache is not read."""
 
 
+_NOTHING: dict[str, Any] = {
+    "version": VERSION,
+    "fits": False,
+    "fits_gpu": False,
+    "step_s": 0.0,
+    "parts": dict.fromkeys(PARTS, 0.0),
+    "exposed": {},
+    "mfu": 0.0,
+    "tokens_per_s": 0.0,
+    "peak_device_bytes": 0,
+    "capacity_bytes": 0,
+    "short_bytes": 0,
+    "short_stage": 0,
+    "host_short_bytes": 0,
+    "at_peak": {},
+    "beside": {},
+    "probability_fits": None,
+}
+"""The outcome of what was not simulated."""
+
+
 def trial(scenario: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return the outcome of a candidate's scenario.
 
     What does not fit even without NCCL's buffers is told without working out when anything happens: the allocator acts
     in the order in which the host issues.
     """
-    resolved = load_scenario_mapping(scenario, "candidate", folder=folder)
+    try:
+        resolved = load_scenario_mapping(scenario, "candidate", folder=folder)
+    except ScenarioError as error:
+        return {**_NOTHING, "refused": error.findings[0].problem}
     found = _too_large(resolved) if resolved.framework == "megatron" else None
     if found is None:
         found = outcome(simulate(resolved).report)
@@ -60,22 +85,13 @@ def _too_large(scenario: Scenario) -> dict[str, Any] | None:
     short, stage = max((f.out_of_memory.short_bytes, -f.stage) for f in held if f.out_of_memory)
     fullest = max(held, key=lambda footprint: footprint.peak_device_bytes)
     return {
-        "version": VERSION,
-        "fits": False,
-        "fits_gpu": False,
-        "step_s": 0.0,
-        "parts": dict.fromkeys(PARTS, 0.0),
-        "exposed": {},
-        "mfu": 0.0,
-        "tokens_per_s": 0.0,
+        **_NOTHING,
         "peak_device_bytes": fullest.peak_reserved_bytes + gpu.cuda_context_bytes,
         "capacity_bytes": gpu.total_memory_bytes,
         "short_bytes": short,
         "short_stage": -stage,
-        "host_short_bytes": 0,
         "at_peak": dict(fullest.at_peak),
         "beside": dict(fullest.beside),
-        "probability_fits": None,
     }
 
 

@@ -223,3 +223,14 @@ def test_a_pretended_outcome_is_complete() -> None:
     assert set(real) == set(outcome(1.0, 1, 2))
     assert real["version"] == VERSION == outcome(1.0, 1, 2)["version"]
     assert Economics(plan)
+
+
+def test_a_scenario_that_is_refused_is_an_outcome_with_its_reason() -> None:
+    from sim.planner.space import scenario_of
+    from sim.planner.trial import trial
+
+    plan = plan_of(TWO_SITES, "candidates.num_gpus=8")
+    scenario = {**scenario_of(plan, candidates(plan)[0]), "framework": "horovod"}
+    found = trial(scenario, ".")
+    assert not found["fits"]
+    assert "'horovod' is not a framework" in found["refused"]
