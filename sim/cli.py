@@ -71,6 +71,10 @@ def run(
         str | None,
         typer.Option("--memory", metavar="VIEW", help="Also show memory at-peak, by-module, by-phase or by-kind."),
     ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option("--time", metavar="VIEW", help="Also show what drives the band of the time: certainty."),
+    ] = None,
     what_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,6 +91,7 @@ def run(
     from sim.scenario.load import load_scenario
 
     _choice("--memory", memory, ("at-peak", "by-module", "by-phase", "by-kind"))
+    _choice("--time", time, ("certainty",))
     _choice("--largest", largest, ("micro_batch_size", "sequence_length"))
     set_ = _with(set_, calibration)
     scenario = load_scenario(file, set_ or ())
@@ -122,6 +127,10 @@ def run(
         from sim.report.tables import print_report, print_warnings
 
         print_report(_screen(), simulation.scenario, report, remedies)
+        if time is not None and report.time_confidence is not None:
+            from sim.report.certainty import print_time
+
+            print_time(_screen(), report.time_confidence, report.time_s)
         _print_questions(report, views, memory, answers)
         if not quiet:
             print_warnings(_screen(sys.stderr), report.warnings)

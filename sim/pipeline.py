@@ -74,6 +74,7 @@ def simulate(
             *cost.assumptions(),
         ),
         confidence=_confidence(scenario, held, outside),
+        cost=cost,
     )
     return Simulation(scenario, cluster, ledger, world, cost, timeline, outside, held, report)
 

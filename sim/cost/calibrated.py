@@ -155,6 +155,10 @@ class Calibrated:
             return nearest.ratio, "nearest" if far else "measured"
         return median([known.ratio for known in rows]), "median"
 
+    def ratios_of(self, kernel: Kernel) -> list[float]:
+        """Return the ratios of a kernel's family."""
+        return [known.ratio for known in self._families.get(shape_of(kernel).family, ())]
+
     def note(self, what: str, how: str) -> None:
         """Count a use, for the account."""
         self.used[what, how] = self.used.get((what, how), 0) + 1

@@ -136,6 +136,33 @@ def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str
     return GemmCoefficients(**{field: values[field] for field in fields}), whose
 
 
+def gemm_data(source: Source, dtype: str) -> Mapping[str, Any]:
+    """Return the whole entry of the fit whose coefficients matmuls of ``dtype`` take: its residuals too."""
+    entry = _entry(source.name)
+    name = "bf16" if dtype == "fp16" else dtype
+    name = entry.get("shares", {}).get(name) or name
+    data = read(_file("gemm", entry.get("instead", {}).get(name) or source.name))
+    key = name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else "bf16"
+    found: Mapping[str, Any] = data[key]
+    return found
+
+
+def attention_residuals(source: Source, kernel: str, backward: bool) -> Mapping[str, Any] | None:
+    """Return the residuals of the fit whose coefficients an attention kernel takes: rows held out before curves."""
+    other = read("attention_others.yaml").get(kernel)
+    if other is not None:
+        return attention_residuals(source, other["of"], backward)
+    for name in _KERNEL_OF[kernel]:
+        for place in (source.name, *_ATTENTION_FALLBACK.get(source.name, ()), "a100-sxm"):
+            stated = (read(_file("attention", place)) or {}).get(name, {}).get("residuals")
+            if stated:
+                labels = (
+                    ("plot, backward", "plot, both") if backward else ("measured forward, held out", "plot, forward")
+                )
+                return next((stated[label] for label in (*labels, "plot, both") if label in stated), None)
+    return None
+
+
 def sustained_droop(source: Source, droop: float) -> float:
     """Return the droop of 16-bit matmuls that follow each other: as measured so, else as found in short bursts."""
     entry = read("sustained.yaml").get(source.name)

@@ -65,7 +65,7 @@ class CostModel:
 
     def __init__(self, cluster: Cluster, gpu: GpuFacts, settings: CostSettings = _DEFAULT) -> None:
         self._cluster = cluster
-        self._gpu = gpu
+        self.gpu = self._gpu = gpu
         self._settings = settings
         self._source = efficiency.source_of(gpu)
         calibration = settings.calibration
@@ -91,6 +91,8 @@ class CostModel:
             from sim.cost.calibrated import Calibrated
 
             self.calibrated = Calibrated(calibration, cluster, lambda kernel: self._model(kernel, None)[0])
+        self.host_assumed = bool(self._host.assumed)
+        """The speed of the node's processor is not known."""
         self.num_kernels = 0
         """Different kernels priced so far."""
         self.num_assumed_kernels = 0
@@ -319,6 +321,13 @@ class CostModel:
         """Return the GPUs of ``ranks``."""
         placement = self._settings.placement
         return tuple(placement[rank] for rank in ranks) if placement else ranks
+
+    def wires_of(self, communicator: Communicator) -> tuple[int, str]:
+        """Return over how many nodes a group stands, and what of its collectives' time is assumed ("" if nothing)."""
+        from sim.cost.nccl import assumption
+
+        groups = [self._place(communicator.groups[0])]
+        return len({self._cluster.node_of(gpu) for gpu in groups[0]}), assumption(self._cluster, groups)
 
     def _groups(self, communicator: Communicator) -> tuple[tuple[int, ...], ...]:
         return tuple(self._place(group) for group in communicator.groups)

@@ -147,6 +147,19 @@ NEXT_BEST = {"nvlink": ("a100-sxm", "h100-sxm", "b200-sxm"), "pci": ("rtx-pro-60
 """Whose coefficients stand in, by architecture: up to Ampere, Hopper, Blackwell. The network was measured on H100."""
 
 
+def residuals_of(gpu: GpuFacts, several_nodes: bool) -> Mapping[str, Any] | None:
+    """Return what the fit says of held-out collectives, of the machine whose coefficients a GPU takes."""
+    own = source_of(gpu)
+    generation = min(max(gpu.compute_capability[0] - 8, 0), 2) if gpu.vendor == "nvidia" else 0
+    name = "residuals_between_nodes" if several_nodes else "residuals_one_node"
+    for system in (own.name, NEXT_BEST["nvlink"][generation], "h100-sxm"):
+        stated = _read(system).get("collectives", {}).get(name)
+        if stated is not None:
+            found: Mapping[str, Any] = stated
+            return found
+    return None
+
+
 def measured_by(gpu: GpuFacts, name: str, hw: str) -> tuple[str, Coefficients] | None:
     """Return (system, coefficients) of an algorithm over ``hw`` (``nvlink``, ``pci``, ``shm``, ``net``) on a GPU."""
     own = source_of(gpu).name

@@ -44,6 +44,7 @@ def explanation(scenario: Scenario, document: Document) -> dict[str, Any]:
         },
         "cost": list(_cost(scenario)),
         "calibration": _calibration(scenario),
+        "time": list(_time()),
         "memory": list(_memory(scenario)),
         "warnings": list(scenario.warnings),
     }
@@ -52,6 +53,12 @@ def explanation(scenario: Scenario, document: Document) -> dict[str, Any]:
 def print_explanation(screen: Screen, content: Mapping[str, Any], *, quiet: bool) -> None:
     """Print what ``explanation`` returned; ``quiet`` leaves the facts' sources out."""
     screen.show(_lines(content, min(screen.width, 140), quiet))
+
+
+def _time() -> Iterator[dict[str, Any]]:
+    """Yield what the band beside the time rests on beside the fits' own residuals (sim/report/certainty.py)."""
+    for name, fact in _measured("residuals.yaml").items():
+        yield {"key": name.replace("_", " "), "value": fact["value"], "from": f"{fact['kind']}: {fact['source']}"}
 
 
 def _memory(scenario: Scenario) -> Iterator[dict[str, Any]]:
@@ -298,6 +305,9 @@ def _lines(content: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Line
             ],
             width,
         )
+    yield ()
+    yield title("certainty of time", "standard deviations of families; sim run --time certainty says what drives it")
+    yield from paragraphs([(m["key"], value_words(m["value"]), (m["from"], "dim")) for m in content["time"]], width)
     yield ()
     yield title("certainty of memory", "sim/memory/confidence.py")
     yield from paragraphs([(m["key"], value_words(m["value"]), (m["from"], "dim")) for m in content["memory"]], width)

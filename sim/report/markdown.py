@@ -16,6 +16,7 @@ from sim.report.rows import (
     out_of_memory_words,
     peak_words,
     step_rows,
+    time_band_words,
 )
 from sim.scenario.schema import Scenario
 from sim.units import format_bytes, format_duration
@@ -59,6 +60,8 @@ def _lines(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult])
     yield from _table(
         ("part", "time", "share"), "lrr", ((part, time, f"{share:.1%}") for part, time, share in step_rows(report))
     )
+    if report.time_confidence is not None:
+        yield f"\n{_sentence(time_band_words(report.time_confidence))}."
     yield "\n![one step](timeline.png)"
     if report.communication:
         yield "\n## Communication of one rank in a step\n"

@@ -13,11 +13,13 @@ So the parts add up to the step, in integer ticks.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from sim.ir.ledger import Kernel
+from sim.ir.program import Compute, Program
 from sim.ir.timeline import Span, Timeline
 
 PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
@@ -108,6 +110,22 @@ def _step_parts(timeline: Timeline, rank: int) -> dict[str, int]:
         "bubble": ticks[_BUBBLE],
         "other": ticks[_HOST] + timeline.end - length(taken),
     }
+
+
+Kernels = dict[int, tuple[int, Kernel]]
+"""By identity: how often a rank runs a kernel in a step, and the kernel."""
+
+
+def kernels_of(program: Program) -> Kernels:
+    """Return the kernels of a program's step; repeated layers have the same objects."""
+    counts: dict[int, int] = {}
+    different: dict[int, Kernel] = {}
+    for chunk, calls in Counter([call.chunk for call in program.step]).items():
+        kernels = [instruction.kernel for instruction in program.chunks[chunk] if instruction.__class__ is Compute]
+        different.update(zip(map(id, kernels), kernels, strict=True))
+        for key, number in Counter(map(id, kernels)).items():
+            counts[key] = counts.get(key, 0) + number * calls
+    return {key: (number, different[key]) for key, number in counts.items()}
 
 
 def communication(timeline: Timeline, rank: int) -> tuple[CommunicationTotal, ...]:

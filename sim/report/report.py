@@ -11,12 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sim.cost.model import CostModel
 from sim.ir.footprint import CATEGORIES, Footprint
 from sim.ir.ledger import Attention, Gemm, Kernel, Ledger
-from sim.ir.program import Compute, World
+from sim.ir.program import World
 from sim.ir.timeline import Timeline
 from sim.memory.confidence import COVERAGE, Confidence
-from sim.report.metrics import PARTS, CommunicationTotal, communication, of_rank, slowest_rank, step_parts
+from sim.report.certainty import TimeConfidence, time_confidence
+from sim.report.metrics import (
+    PARTS,
+    CommunicationTotal,
+    Kernels,
+    communication,
+    kernels_of,
+    of_rank,
+    slowest_rank,
+    step_parts,
+)
 from sim.scenario.schema import Scenario
 from sim.units import seconds
 
@@ -74,6 +85,8 @@ class Report:
     warnings: tuple[str, ...]
     confidence: Confidence | None = None
     """How sure the memory of the fullest rank is."""
+    time_confidence: TimeConfidence | None = None
+    """How sure the time of the slowest rank's step is."""
     host_capacity_bytes: int = 0
     """Memory of a node; ``host_bytes_per_node`` is what its ranks hold of it together. 0: unknown."""
 
@@ -108,6 +121,7 @@ class Report:
             "step": {
                 "time_s": time_s,
                 **{f"{part}_s": seconds(self.step_ticks[part]) for part in PARTS},
+                **_time_confidence(self.time_confidence),
                 "tokens_per_s": self.tokens_per_step / time_s if time_s else 0.0,
                 "tokens_per_s_per_gpu": self.tokens_per_step / per_gpu if per_gpu else 0.0,
                 "model_flops": self.model_flops,
@@ -158,6 +172,19 @@ def _confidence(found: Confidence | None) -> dict[str, Any]:
     }
 
 
+def _time_confidence(found: TimeConfidence | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {
+        "band_s": [found.low_s, found.high_s],
+        "band_coverage": COVERAGE,
+        "band_parts": {
+            part.name: {"time_s": part.time_s, "deviation_s": part.deviation_s, "source": part.source}
+            for part in found.parts
+        },
+    }
+
+
 def result(report: Report, remedies: Sequence[RemedyResult]) -> dict[str, Any]:
     """Return what ``sim run --json`` prints and ``report.json`` holds."""
     return {**report.to_dict(), "remedies": [remedy.to_dict() for remedy in remedies]}
@@ -180,10 +207,12 @@ def summarise(
     usable_bytes: int,
     warnings: Sequence[str],
     confidence: Confidence | None = None,
+    cost: CostModel | None = None,
 ) -> Report:
     """Return the report: the slowest rank's step, each class's memory, the communication, what was assumed.
 
-    ``usable_bytes`` is what cudaMalloc can give the framework's allocator on the fullest rank.
+    ``usable_bytes`` is what cudaMalloc can give the framework's allocator on the fullest rank. ``cost`` is what the
+    times came from: how sure they are, it knows.
     """
     rank = slowest_rank(timeline)
     own = of_rank(timeline, rank)
@@ -195,6 +224,12 @@ def summarise(
     replicas = parallelism.dp * scenario.num_microbatches
     host_bytes = max(footprint.host_bytes for footprint in footprints) * scenario.cluster.gpus_per_node
     host_capacity = scenario.cluster.node.host_memory_bytes
+    totals = communication(own, rank)
+    band = None
+    kernels = [kernels_of(program) for program in world.programs]
+    if cost is not None and timeline.end:
+        parts_s = {part: seconds(parts[part]) for part in PARTS}
+        band = time_confidence(parts_s, totals, world, rank, kernels, cost)
     return Report(
         scenario=scenario.name,
         fits=all(footprint.out_of_memory is None for footprint in footprints) and host_bytes <= host_capacity,
@@ -203,14 +238,14 @@ def summarise(
         step_ticks=parts,
         tokens_per_step=training.global_batch_size * training.sequence_length,
         model_flops=ledger.matmul_flops * replicas,
-        executed_flops=executed_flops(world),
+        executed_flops=executed_flops(world, kernels),
         flops_formula=ledger.flops_formula,
         peak_flops_per_s=peak,
         capacity_bytes=scenario.cluster.gpu.total_memory_bytes,
         usable_bytes=usable_bytes,
         host_bytes_per_node=host_bytes,
         footprints=tuple(footprints),
-        communication=communication(own, rank),
+        communication=totals,
         pipeline=Pipeline(
             parallelism.schedule if parallelism.pp > 1 else "none",
             parallelism.pp,
@@ -220,6 +255,7 @@ def summarise(
         warnings=tuple(warnings),
         host_capacity_bytes=host_capacity,
         confidence=confidence,
+        time_confidence=band,
     )
 
 
@@ -229,31 +265,18 @@ def peak_flops_per_s(scenario: Scenario) -> float:
     return scenario.cluster.gpu.peak_flops[precision]
 
 
-def executed_flops(world: World) -> int:
+def executed_flops(world: World, kernels: Sequence[Kernels] | None = None) -> int:
     """Return the matmul and attention FLOPs that all ranks execute in a step, recompute included.
 
     Causal attention counts in full, as in ``Ledger.matmul_flops``, though its kernels skip half: so HFU and MFU are
     shares of one measure, and differ by what is computed again.
     """
-    total = 0
-    by_kernel: dict[int, int] = {}  # repeated layers have the same kernels
-    for program in world.programs:
-        by_chunk: dict[str, int] = {}
-        for call in program.step:
-            flops = by_chunk.get(call.chunk)
-            if flops is None:
-                chunk = program.chunks[call.chunk]
-                flops = 0
-                for instruction in chunk:
-                    if instruction.__class__ is Compute:
-                        kernel: Kernel = instruction.kernel
-                        known = by_kernel.get(id(kernel))
-                        if known is None:
-                            known = by_kernel[id(kernel)] = _matmul_flops(kernel)
-                        flops += known
-                by_chunk[call.chunk] = flops
-            total += flops * len(program.ranks)
-    return total
+    if kernels is None:
+        kernels = [kernels_of(program) for program in world.programs]
+    return sum(
+        len(program.ranks) * sum(number * _matmul_flops(kernel) for number, kernel in own.values())
+        for program, own in zip(world.programs, kernels, strict=True)
+    )
 
 
 def _matmul_flops(kernel: Kernel) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sim.ir.footprint import CATEGORIES, Footprint
 from sim.memory.confidence import COVERAGE, Confidence
+from sim.report.certainty import TimeConfidence
 from sim.report.report import RemedyResult, Report
 from sim.scenario.schema import Scenario
 from sim.units import format_bytes, format_duration, format_flops, format_rate, seconds
@@ -128,6 +129,15 @@ def band_words(found: Confidence) -> str:
         f"{round(10 * COVERAGE)} like runs of 10 would be between {format_bytes(found.least_bytes)} and "
         f"{format_bytes(found.most_bytes)}; the probability that it fits is {probability:.3f}"
     )
+
+
+def time_band_words(found: TimeConfidence) -> str:
+    """Return the band of a step's time and what drives it: "9 like runs of 10 would take between 3.9 s and 4.4 s"."""
+    words = (
+        f"{round(10 * COVERAGE)} like runs of 10 would take between {format_duration(found.low_s)} and "
+        f"{format_duration(found.high_s)}, by what is known of the parts"
+    )
+    return f"{words}: most by {found.parts[0].name}" if found.parts else words
 
 
 def account(footprint: Footprint) -> Iterator[AccountRow]:

@@ -19,6 +19,7 @@ from sim.report.rows import (
     peak_words,
     remedy_rows,
     step_rows,
+    time_band_words,
 )
 from sim.scenario.schema import Scenario
 from sim.units import format_bytes
@@ -68,6 +69,8 @@ def _report(scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]
     rest = width - _BAR_AT
     for words, duration, share in step_rows(report):
         yield _bar_line(words, duration, share, share, rest, total=False)
+    if report.time_confidence is not None:
+        yield from (((line, "dim"),) for line in fold(time_band_words(report.time_confidence), width, 2))
     if report.communication:
         yield ()
         yield title("Communication in a step", "of one rank")

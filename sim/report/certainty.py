@@ -1,0 +1,175 @@
+"""How sure the time of a step is: a band beside the estimate, from the residuals of what went into it.
+
+The step of the slowest rank is taken apart: kernels by family, exposed collectives by whether they leave a node, the
+host, copies. What computes keeps its part of the step in proportion to its kernels' own times (collectives beside slow
+all alike); a bubble waits for the same work on other ranks and grows with it.
+
+    shared = sum over families of shared_f t_f          what is off by one cause adds up, and all causes the same way
+    own    = root of sum over shapes of (own_f t_s)^2   shapes are off by themselves: some compensate others
+    log-normal band = step exp(-+ 1.645 root(shared^2 + own^2) / step)
+
+``shared_f`` and ``own_f``: ``sim/cost/residuals.py``. Nothing here is fitted to a training run. Leaves out: what the
+step does not contain (data loading, stragglers, congestion, a busy host), an attention kernel or a framework's setting
+that is another one in the real run, and what is hidden now and would be exposed if it took longer. So the band is what
+the parts are known to; docs/usage.md says how many published runs it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, sqrt
+
+from sim.cost.model import CostModel
+from sim.cost.residuals import NINE_IN_TEN, Residual, Residuals
+from sim.ir.program import Copy, HostCompute, Program, World
+from sim.report.layout import Cell, Line, Screen, fold, grid, title
+from sim.report.metrics import CommunicationTotal, Kernels
+from sim.units import format_duration
+
+MAX_SOURCES = 4
+"""Sources that are told for the families that drive the band."""
+COVERAGE = 0.9
+"""Share of the distribution inside the band, the same share outside above as below."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimePart:
+    """One family: its part of the step, and the standard deviation that it brings, both in seconds."""
+
+    name: str
+    time_s: float
+    deviation_s: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimeConfidence:
+    """The band of a step's time, and its parts, what drives it first."""
+
+    low_s: float
+    high_s: float
+    parts: tuple[TimePart, ...]
+
+
+@dataclass(slots=True)
+class _Family:
+    residual: Residual
+    time_s: float = 0.0
+    squares: float = 0.0
+    """Of the times of single shapes."""
+
+
+def time_confidence(
+    parts_s: Mapping[str, float],
+    communication: Iterable[CommunicationTotal],
+    world: World,
+    rank: int,
+    kernels: Sequence[Kernels],
+    cost: CostModel,
+) -> TimeConfidence:
+    """Return the band of the step of ``rank``, a representative, from its parts (``metrics.PARTS``) in seconds.
+
+    ``kernels`` are those of each program.
+    """
+    residuals = Residuals(cost)
+    at = next(index for index, program in enumerate(world.programs) if program.ranks[0] == rank)
+    step_s = sum(parts_s.values())
+    families = _by_family(kernels[at], rank, cost, residuals)
+    kernels_s = sum(family.time_s for family in families.values())
+    on_gpu_s = parts_s["compute"] + parts_s["optimizer"]
+    beyond_s = max(0.0, parts_s["optimizer"] - _optimizer_kernels(families, kernels_s, parts_s))
+    if beyond_s and not _copies(world.programs[at]):
+        beyond_s = 0.0
+    scale = max(0.0, on_gpu_s - beyond_s) / kernels_s if kernels_s else 0.0
+    for family in families.values():
+        family.time_s *= scale
+        family.squares *= scale**2
+    exposed_s = parts_s["exposed_communication"]
+    totals = list(communication)
+    exposed = sum(total.exposed for total in totals)
+    for total in totals:
+        share_s = exposed_s * total.exposed / exposed if exposed else 0.0
+        if share_s:
+            axis = next((c for c in world.communicators.values() if c.axis == total.axis), None)
+            _add(families, residuals.collectives(axis) if axis else residuals.copies(), share_s)
+    if exposed_s and not exposed:  # it waits for slower ranks, which do the same work
+        _add(families, residuals.waiting(), exposed_s)
+    if beyond_s:
+        _add(families, residuals.copies(), beyond_s)
+    if parts_s["other"]:
+        _add(families, residuals.host(), parts_s["other"])
+    known_s = sum(family.time_s for family in families.values())
+    grown = step_s / known_s if known_s else 0.0  # the bubble waits for the same work
+    shared_s = grown * sum(family.residual.shared * family.time_s for family in families.values())
+    own_s = grown * sqrt(sum(family.residual.own**2 * family.squares for family in families.values()))
+    width = NINE_IN_TEN * sqrt(shared_s**2 + own_s**2) / step_s if step_s else 0.0
+    found = [
+        TimePart(
+            name,
+            family.time_s,
+            grown * sqrt((family.residual.shared * family.time_s) ** 2 + family.residual.own**2 * family.squares),
+            family.residual.source,
+        )
+        for name, family in families.items()
+        if family.time_s
+    ]
+    found.sort(key=lambda part: (-part.deviation_s, part.name))
+    return TimeConfidence(step_s * exp(-width), step_s * exp(width), tuple(found))
+
+
+def _by_family(kernels: Kernels, rank: int, cost: CostModel, residuals: Residuals) -> dict[str, _Family]:
+    """Return the kernels of a rank's step by family; a kernel object is one shape, however often it runs."""
+    families: dict[str, _Family] = {}
+    for number, kernel in kernels.values():
+        _add(families, residuals.kernel(kernel), cost.kernel_s(kernel, rank) * number)
+    return families
+
+
+def _copies(program: Program) -> bool:
+    """Whether a step copies to or from host memory or has the CPU compute."""
+    return any(
+        instruction.__class__ is Copy or instruction.__class__ is HostCompute
+        for chunk in {call.chunk: None for call in program.step}
+        for instruction in program.chunks[chunk]
+    )
+
+
+def _add(families: dict[str, _Family], residual: Residual, time_s: float) -> None:
+    family = families.get(residual.family)
+    if family is None:
+        family = families[residual.family] = _Family(residual)
+    family.time_s += time_s
+    family.squares += time_s**2
+
+
+def _optimizer_kernels(families: Mapping[str, _Family], kernels_s: float, parts_s: Mapping[str, float]) -> float:
+    """Return how much of the optimizer's part its kernels can be: the rest is copies and work of the CPU."""
+    own = families.get("optimizer kernels")
+    left_s = max(0.0, kernels_s - parts_s["compute"])
+    return max(left_s, own.time_s if own is not None else 0.0)
+
+
+def print_time(screen: Screen, found: TimeConfidence, time_s: float) -> None:
+    """Print what the band of a step's time rests on, what drives it first."""
+    screen.show(_lines(found, time_s, min(screen.width, 120)))
+
+
+def _lines(found: TimeConfidence, time_s: float, width: int) -> Iterator[Line]:
+    yield ()
+    band = f"{format_duration(found.low_s)} to {format_duration(found.high_s)}"
+    yield title("Certainty of the time", f"nine like runs of ten: {band}")
+    header: list[Cell] = [(name, "dim") for name in ("family", "time", "share", "off by", "of the step")]
+    rows: list[list[Cell]] = [
+        [
+            part.name,
+            format_duration(part.time_s),
+            f"{part.time_s / time_s:.1%}",
+            f"{part.deviation_s / part.time_s:.1%}",
+            f"{part.deviation_s / time_s:.1%}",
+        ]
+        for part in found.parts
+    ]
+    yield from grid([header, *rows], "lrrrr", width)
+    for part in found.parts[:MAX_SOURCES]:
+        yield from (((line, "dim"),) for line in fold(f"{part.name}: {part.source}", width, 2, hang=2))
