@@ -81,7 +81,7 @@ def source_of(gpu: GpuFacts) -> Source:
                 entry["capability"] == capability
                 and entry["num_sms"] == gpu.num_sms
                 and _near(gpu.memory_bytes_per_s, units.parse_rate(entry["memory"]))
-                and _near(peak, units.parse_flops(entry["bf16"]))
+                and _near(peak, _rate(entry))
             ):
                 return Source(entry["name"], True, "", _power_factor(gpu, peak, entry))
     for rule in index["stands_for"]:
@@ -99,11 +99,16 @@ def _entry(name: str) -> Any:
     return next(entry for entry in (*index["measured"], *index["others"]) if entry["name"] == name)
 
 
+def _rate(entry: Mapping[str, Any]) -> float:
+    """Return the dense peak of 16-bit matmuls on a machine of the index."""
+    return units.parse_flops(entry.get("bf16") or entry["fp16"])
+
+
 def _power_factor(gpu: GpuFacts, peak: float, entry: Mapping[str, Any]) -> float:
     """Share of the clock that the power of ``gpu`` allows, against the machine of the measurements."""
     if not gpu.power_w or not peak:
         return 1.0
-    ratio = gpu.power_w / peak * units.parse_flops(entry["bf16"]) / units.parse_power(entry["power"])
+    ratio = gpu.power_w / peak * _rate(entry) / units.parse_power(entry["power"])
     return 1.0 if ratio > 1 - _SIMILAR else float(ratio ** (1 / 3))
 
 
@@ -117,12 +122,13 @@ def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str
     fp16 runs on the same units as bf16 and counts as measured; nvfp4 takes fp8's shares, others bf16's.
     """
     entry = _entry(source.name)
-    name = "bf16" if dtype == "fp16" else dtype
+    name = "bf16" if dtype == "fp16" and "bf16" in entry else dtype
     shares = entry.get("shares", {}).get(name)
     asked, name = name, shares or name
     instead = entry.get("instead", {}).get(name)
     data = read(_file("gemm", instead or source.name))
-    key = name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else "bf16"
+    usual = "bf16" if "bf16" in data else "fp16"
+    key = name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else usual
     values = data[key]["coefficients"]
     reasons = []
     if instead:

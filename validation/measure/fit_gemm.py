@@ -2,8 +2,9 @@
 
     python validation/measure/fit_gemm.py DATA.tsv.gz [--write] [--only h100-sxm] [--iterations 3000]
 
-DATA has the columns system, source, gemm_dtype (bfloat16, fp8), m, n, k, us: one measured product a row. The published
-coefficients come from ai-dynamo/aiconfigurator (Apache-2.0), systems/data/*/gemm_perf, at commit 095f58a51.
+DATA has the columns system, source, gemm_dtype (bfloat16, float16, fp8), m, n, k, us: one measured product a row. The
+published coefficients come from ai-dynamo/aiconfigurator (Apache-2.0), systems/data/*/gemm_perf, at commit 095f58a51;
+V100's from gemm_v100.tsv beside this script.
 
 One row in five (by a checksum of its shape) is held out. The search is a seeded random walk on the mean absolute log
 error of the others; rows with m < 64 weigh 0.3. Errors that are printed are those of ``sim.cost.gemm.gemm_s`` itself.
@@ -35,8 +36,13 @@ MEASURED = Path(__file__).parents[2] / "sim/catalog/measured"
 SYSTEMS = {
     "a100_sxm": "a100-sxm", "h100_sxm": "h100-sxm", "h200_sxm": "h200-sxm", "b200_sxm": "b200-sxm",
     "b300_sxm": "b300-sxm", "gb200": "gb200", "gb300": "gb300", "l40s": "l40s", "rtx_pro_6000_server": "rtx-pro-6000",
+    "v100_sxm2": "v100-sxm2",
 }  # fmt: skip
-DTYPES = {"bfloat16": "bf16", "fp8": "fp8"}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "fp8": "fp8"}
+AICONFIGURATOR = "ai-dynamo/aiconfigurator @095f58a51, systems/data, gemm_perf (Apache-2.0)"
+SOURCES = {"v100_sxm2": "baidu-research/DeepBench @da81ba7 (Apache-2.0), results/train/DeepBench_NV_V100.xlsx"}
+FIXED = {"v100_sxm2": {"memory_fraction": 0.91}}
+"""Few rows are bound by memory there: the share that plain kernels reach (memory_bound.yaml)."""
 NAMES = (*GemmCoefficients.__dataclass_fields__, "row_s", "quantise_fraction", "quantise_floor_s")
 START = (0.85, 64.0, 2000.0, 2e-6, 0.85, 3.0, 0.5, 2048.0, 0.2, 0.1, 1e-3, 0.1, 3e-9, 0.3, 2e-6)
 LOW = (0.3, 8.0, 10.0, 0.5e-6, 0.4, 1.0, 0.01, 512.0, 0.01, 0.001, 5e-5, 0.001, 1e-10, 0.05, 1e-7)
@@ -116,7 +122,7 @@ def fit(shapes: np.ndarray, seconds: np.ndarray, x: Machine, iterations: int, fi
 def machine(entry: dict[str, Any], dtype: str) -> Machine:
     return Machine(
         peak_flops=units.parse_flops(entry[dtype]),
-        element_bytes=2 if dtype == "bf16" else 1,
+        element_bytes=1 if dtype == "fp8" else 2,
         num_sms=entry["num_sms"],
         clock_hz=units.parse_frequency(entry["clock"]),
         memory_bytes_per_s=units.parse_rate(entry["memory"]),
@@ -144,17 +150,17 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3000)
     args = parser.parse_args()
     index = {entry["name"]: entry for entry in yaml.safe_load((MEASURED / "index.yaml").read_text())["measured"]}
-    with gzip.open(args.data, "rt") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    with (gzip.open if args.data.suffix == ".gz" else open)(args.data, "rt") as file:
+        rows = list(csv.DictReader((line for line in file if not line.startswith("#")), delimiter="\t"))
     print(
         f"{'gpu':14}{'dtype':6}{'rows':>6}{'median':>8}{'mean':>8}{'p90':>8}   held-out rows, m >= 64 | m < 64: median"
     )
     for system, name in SYSTEMS.items():
-        if args.only and name not in args.only.split(","):
+        if (args.only and name not in args.only.split(",")) or all(row["system"] != system for row in rows):
             continue
         out: dict[str, Any] = {
             "gpu": name,
-            "source": "ai-dynamo/aiconfigurator @095f58a51, systems/data, gemm_perf (Apache-2.0)",
+            "source": SOURCES.get(system, AICONFIGURATOR),
             "measured_with": next(row["source"] for row in rows if row["system"] == system),
             "date": datetime.date.today().isoformat(),
             "script": "validation/measure/fit_gemm.py",
@@ -167,7 +173,7 @@ def main() -> None:
             seconds = np.array([float(r["us"]) * 1e-6 for r in mine])
             held = np.array([zlib.crc32(",".join(map(str, shape)).encode()) % 5 == 0 for shape in shapes.tolist()])
             x = machine(index[name], dtype)
-            fixed = {"floor_s": out["bf16"]["coefficients"]["floor_s"]} if dtype == "fp8" else {}
+            fixed = {"floor_s": out["bf16"]["coefficients"]["floor_s"]} if dtype == "fp8" else FIXED.get(system, {})
             theta = fit(shapes[~held], seconds[~held], x, args.iterations, fixed)
             fitted = {key: float(f"{value:.4g}") for key, value in zip(NAMES, theta, strict=True)}
             coefficients = GemmCoefficients(**{key: fitted[key] for key in GemmCoefficients.__dataclass_fields__})
