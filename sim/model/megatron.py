@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sim.ir.ledger import Dim, Layer, Parameter, Pointwise, Shape, Tensor
+from sim.ir.ledger import Dim, DType, Kernel, Layer, Parameter, Pointwise, Shape, Tensor
 from sim.model import attention as core
 from sim.model.embedding import TOKENS, lookup, positions
 from sim.model.loss import LABELS, cross_entropy, fused_cross_entropy, vocab_cross_entropy
@@ -224,7 +224,9 @@ def _unfused(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
     scores = core.matmul_scores(
         tape, f"{module}.scores", q, k, SCORES if shared else "scores", module=module, heads=heads, shared=shared
     )  # fmt: skip
-    probabilities = _fused_softmax(tape, f"{module}.softmax", scores, "probabilities", module, shared=shared)
+    batches, keys = c.training.micro_batch_size * c.dims.heads.size // c.tp, c.training.sequence_length
+    softmax = _fused_softmax if batches % batches_of_a_block(keys) == 0 else _torch_softmax
+    probabilities = softmax(tape, f"{module}.softmax", scores, "probabilities", module, shared=shared)
     dropped = dropout(tape, f"{module}.dropout", probabilities, p, out="dropped", module=module, region=core.REGION)
     context = core.matmul_values(tape, module, dropped, v, "context", module=module)
     return core.contiguous(tape, f"{module}.contiguous", context, "attention", module=module)
@@ -252,6 +254,73 @@ def _fused_softmax(tape: Tape, name: str, scores: Value, out: str, module: str, 
             reads=(grad.name, out), releases=(name,), module=module, region=core.REGION,
         )  # fmt: skip
         tape.give(scores, grad, module, core.REGION)
+
+    tape.node(emit)
+    return result
+
+
+def batches_of_a_block(keys: int) -> int:
+    """Return the score matrices that a thread block takes; a rank's must be a multiple of it, or nothing is fused.
+
+    ``is_kernel_available`` (also 4 at least) and ``get_batch_per_block`` in megatron/core/fusions/fused_softmax.py: 128
+    threads, a warp for one row of more than 128 keys, for two of fewer.
+    """
+    threads = min(1 << (keys - 1).bit_length(), 32)
+    return max(4, 128 // threads * (2 if keys <= 128 else 1))
+
+
+def _torch_softmax(tape: Tape, name: str, scores: Value, out: str, module: str, *, shared: bool) -> Value:
+    """``forward_torch_softmax``: to fp32, scaled, masked in place, softmax (keeps its result), and back to 16 bit.
+
+    Each of them is a kernel, forward and backward (masked_fill's gradient is a copy, then filled). The mask is taken to
+    be there already. Source: megatron/core/fusions/fused_softmax.py with ``attention_softmax_in_fp32``, as it is
+    wherever scores are scaled.
+    """
+    region, dtype = core.REGION, scores.dtype
+
+    def tensor(what: str, dtype: DType = "fp32") -> Tensor:
+        return Tensor(f"{name}.{what}", scores.shape, dtype)
+
+    def step(what: str, source: Tensor, target: Tensor) -> None:
+        made = () if source is target else (target,)
+        tape.op(
+            f"{name}.{what}", (Pointwise("elementwise", (source,), (target,)),), module=module, region=region,
+            reads=() if shared and source is scores.tensor else (source.name,), writes=made,
+        )  # fmt: skip
+
+    full, scaled, kept = tensor("float"), tensor("scaled"), tensor("float_probabilities")
+    result = Value(Tensor(out, scores.shape, dtype))
+    step("float", scores.tensor, full)
+    step("scale", full, scaled)
+    step("mask", scaled, scaled)
+    tape.op(
+        name, (Pointwise("softmax", (scaled,), (kept,)),), reads=(scaled.name,), writes=(kept,), saves=(kept.name,),
+        module=module, region=region,
+    )  # fmt: skip
+    step("half", kept, result.tensor)
+
+    def emit() -> None:
+        grad = tape.take(result)
+        if grad is None:
+            return
+        up, down = tensor("half.grad"), tensor("grad")
+        masked, unscaled, last = tensor("mask.grad"), tensor("scale.grad"), tape.fresh(scores)
+
+        def back(what: str, kind: str, sources: tuple[Tensor, ...], target: Tensor, *releases: str) -> None:
+            kernels: tuple[Kernel, ...] = (Pointwise(kind, sources, (target,)),)
+            if what == "mask":
+                kernels += (Pointwise("elementwise", (target,), (target,)),)
+            tape.back(
+                f"{name}.{what}.backward", kernels, reads=tuple(t.name for t in sources), writes=(target,),
+                releases=releases, module=module, region=region,
+            )  # fmt: skip
+
+        back("half", "elementwise", (grad,), up)
+        back("softmax", "softmax", (up, kept), down, name)
+        back("mask", "elementwise", (down,), masked)
+        back("scale", "elementwise", (masked,), unscaled)
+        back("float", "elementwise", (unscaled,), last)
+        tape.give(scores, last, module, region)
 
     tape.node(emit)
     return result

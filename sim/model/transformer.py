@@ -71,6 +71,7 @@ class Context:
     """Whether scaled_dot_product_attention has FlashAttention: from compute capability 8.0 on."""
     local: bool = False
     """Whether Megatron's layers are its own, not Transformer Engine's."""
+    tp: int = 1
 
     @property
     def code(self) -> str:
@@ -94,11 +95,15 @@ def describe(
     autocast: bool,
     flash: bool = True,
     local: bool = False,
+    tp: int = 1,
 ) -> Ledger:
-    """Return what one replica computes for one microbatch. Identical blocks are one object, described once."""
+    """Return what one replica computes for one microbatch. Identical blocks are one object, described once.
+
+    ``tp``: ranks that will have a part of the heads each, where the choice of a kernel looks at how many they are.
+    """
     dims = _dims(model, training)
     precision = Precision.of(parameter_dtype, compute_dtype, autocast=autocast)
-    context = Context(model, training, precision, dims, names_of(model), flash, local)
+    context = Context(model, training, precision, dims, names_of(model), flash, local, tp)
     if training.code == "megatron":
         from sim.model import megatron
 
