@@ -298,7 +298,8 @@ def validate(
     with _progress("predicting", quiet) as step:
         answered = validate(chosen, jobs, step)
     if results is not None:
-        from sim.validation.results import results_markdown
+        from sim.report.plots import results_png
+        from sim.validation.results import points, results_markdown
 
         words = [
             *map(str, files),
@@ -306,9 +307,10 @@ def validate(
             *(["--limit", str(limit)] if limit else []),
         ]
         results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(
-            results_markdown(answered, f"sim validate {' '.join(words)} --results {results}"), encoding="utf-8"
-        )
+        picture = results.with_name(f"{results.stem.lower()}_time.png")
+        picture.write_bytes(results_png(points(answered)))
+        command = f"sim validate {' '.join(words)} --results {results}"
+        results.write_text(results_markdown(answered, command, picture.name), encoding="utf-8")
     if plot is not None:
         from sim.validation.parts import write_plots
 

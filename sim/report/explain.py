@@ -306,7 +306,7 @@ def _lines(content: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Line
             width,
         )
     yield ()
-    yield title("certainty of time", "standard deviations of families; sim run --time certainty says what drives it")
+    yield title("certainty of time", "standard deviations (sim/report/certainty.py)")
     yield from paragraphs([(m["key"], value_words(m["value"]), (m["from"], "dim")) for m in content["time"]], width)
     yield ()
     yield title("certainty of memory", "sim/memory/confidence.py")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -36,6 +36,10 @@ KIND_COLOURS = {
     "copy or CPU": "#8c8c8c",
 }
 PHASE_COLOURS = {"forward": "#d5dfeb", "backward": "#f3d9d9", "optimizer": "#d9ead7"}
+RESULT_COLOURS = (
+    "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#edc948", "#9c755f", "#76b7b2", "#ff9da7", "#8c8c8c",
+)  # fmt: skip
+RESULT_MARKS = ("o", "s", "^")
 LIMIT = "#b00020"
 GIB = 2**30
 NUM_BINS = 1500
@@ -49,6 +53,25 @@ def _time_unit(ticks: int) -> tuple[float, str]:
         if seconds >= 2 * factor:
             return TICKS_PER_S * factor, unit
     return TICKS_PER_S * 1e-9, "ns"
+
+
+def results_png(points: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """Draw predicted against measured step times, in seconds, a colour and mark a source."""
+    figure = Figure(figsize=(9.2, 6.0), layout="constrained")
+    axes = figure.subplots()
+    every = [value for found in points.values() for pair in found for value in pair]
+    ends = (min(every, default=0.1) / 1.5, max(every, default=1.0) * 1.5)
+    axes.fill_between(ends, [0.9 * x for x in ends], [1.1 * x for x in ends], color="#e4e4e4", label="within 10 %")
+    axes.plot(ends, ends, color="#555555", linewidth=0.8)
+    for index, (source, found) in enumerate(points.items()):
+        xs, ys = zip(*found, strict=True)
+        colour = RESULT_COLOURS[index % len(RESULT_COLOURS)]
+        mark = RESULT_MARKS[index // len(RESULT_COLOURS) % len(RESULT_MARKS)]
+        label = f"{source} ({len(found):,})"
+        axes.scatter(xs, ys, s=14, color=colour, marker=mark, linewidths=0, alpha=0.75, label=label)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured step, s", ylabel="predicted step, s")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    return _png(figure)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -43,6 +43,12 @@ class Prediction:
     parts_s: dict[str, float]
     ranks: tuple[Mapping[str, Any], ...] = ()
     """Memory of each class of ranks, as the report has it."""
+    band_s: tuple[float, float] | None = None
+    """The band beside the step time."""
+    exposed_s: tuple[tuple[str, str, float], ...] = ()
+    """Exposed time of each (kind, axis), the longest first."""
+    assumed: tuple[str, ...] = ()
+    """What the report says is assumed, extrapolated or not modelled."""
 
     def rank_of(self, run: Run) -> Mapping[str, Any] | None:
         """Return the memory of the rank that a run measured: the fullest one's, or that of a pipeline rank."""
@@ -156,6 +162,9 @@ def _predicted(scenario: Scenario) -> Prediction:
         counts=counts,
         ranks=tuple(memory["ranks"]),
         parts_s={part: step[f"{part}_s"] for part in step["ticks"] if part != "time"},
+        band_s=tuple(step["band_s"]) if "band_s" in step else None,
+        exposed_s=tuple((total["kind"], total["axis"], total["exposed_s"]) for total in content["communication"]),
+        assumed=tuple(content["warnings"]),
     )
 
 
@@ -201,9 +210,9 @@ def _assumptions(comparisons: Sequence[Comparison]) -> Iterator[str]:
         elif formula is not OURS:
             yield f"{source}: FLOP formula {said}: {count} figures compared in {formula.words}"
     for row in comparisons:
-        if row.quantity == "step_time_s" and _above_peak(row):
+        if above_peak(row):
             yield (
-                f"{row.source}: {row.run.id}: its step time needs more FLOP/s than the GPU has: the source's batch or "
+                f"{row.source}: {row.run.id}: it needs more FLOP/s than the GPU has: the source's batch or "
                 "time cannot be what stands in its table; compared as it is"
             )
     if lost := len({(r.source, r.run.id) for r in comparisons if not r.prediction.values["fits"] and _ran(r.run)}):
@@ -213,10 +222,13 @@ def _assumptions(comparisons: Sequence[Comparison]) -> Iterator[str]:
         )
 
 
-def _above_peak(row: Comparison) -> bool:
-    """Whether a measured time would need more than the GPU's peak: then the scenario is not what was measured."""
-    time_s, values = row.run.measured.get("step_time_s"), row.prediction.values
-    return bool(time_s) and values["mfu"] * values["step_time_s"] / float(time_s or 1) > 1
+def above_peak(row: Comparison) -> bool:
+    """Whether a measured time or token rate would need more than the GPU's peak: then something else was measured."""
+    if row.quantity not in ("step_time_s", "tokens_per_s_per_gpu") or not row.predicted:
+        return False
+    measured, predicted = float(row.measured), float(row.predicted)
+    faster = predicted / measured if row.quantity == "step_time_s" else measured / predicted
+    return row.prediction.values["mfu"] * faster > 1
 
 
 def _ran(run: Run) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from statistics import fmean
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean, median
 from typing import Any
 
-from sim.validation.predict import Comparison, Validation
+from sim.validation.predict import Comparison, Validation, above_peak
 from sim.validation.summary import TIMES, Summary, by_quantity, grouped, reasons, sources_alike, summarise, time_errors
 from sim.validation.tables import grouped_failures, percent, show
 
@@ -21,12 +21,61 @@ _SIZES = (
 _HEADER = ("quantity", "number", "mean", "mean absolute", "median absolute", "worst")
 
 
-def results_markdown(validation: Validation, command: str) -> str:
-    """Return the page. The same bytes for the same validation; ``command`` is what makes it again."""
-    return "\n".join(_page(validation, command)).rstrip() + "\n"
+def results_markdown(validation: Validation, command: str, picture: str = "") -> str:
+    """Return the page. The same bytes for the same validation; ``command`` is what makes it again.
+
+    ``picture``: name of the file beside it that ``points`` are drawn in.
+    """
+    return "\n".join(_page(validation, command, picture)).rstrip() + "\n"
 
 
-def _page(validation: Validation, command: str) -> Iterator[str]:
+def points(validation: Validation) -> dict[str, list[tuple[float, float]]]:
+    """Return (measured, predicted) step times in seconds of each source, for a picture.
+
+    A rate stands for the step time that it is of the predicted batch.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for error, row in time_errors(validation.comparisons):
+        predicted_s = float(row.prediction.values["step_time_s"])
+        found.setdefault(row.source, []).append((predicted_s / (1 + error), predicted_s))
+    return found
+
+
+def _picture_line(rows: Sequence[Comparison], picture: str) -> Iterator[str]:
+    if picture and time_errors(rows):
+        yield from (f"![step times, predicted against measured]({picture})", "")
+
+
+def _band(rows: Sequence[Comparison]) -> Iterator[str]:
+    """How many measured times are in the band that stands beside the predicted one."""
+    counted: dict[str, list[bool]] = {}
+    wide = []
+    for error, row in time_errors(rows):
+        band, time_s = row.prediction.band_s, float(row.prediction.values["step_time_s"])
+        if band is not None and not above_peak(row):
+            counted.setdefault(row.source, []).append(band[0] <= time_s / (1 + error) <= band[1])
+            wide.append(band[1] / time_s - 1)
+    if not counted:
+        return
+    every = [held for of_source in counted.values() for held in of_source]
+    yield from (
+        "## The band of the time",
+        "",
+        "It is made of the residuals of kernels, NCCL and host alone, nothing of it of these runs, and is meant for",
+        "nine in ten if all else is as simulated: what a run has beside (data loading, other code, stragglers)",
+        "is not in it.",
+        "",
+        f"It holds {sum(every) / len(every):.0%} of {len(every):,} runs; the median band is "
+        f"{median(wide):.1%} above the prediction.",
+        "",
+    )
+    yield from _table(
+        ("source", "runs", "in the band"),
+        [(source, f"{len(held):,}", f"{sum(held) / len(held):.0%}") for source, held in counted.items()],
+    )
+
+
+def _page(validation: Validation, command: str, picture: str) -> Iterator[str]:
     rows, failed = validation.comparisons, validation.failed
     num_runs = sum(len(file.runs) for file in validation.files)
     yield from (
@@ -57,6 +106,8 @@ def _page(validation: Validation, command: str) -> Iterator[str]:
             if m
         ],
     )  # fmt: skip
+    yield from _picture_line(rows, picture)
+    yield from _band(rows)
     yield from _section("By source", rows, lambda row: row.source, validation)
     yield from _section("By GPU", rows, lambda row: row.prediction.gpu)
     yield from _section("By framework and strategy", rows, lambda row: row.prediction.strategy)
@@ -145,7 +196,17 @@ def _worst(words: str, rows: Sequence[Comparison]) -> Iterator[str]:
         candidates = [(row.error, row) for row in (max(found, key=lambda row: abs(row.error)) for found in by_run)]
     worst = sorted(candidates, key=lambda pair: (-abs(pair[0]), pair[1].source, pair[1].run.id))[:NUM_WORST]
     yield from _table(
-        ("run", "scenario", "quantity", "measured", "predicted", f"error of {words}", "predicted step", "assumed"),
+        (
+            "run",
+            "scenario",
+            "quantity",
+            "measured",
+            "predicted",
+            f"error of {words}",
+            "predicted step",
+            "reason",
+            "assumed",
+        ),
         [
             (
                 f"{row.source}:{row.run.id}",
@@ -155,11 +216,70 @@ def _worst(words: str, rows: Sequence[Comparison]) -> Iterator[str]:
                 show(row.quantity, row.predicted),
                 percent(error),
                 _parts(row),
+                reason(row, error) if words == "time" else "",
                 "; ".join(row.run.assumed),
             )
             for error, row in worst
         ],
     )
+
+
+HOST_SHARE, EXPOSED_SHARE, BUBBLE_SHARE, COMPUTE_SHARE = 0.15, 0.15, 0.25, 0.4
+"""Parts of a predicted step from which on they are what its error can be of."""
+
+
+def reason(row: Comparison, error: float) -> str:
+    """Return why a time may be off, from what the predicted step is made of: the likeliest first.
+
+    It is read off the breakdown, not found out: where several parts are large any of them may be it.
+    """
+    prediction = row.prediction
+    if above_peak(row):
+        return "the measured time is faster than the GPU's peak allows: the table's batch or time is not what ran"
+    total = sum(prediction.parts_s.values()) or 1.0
+    share = {part: time_s / total for part, time_s in prediction.parts_s.items()}
+    found = []
+    if share["other"] > HOST_SHARE:
+        words = "the host limits it: times of this Python and torch, not of the run's"
+        found.append((share["other"], f"{words} ({share['other']:.0%})"))
+    for kind, axis, exposed_s in prediction.exposed_s:
+        if exposed_s / total > EXPOSED_SHARE:
+            across = " across nodes" if axis == "tp" and _leaves_node(row) else ""
+            found.append((exposed_s / total, f"exposed {kind} of {axis}{across} ({exposed_s / total:.0%})"))
+    if share["bubble"] > BUBBLE_SHARE:
+        words = "the bubble repeats what a stage's pass is off"
+        found.append((share["bubble"], f"{words} ({share['bubble']:.0%})"))
+    found.sort(key=lambda pair: -pair[0])
+    words_of = [words for _, words in found]
+    unlike = [words for words in row.run.assumed if words.startswith("overlap:")]
+    if unlike and error > 0:
+        words_of.insert(0, f"the source hides or spares what is not simulated ({unlike[0]})")
+    words_of += _assumed_kernels(row, share)
+    if words_of:
+        return "; ".join(words_of)
+    if error < 0:
+        return (
+            f"slower than its kernels explain (compute {share['compute']:.0%}): other kernels than those assumed, or "
+            "what runs beside training"
+        )
+    return f"its kernels are faster than those assumed (compute {share['compute']:.0%})"
+
+
+def _assumed_kernels(row: Comparison, share: Mapping[str, float]) -> list[str]:
+    """Return which families that matter to a step take coefficients of another machine or kernel."""
+    found = []
+    for words in row.prediction.assumed:
+        if words.startswith(("matmuls in", "attention (")) and share["compute"] > COMPUTE_SHARE:
+            found.append(f"assumed: {words.split(':')[0]}")
+        if words.startswith("collectives") and share["exposed_communication"] > EXPOSED_SHARE:
+            found.append(f"assumed: {words.split(':')[0]}")
+    return found
+
+
+def _leaves_node(row: Comparison) -> bool:
+    parallelism, cluster = row.run.scenario.get("parallelism") or {}, row.run.scenario.get("cluster") or {}
+    nodes = cluster.get("num_nodes", 1)
+    return isinstance(nodes, int) and nodes > 1 and parallelism.get("tp", 1) > row.prediction.num_gpus // nodes
 
 
 def _scenario(row: Comparison) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from sim.pipeline import simulate
 from sim.scenario.load import load_scenario_mapping
 from sim.validation import predict as module
 from sim.validation.predict import Failure, Prediction, predict, select, validate
-from sim.validation.results import results_markdown
+from sim.validation.results import points, reason, results_markdown
 from sim.validation.runs import Run, RunsFile
 from sim.validation.summary import by_quantity, reasons, result, sources_alike, summarise, time_errors
 
@@ -160,3 +161,58 @@ def test_the_page_names_every_run_that_is_worst_and_each_reason():
     assert "-66.7%" in page
     assert "framework: 'ddq'" in page
     assert page == results_markdown(found, "sim validate a.yaml")
+
+
+def test_a_time_that_needs_more_than_the_peak_is_flagged():
+    mfu = TRUTH["step"]["mfu"]
+    rate = TRUTH["step"]["tokens_per_s_per_gpu"]
+    for quantity, at_peak in (("step_time_s", STEP * mfu), ("tokens_per_s_per_gpu", rate / mfu)):
+        slower, faster = (at_peak * 1.01, at_peak * 0.99)
+        if quantity != "step_time_s":
+            slower, faster = faster, slower
+        found = validate([file(run("slow", {quantity: slower}), run("fast", {quantity: faster}))], 1)
+        assert [module.above_peak(row) for row in found.comparisons] == [False, True]
+        page = results_markdown(found, "sim validate a.yaml")
+        assert page.count("faster than the GPU's peak allows") == 1
+        assert any("fast: it needs more FLOP/s than the GPU has" in words for words in found.assumptions)
+
+
+def test_reasons_are_read_off_the_breakdown():
+    (row,) = validate([file(run("x", {"step_time_s": STEP * 2}))], 1).comparisons
+    assert reason(row, -0.5).startswith("the host limits it")  # two layers of 256: nothing but launches
+
+    def parts(exposed=(), **parts_s):
+        base = dict.fromkeys(("compute", "exposed_communication", "bubble", "optimizer", "other"), 0.0)
+        prediction = replace(row.prediction, parts_s={**base, **parts_s}, exposed_s=exposed, assumed=())
+        return replace(row, prediction=prediction)
+
+    tp = (("all_reduce", "tp", 3.0),)
+    assert reason(parts(tp, compute=7.0, exposed_communication=3.0), -0.5) == "exposed all_reduce of tp (30%)"
+    across = replace(
+        parts(tp, compute=7.0, exposed_communication=3.0),
+        run=run("x", {}, {**SCENARIO, "parallelism": {"tp": 8}, "cluster": {"node": "dgx-h100", "num_nodes": 2}}),
+    )
+    assert reason(across, -0.5) == "exposed all_reduce of tp across nodes (30%)"
+    assert "bubble repeats" in reason(parts(compute=5.0, bubble=5.0), -0.5)
+    assert reason(parts(compute=9.0, optimizer=1.0), -0.5).startswith("slower than its kernels explain (compute 90%)")
+    assert reason(parts(compute=9.0, optimizer=1.0), 0.5).startswith("its kernels are faster than those assumed")
+
+
+def test_the_page_counts_the_runs_in_the_band():
+    low, high = TRUTH["step"]["band_s"]
+    runs = [run(f"r{i}", {"step_time_s": t}) for i, t in enumerate((low * 0.99, low * 1.01, high * 0.99, high * 1.01))]
+    assert "It holds 50% of 4 runs" in results_markdown(validate([file(*runs)], 1), "sim validate a.yaml")
+
+
+def test_points_are_step_times_whatever_was_measured():
+    rate = TRUTH["step"]["tokens_per_s_per_gpu"]
+    found = validate([file(run("a", {"step_time_s": 2 * STEP}), run("b", {"tokens_per_s_per_gpu": rate * 4}))], 1)
+    assert points(found)["a"] == [pytest.approx((2 * STEP, STEP)), pytest.approx((STEP / 4, STEP))]
+
+
+def test_the_picture_is_the_same_bytes_each_time():
+    from sim.report.plots import results_png
+
+    drawn = [results_png({"a": [(1.0, 1.1), (2.0, 1.9)], "b": [(0.1, 0.2)]}) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0].startswith(b"\x89PNG")
