@@ -169,9 +169,13 @@ def attention_residuals(source: Source, kernel: str, backward: bool) -> Mapping[
     return None
 
 
-def sustained_droop(source: Source, droop: float) -> float:
-    """Return the droop of 16-bit matmuls that follow each other: as measured so, else as found in short bursts."""
-    entry = read("sustained.yaml").get(source.name)
+def sustained_droop(source: Source, dtype: str, droop: float) -> float:
+    """Return the droop of matmuls at the rate of ``dtype`` that follow each other: as measured so, else ``droop``.
+
+    All of them run at the clock that the power controller settles at, short ones too: it averages over many kernels.
+    """
+    name = {"fp16": "bf16", "mxfp8": "fp8", "nvfp4": "fp8"}.get(dtype, dtype)
+    entry = read("sustained.yaml").get(source.name, {}).get(name)
     return droop if entry is None else float(entry["droop"])
 
 

@@ -185,8 +185,9 @@ class CostModel:
         if dtype not in self._gemms:
             rate_of = peak_of(self._gpu, dtype)[1]
             coefficients, whose = efficiency.gemm_coefficients(self._source, rate_of)
-            if self._settings.sustained and rate_of in ("bf16", "fp16"):
-                coefficients = replace(coefficients, droop=efficiency.sustained_droop(self._source, coefficients.droop))
+            if self._settings.sustained:
+                droop = efficiency.sustained_droop(self._source, rate_of, coefficients.droop)
+                coefficients = replace(coefficients, droop=droop)
             assumed = ""
             if whose:
                 assumed = f"matmuls in {dtype} on {self._gpu.name}: shares of peak and bandwidth are those of {whose}"

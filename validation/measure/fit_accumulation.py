@@ -34,7 +34,7 @@ def main() -> None:
         facts = gpu(name)
         source, machine = efficiency.source_of(facts), machine_of(facts, "bf16")
         c = efficiency.gemm_coefficients(source, "bf16")[0]
-        c = replace(c, droop=efficiency.sustained_droop(source, c.droop))
+        c = replace(c, droop=efficiency.sustained_droop(source, "bf16", c.droop))
         plain: list[float] = []
         adding: list[tuple[bool, float, float, float]] = []  # held out, microseconds, model's, of all bytes exposed
         for row in (row for row in rows if row["gpu"] == name):

@@ -10,6 +10,10 @@ The measured rows are of serving engines, whose calls also write keys and values
 it: that is fitted beside the kernel, as a time for each byte of keys and values and a constant, and left out of the
 coefficients. Where a kernel has both, a plotted point weighs as much as twenty measured rows (a plot has few). One
 measured row in five is held out.
+
+attention_training.tsv beside this script has causal kernels timed in a training library's loop (MooreThreads/SimuMax
+@4dcaae5), both passes: a row weighs as much as a plotted point, one in five is held out too. A machine with less power
+than the one of the coefficients takes as much longer as ``sim.cost.efficiency`` says.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ import numpy as np
 import yaml
 from fit_gemm import MEASURED, machine, residuals
 
+from sim.catalog import load
+from sim.cost import efficiency
 from sim.cost.attention import TILE, AttentionCoefficients, attention_s
 from sim.cost.roofline import Machine
 
@@ -99,6 +105,37 @@ def plotted(gpu: str, kernel: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (np.array(rows, float), np.array(seconds)) for name, (rows, seconds) in out.items()}
 
 
+@dataclass(frozen=True)
+class Loop:
+    """Rows and seconds of a kernel timed in a loop; ``power``: share of the clock that the GPU's power leaves."""
+
+    rows: np.ndarray
+    seconds: np.ndarray
+    held: np.ndarray
+    power: float
+
+
+def looped(gpu: str, kernel: str) -> dict[str, Loop]:
+    """Return the rows of attention_training.tsv of a kernel on a machine of the index, by pass."""
+    with (HERE / "attention_training.tsv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader((line for line in file if not line.startswith("#")), delimiter="\t"))
+    out = {}
+    for direction in ("forward", "backward"):
+        mine = []
+        power = 1.0
+        for row in table:
+            source = efficiency.source_of(load.gpu(row["gpu"]))
+            if (source.name, row["kernel"], row["pass"]) == (gpu, kernel, direction):
+                mine.append(row)
+                power = source.power
+        if mine:
+            keys = ("batch", "heads", "kv_heads", "sequence", "head_dim")
+            rows = np.array([[int(row[key]) for key in keys] + [1] for row in mine], float)
+            held = np.array([zlib.crc32(repr(s).encode()) % 5 == 0 for s in rows.tolist()], dtype=bool)
+            out[direction] = Loop(rows, np.array([float(row["us"]) * 1e-6 for row in mine]), held, power)
+    return out
+
+
 def search(loss: Any, start: list[float], low: list[float], high: list[float], iterations: int) -> np.ndarray:
     """Seeded random walk downhill."""
     low_, high_, random = np.array(low), np.array(high), np.random.default_rng(0)
@@ -119,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--write", action="store_true", help="write sim/catalog/measured/attention_*.yaml")
+    parser.add_argument("--only", default="", help="names of GPUs, separated by commas; others keep their files")
     parser.add_argument("--iterations", type=int, default=3000)
     args = parser.parse_args()
     index = {entry["name"]: entry for entry in yaml.safe_load((MEASURED / "index.yaml").read_text())["measured"]}
@@ -128,8 +166,12 @@ def main() -> None:
     ratio: dict[str, np.ndarray] = {}
     print(f"{'gpu':12}{'kernel':9}{'rows':26}{'count':>6}{'median':>8}{'mean':>8}{'p90':>8}")
     for target in TARGETS:
+        wanted_here = not args.only or target.gpu in args.only.split(",")
+        if not wanted_here and target.kernel in ratio:
+            continue
         x = machine(index[target.gpu], "bf16")
         curves = plotted(target.gpu, target.kernel)
+        loops = looped(target.gpu, target.kernel)
         mine = [
             row for row in table if (row["system"], row["kernel_source"]) == target.rows and int(row["head_dim"]) <= 256
         ]
@@ -139,7 +181,7 @@ def main() -> None:
         held = np.array([zlib.crc32(repr(s).encode()) % 5 == 0 for s in shapes.tolist()], dtype=bool)
         cache_bytes = 4 * shapes[:, 0] * shapes[:, 2] * shapes[:, 3] * shapes[:, 4]
         reference = ratio.get(target.kernel)
-        has_backward = "backward" in curves or "both" in curves
+        has_backward = "backward" in curves or "both" in curves or "backward" in loops
 
         def parts(
             theta: np.ndarray, reference: Any = reference, own: bool = has_backward
@@ -149,7 +191,7 @@ def main() -> None:
 
         def errors(
             theta: np.ndarray, x: Any = x, curves: Any = curves, shapes: Any = shapes, cache: Any = cache_bytes,
-            seconds: Any = seconds, parts: Any = parts,
+            seconds: Any = seconds, parts: Any = parts, loops: Any = loops,
         ) -> dict[str, np.ndarray]:  # fmt: skip
             forward, backward = parts(theta)
             found = {}
@@ -158,14 +200,19 @@ def main() -> None:
                 if name in ("backward", "both"):
                     t = t + times(backward, rows, True, x)
                 found[name] = t / wanted - 1
+            for name, loop in loops.items():
+                t = times(forward if name == "forward" else backward, loop.rows, name == "backward", x)
+                found[f"loop {name}"] = t / loop.power / loop.seconds - 1
             if len(shapes):
                 found["measured"] = (times(forward, shapes, False, x) + cache * theta[12] + theta[13]) / seconds - 1
             return found
 
-        def loss(theta: np.ndarray, errors: Any = errors, held: Any = held) -> float:
+        def loss(theta: np.ndarray, errors: Any = errors, held: Any = held, loops: Any = loops) -> float:
             total, weight = 0.0, 0.0
             for name, error in errors(theta).items():
                 e, w = (error[~held], 1.0) if name == "measured" else (error, 20.0)
+                if name.startswith("loop"):
+                    e = error[~loops[name.removeprefix("loop ")].held]
                 total += w * float(np.minimum(np.abs(np.log1p(np.maximum(e, -0.9))), 0.5).sum())
                 weight += w * len(e)
             return total / weight
@@ -187,6 +234,10 @@ def main() -> None:
         entry["residuals"] = {}
         for name, error in found.items():
             label = "measured forward, held out" if name == "measured" else f"plot, {name}"
+            if name.startswith("loop"):
+                left_out = loops[name.removeprefix("loop ")].held
+                entry["residuals"][f"{name}, fitted"] = residuals(error[~left_out])
+                label, error = f"{name}, held out", error[left_out]  # noqa: PLW2901
             stats = residuals(error[held] if name == "measured" else error)
             entry["residuals"][label] = stats
             print(
@@ -201,13 +252,15 @@ def main() -> None:
         head = {
             "gpu": target.gpu,
             "source": "ai-dynamo/aiconfigurator @095f58a51 (Apache-2.0), systems/data; Dao-AILab/flash-attention "
-            "@0251105a assets; arXiv 2407.08608",
+            "@0251105a assets; arXiv 2407.08608; MooreThreads/SimuMax @4dcaae5 (Apache-2.0), configs/system",
             "date": datetime.date.today().isoformat(),
             "script": "validation/measure/fit_attention.py",
         }
         out.setdefault(target.gpu, head)[target.kernel] = entry
     if args.write:
         for name, content in out.items():
+            if args.only and name not in args.only.split(","):
+                continue
             text = yaml.safe_dump(content, sort_keys=False, width=1000, default_flow_style=None)
             (MEASURED / f"attention_{name.replace('-', '_')}.yaml").write_text(text)
 
