@@ -26,6 +26,7 @@ from sim.parallel.pipelining import (
     TORCH,
     Exchange,
     Messages,
+    aligned_fetches,
     fetches,
     pair_axes,
     roles,
@@ -405,7 +406,9 @@ def _passes(
         end = name(pass_).replace(pass_.kind, "end")
         if pass_.kind in ("backward", "weight_gradient") and end in chunks:
             group.append(Call(end, pass_.microbatch))
-    for number, index in fetches(order, len(emitters)).items():
+    aligned = exchange.messages in (MEGATRON_OVERLAP, MEGATRON_INTERLEAVED)
+    when = aligned_fetches(order, len(emitters), exchange.rank) if aligned else fetches(order, len(emitters))
+    for number, index in when.items():
         if f"{prefix}unshard.{number}" in chunks:
             groups[index].insert(0, Call(f"{prefix}unshard.{number}"))
     for number in range(len(emitters)):
@@ -480,6 +483,7 @@ def _megatron(job: _Job, rank: int, stages: Sequence[Stage]) -> RankFramework:
         norm_ranks=job.mesh.size(_norm_axis(scenario)),
         late_validation=scenario.parallelism.pp > 1 and SCHEDULES[_schedule_name(scenario)].post_validates,
         recipe=recipe_of(scenario),
+        interleaved=scenario.parallelism.schedule == "interleaved" and job.num_chunks > 1,
     )
     of_rank = [
         MegatronStage(

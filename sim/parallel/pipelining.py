@@ -488,6 +488,21 @@ def fetches(order: Order, num_chunks: int) -> dict[int, int]:
     return dict(sorted(found.items(), key=lambda item: (item[1], -turn[item[0]])))
 
 
+def aligned_fetches(order: Order, num_chunks: int, rank: int) -> dict[int, int]:
+    """Return the pass before which Megatron's interleaved schedule gathers each chunk's parameters.
+
+    The first two at the start. A later one as the first rank of the pipeline begins the chunk before it: ``rank``
+    forward passes earlier than this rank, so that all ranks gather at one time (``param_sync_virtual_microbatch_id`` in
+    megatron/core/pipeline_parallel/schedules.py).
+    """
+    found = dict.fromkeys(range(min(2, num_chunks) - 1, -1, -1), 0)
+    forwards = [index for index, pass_ in enumerate(order) if pass_.kind == "forward"]
+    for chunk in range(2, num_chunks):
+        turn = next(k for k, index in enumerate(forwards) if order[index].chunk == chunk - 1)
+        found[chunk] = forwards[max(turn - rank, 0)]
+    return found
+
+
 def roles(order: Order) -> dict[tuple[int, int], str]:
     """Return the role of each (chunk, microbatch) of an order, with ``.split`` where its backward is in two passes.
 

@@ -10,7 +10,7 @@ import yaml
 from sim.ir.program import Alloc, Collective, Free, HostWait, Program, Recv, Send, World
 from sim.model.transformer import describe
 from sim.parallel.lower import lower
-from sim.parallel.pipelining import fetches
+from sim.parallel.pipelining import aligned_fetches, fetches
 from sim.parallel.precision import dtypes_of
 from sim.parallel.schedule import SCHEDULES
 from sim.scenario.load import load_scenario_text
@@ -184,3 +184,18 @@ def test_one_stage_a_rank_gathers_in_its_own_hook() -> None:
     """GPipe and 1F1B run without UNSHARD: FSDP's hook gathers once the stage's input is there."""
     program = world_of("fsdp2", {"pp": 2}).programs[1]
     assert not any(call.chunk.startswith("unshard") for call in program.step)
+
+
+def test_megatron_gathers_a_chunk_ahead_on_all_ranks_at_one_time() -> None:
+    """Two ranks, three chunks, four microbatches in pairs: chunk 2 with the first rank's first pass of chunk 1."""
+    orders = SCHEDULES["interleaved"].orders(2, 4, 3)
+    assert [aligned_fetches(order, 3, rank) for rank, order in enumerate(orders)] == [
+        {1: 0, 0: 0, 2: 2},
+        {1: 0, 0: 0, 2: 1},
+    ]
+    settings = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    world = world_of("megatron", {"pp": 2, "vpp": 2, "zero": 1}, num_gpus=4, megatron=settings)
+    for program in world.programs:
+        assert [call.chunk for call in program.step[:2]] == ["unshard.0", "unshard.1"]
+        gathers = [n for n, c in program.chunks.items() for i in c if getattr(i, "kind", "") == "all_gather"]
+        assert set(gathers) == {"unshard.0", "unshard.1"}

@@ -63,6 +63,7 @@ class MegatronPlan:
     ``norm_axis``        ranks whose gradients make one norm: those of one replica, or of the whole job if it is sharded
     ``tp``               tensor-parallel ranks
     ``late_validation``  the norm is not waited for (schedules that end one rank after another)
+    ``interleaved``      the schedule is interleaved 1F1B, which says when a chunk's parameters are gathered
     ``recipe``           how linears quantise: their weights in the first microbatch of a step, kept by each module
     """
 
@@ -79,6 +80,7 @@ class MegatronPlan:
     norm_ranks: int = 1
     late_validation: bool = False
     recipe: Recipe | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,12 @@ class MegatronChunk:
         self.issued: set[int] = set()
 
     @property
+    def gathers_ahead(self) -> bool:
+        """Whether the interleaved schedule gathers parameters a chunk ahead (``align_param_gather``, the default)."""
+        plan, settings = self.plan, self.settings
+        return plan.interleaved and settings.overlap_param_gather and self.sharded and plan.dp > 1
+
+    @property
     def reduces_itself(self) -> bool:
         """Whether buckets are reduced as the last backward fills them."""
         plan = self.plan
@@ -226,7 +234,8 @@ class MegatronChunk:
     def begin(self, first: bool, last: bool) -> None:
         self.first, self.last = first, last
         self.missing = [len(bucket.keys) for bucket in self.buckets]
-        self.gathered, self.issued = set(), set()
+        self.gathered = set()
+        self.issued = set(range(len(self.buckets))) if self.gathers_ahead else set()
         self.nccl.reset()
 
     def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
@@ -259,14 +268,15 @@ class MegatronChunk:
             bucket = self.bucket_of[key]
             if bucket in self.gathered:
                 continue
-            out.extend(self._gather(bucket))
+            out.extend(self.gather(bucket))
             out.append(wait(f"parameters.{self.number}.{bucket}", COMPUTE))
             self.gathered.add(bucket)
             if bucket:
-                out.extend(self._gather(bucket - 1))
+                out.extend(self.gather(bucket - 1))
         return out
 
-    def _gather(self, bucket: int) -> list[Instruction]:
+    def gather(self, bucket: int) -> list[Instruction]:
+        """Gather a bucket that is not under way."""
         if bucket in self.issued:
             return []
         self.issued.add(bucket)
@@ -394,8 +404,15 @@ class Megatron:
         return tuple(self.parts[chunk].start_reductions())
 
     def gather_ahead(self, chunk: int) -> Chunk:
-        """Nothing: parameters are gathered as their bucket's first module needs them."""
-        return ()
+        """``param_sync_func``: all buckets of a chunk, where the schedule says when (``align_param_gather``)."""
+        part = self.parts[chunk]
+        if not part.gathers_ahead:
+            return ()
+        self.nccl.reset()
+        out: list[Instruction] = [Mark("forward", "gather parameters")]
+        for bucket in range(len(part.buckets)):
+            out.extend(part.gather(bucket))
+        return tuple(out)
 
     @property
     def has_master(self) -> bool:
