@@ -281,13 +281,14 @@ def validate(
     jobs: Annotated[
         int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes; all cores if left out.")
     ] = None,
+    calibration: Calibration = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="DIR", help="Draw measured and predicted memory of runs with a snapshot."),
     ] = None,
 ) -> None:
     """Predict measured runs; show the signed errors."""
-    from sim.validation.predict import select, validate
+    from sim.validation.predict import calibrated, select, validate
     from sim.validation.runs import read_runs
     from sim.validation.summary import result
     from sim.validation.tables import print_validation
@@ -295,6 +296,8 @@ def validate(
     chosen = select(read_runs(files), filter_, limit)
     if not any(file.runs for file in chosen):
         raise ScenarioError([Finding("--filter", 0, f"no run's file:id contains {filter_!r}", "leave it out")])
+    if calibration is not None:
+        chosen = calibrated(chosen, str(calibration.absolute()))
     with _progress("predicting", quiet) as step:
         answered = validate(chosen, jobs, step)
     if results is not None:
@@ -305,6 +308,7 @@ def validate(
             *map(str, files),
             *(["--filter", filter_] if filter_ else []),
             *(["--limit", str(limit)] if limit else []),
+            *(["--calibration", str(calibration)] if calibration else []),
         ]
         results.parent.mkdir(parents=True, exist_ok=True)
         picture = results.with_name(f"{results.stem.lower()}_time.png")

@@ -165,6 +165,10 @@ _CURVE: dict[str, Key] = {
     "nodes": integer(1, 2**20, 1, required=True),
     "rows": Key(lambda value: value, {}, required=True),
 }
+_HINTS = {
+    name: f"every row says {', '.join(key for key, spec in table.items() if spec.required)}"
+    for name, table in (*((name, table) for name, (_, table) in _TABLES.items()), ("nccl", _CURVE))
+}
 _TOP = ("calibration", "provenance", *_TABLES, "host", "nccl")
 
 
@@ -236,9 +240,15 @@ def _rows(name: str, given: object, problems: list[Problem]) -> tuple[Any, ...]:
     for number, entry in enumerate(_entries(name, given, problems)):
         before = len(problems)
         values, _ = read_mapping(entry, table, (name, str(number)), problems)
+        _hint(problems, before, name)
         if len(problems) == before:
             found.append(kind(**values))
     return tuple(found)
+
+
+def _hint(problems: list[Problem], since: int, name: str) -> None:
+    """Say what a row needs where something of it is missing."""
+    problems[since:] = [p if p.remedy else p._replace(remedy=_HINTS[name]) for p in problems[since:]]
 
 
 def _curves(given: object, problems: list[Problem]) -> tuple[NcclCurve, ...]:
@@ -247,6 +257,7 @@ def _curves(given: object, problems: list[Problem]) -> tuple[NcclCurve, ...]:
         at = ("nccl", str(number))
         before = len(problems)
         values, _ = read_mapping(entry, _CURVE, at, problems)
+        _hint(problems, before, "nccl")
         if len(problems) > before:
             continue
         rows = _points(values["rows"], (*at, "rows"), problems)

@@ -427,7 +427,9 @@ def optimizer_steps_there(d: Draft) -> Iterator[Problem]:
 def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
     """Megatron's head has its own losses; the ones in pieces are written for a whole vocabulary."""
     path = ("training", "loss")
-    usual = ("vocab-parallel", "fused", "eager") if d.code == "megatron" else ("eager", "fused", "chunked", "linear-fused")
+    usual = (
+        ("vocab-parallel", "fused", "eager") if d.code == "megatron" else ("eager", "fused", "chunked", "linear-fused")
+    )
     if d.compile and d.code == "torch":
         usual = ("eager", "compiled", *usual[1:])
     if d.loss == "compiled" and not d.compile:

@@ -285,9 +285,7 @@ ALLOCATOR: dict[str, Key] = {
     "roundup_power2_divisions": integer(0, 2**20, 8, "Steps between powers of two that sizes are rounded to."),
     "garbage_collection_threshold": number(0, 1, "0.8", "Use at which cached blocks are freed.", below=True),
     "memory_fraction": number(0.001, 1, "0.9", "Of the GPU's memory, as set_per_process_memory_fraction allows it."),
-    "cublas_workspace": measured(
-        units.parse_size, "a size", "32 MiB", "As CUBLAS_WORKSPACE_CONFIG says."
-    ),
+    "cublas_workspace": measured(units.parse_size, "a size", "32 MiB", "As CUBLAS_WORKSPACE_CONFIG says."),
 }
 
 _ALLOC_CONF = {

@@ -1028,7 +1028,11 @@ def _calibration(r: _Resolver, given: str | None) -> Calibration | None:
     try:
         found = read_calibration(path, str(path))
     except ScenarioError as error:
-        r.findings += error.findings
+        for finding in error.findings:
+            if finding.line:
+                r.findings.append(finding)
+            else:  # of the file as a whole: said where it is named
+                r.problems.append(Problem(("calibration",), f"{given}: {finding.problem}", finding.remedy))
         return None
     d = r.draft
     if found.gpu and d.knows("gpu") and found.gpu != d.gpu.name:

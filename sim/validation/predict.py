@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -121,6 +121,14 @@ def select(files: Sequence[RunsFile], text: str = "", limit: int | None = None) 
     kept = {id(run) for run in chosen}
     return tuple(
         RunsFile(file.file, file.name, file.source, tuple(run for run in file.runs if id(run) in kept))
+        for file in files
+    )
+
+
+def calibrated(files: Sequence[RunsFile], calibration: str) -> tuple[RunsFile, ...]:
+    """Return the files with a calibration in every scenario; those of another GPU will say that it is not theirs."""
+    return tuple(
+        replace(file, runs=tuple(replace(r, scenario={**r.scenario, "calibration": calibration}) for r in file.runs))
         for file in files
     )
 
