@@ -12,7 +12,7 @@ from sim.planner.schema import Plan
 from sim.planner.search import Discarded, Runner, Search, Tried, excess, goal_value, keeps_goal, misses
 from sim.planner.sensitivity import flips, memory_margin, on_slower_networks, optimistic
 from sim.planner.space import Candidate, scenario_of
-from sim.units import format_bytes, format_duration, format_energy, format_money
+from sim.units import format_bytes, format_duration, format_energy, format_money, format_si
 
 SCHEMA_VERSION = 1
 
@@ -63,7 +63,7 @@ def answer(search: Search, runner: Runner, say: Callable[[str], None] = lambda w
 def question(plan: Plan) -> str:
     """Return the plan as a question of one sentence."""
     work, goal = plan.workload, plan.goal
-    amount = f"{work.tokens:,.3g} tokens".replace("e+", "e") if work.tokens else f"{work.steps:,} steps"
+    amount = f"{format_si(work.tokens).strip()} tokens" if work.tokens else f"{work.steps:,} steps"
     wanted = {
         "cheapest": "for the least money",
         "fastest": "soonest",
