@@ -121,16 +121,12 @@ def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str
 
     fp16 runs on the same units as bf16 and counts as measured; nvfp4 takes fp8's shares, others bf16's.
     """
-    entry = _entry(source.name)
-    name = "bf16" if dtype == "fp16" and "bf16" in entry else dtype
-    shares = entry.get("shares", {}).get(name)
-    asked, name = name, shares or name
-    instead = entry.get("instead", {}).get(name)
-    data = read(_file("gemm", instead or source.name))
-    usual = "bf16" if "bf16" in data else "fp16"
-    key = name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else usual
+    entry, data, key = _gemm_entry(source, dtype)
+    asked = _rate_name(entry, dtype)
     values = data[key]["coefficients"]
     reasons = []
+    shares = entry.get("shares", {}).get(asked)
+    instead = entry.get("instead", {}).get(shares or asked)
     if instead:
         reasons.append(f"{instead} ({entry['why']})")
     elif not source.same:
@@ -144,13 +140,24 @@ def gemm_coefficients(source: Source, dtype: str) -> tuple[GemmCoefficients, str
 
 def gemm_data(source: Source, dtype: str) -> Mapping[str, Any]:
     """Return the whole entry of the fit whose coefficients matmuls of ``dtype`` take: its residuals too."""
-    entry = _entry(source.name)
-    name = "bf16" if dtype == "fp16" else dtype
-    name = entry.get("shares", {}).get(name) or name
-    data = read(_file("gemm", entry.get("instead", {}).get(name) or source.name))
-    key = name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else "bf16"
+    _, data, key = _gemm_entry(source, dtype)
     found: Mapping[str, Any] = data[key]
     return found
+
+
+def _rate_name(entry: Mapping[str, Any], dtype: str) -> str:
+    """fp16 runs at the rate of bf16 where a machine has that."""
+    return "bf16" if dtype == "fp16" and "bf16" in entry else dtype
+
+
+def _gemm_entry(source: Source, dtype: str) -> tuple[Any, Any, str]:
+    """Return a machine's entry of the index, the fits that it takes for ``dtype``, and which of them."""
+    entry = _entry(source.name)
+    name = _rate_name(entry, dtype)
+    name = entry.get("shares", {}).get(name) or name
+    data = read(_file("gemm", entry.get("instead", {}).get(name) or source.name))
+    usual = "bf16" if "bf16" in data else "fp16"
+    return entry, data, name if name in data else "fp8" if name == "nvfp4" and "fp8" in data else usual
 
 
 def attention_residuals(source: Source, kernel: str, backward: bool) -> Mapping[str, Any] | None:
