@@ -128,7 +128,7 @@ def run(
 
         print_report(_screen(), simulation.scenario, report, remedies)
         if time is not None and report.time_confidence is not None:
-            from sim.report.certainty import print_time
+            from sim.report.tables import print_time
 
             print_time(_screen(), report.time_confidence, report.time_s)
         _print_questions(report, views, memory, answers)

@@ -11,10 +11,9 @@ What is not in the fits' own files stands in ``sim/catalog/measured/residuals.ya
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log
-from statistics import pstdev
+from math import log, sqrt
 from typing import TYPE_CHECKING, Any
 
 from sim.cost import efficiency
@@ -133,7 +132,7 @@ class Residuals:
         if how == "measured":
             return Residual(found.family, drift, drift, f"measured: {name}")
         ratios = own.ratios_of(kernel)
-        spread = pstdev([log(ratio) for ratio in ratios]) if len(ratios) >= LEAST_ROWS else found.own
+        spread = _spread([log(ratio) for ratio in ratios]) if len(ratios) >= LEAST_ROWS else found.own
         return Residual(found.family, drift, spread, f"{len(ratios)} measured shapes of the family: {name}")
 
     def collectives(self, communicator: Communicator) -> Residual:
@@ -178,3 +177,9 @@ def _rows(stated: Mapping[str, Any] | None) -> str:
     if not stated or stated.get("count", 0) < LEAST_ROWS:
         return "too few rows held out"
     return f"nine in ten of {stated['count']} rows within {stated['p90_abs']:.0%}"
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation of some values."""
+    mean = sum(values) / len(values)
+    return sqrt(sum((value - mean) ** 2 for value in values) / len(values))

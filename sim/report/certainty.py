@@ -16,19 +16,15 @@ the parts are known to; docs/usage.md says how many published runs it holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, sqrt
 
 from sim.cost.model import CostModel
 from sim.cost.residuals import NINE_IN_TEN, Residual, Residuals
 from sim.ir.program import Copy, HostCompute, Program, World
-from sim.report.layout import Cell, Line, Screen, fold, grid, title
 from sim.report.metrics import CommunicationTotal, Kernels
-from sim.units import format_duration
 
-MAX_SOURCES = 4
-"""Sources that are told for the families that drive the band."""
 COVERAGE = 0.9
 """Share of the distribution inside the band, the same share outside above as below."""
 
@@ -148,28 +144,3 @@ def _optimizer_kernels(families: Mapping[str, _Family], kernels_s: float, parts_
     own = families.get("optimizer kernels")
     left_s = max(0.0, kernels_s - parts_s["compute"])
     return max(left_s, own.time_s if own is not None else 0.0)
-
-
-def print_time(screen: Screen, found: TimeConfidence, time_s: float) -> None:
-    """Print what the band of a step's time rests on, what drives it first."""
-    screen.show(_lines(found, time_s, min(screen.width, 120)))
-
-
-def _lines(found: TimeConfidence, time_s: float, width: int) -> Iterator[Line]:
-    yield ()
-    band = f"{format_duration(found.low_s)} to {format_duration(found.high_s)}"
-    yield title("Certainty of the time", f"nine like runs of ten: {band}")
-    header: list[Cell] = [(name, "dim") for name in ("family", "time", "share", "off by", "of the step")]
-    rows: list[list[Cell]] = [
-        [
-            part.name,
-            format_duration(part.time_s),
-            f"{part.time_s / time_s:.1%}",
-            f"{part.deviation_s / part.time_s:.1%}",
-            f"{part.deviation_s / time_s:.1%}",
-        ]
-        for part in found.parts
-    ]
-    yield from grid([header, *rows], "lrrrr", width)
-    for part in found.parts[:MAX_SOURCES]:
-        yield from (((line, "dim"),) for line in fold(f"{part.name}: {part.source}", width, 2, hang=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sim.ir.footprint import Footprint
+from sim.report.certainty import TimeConfidence
 from sim.report.layout import Cell, Line, Screen, fold, grid, title
 from sim.report.report import RemedyResult, Report
 from sim.report.rows import (
@@ -22,12 +23,13 @@ from sim.report.rows import (
     time_band_words,
 )
 from sim.scenario.schema import Scenario
-from sim.units import format_bytes
+from sim.units import format_bytes, format_duration
 
 NAME_WIDTH, SIZE_WIDTH, SHARE_WIDTH = 26, 9, 6
 MIN_BAR, MAX_BAR = 10, 48
 MAX_CLASSES = 8
 MAX_HOLDERS = 6
+MAX_SOURCES = 4
 
 
 def print_report(screen: Screen, scenario: Scenario, report: Report, remedies: Sequence[RemedyResult]) -> None:
@@ -155,3 +157,28 @@ def bar(part: float, width: int) -> str:
 
 def _dim(header: Sequence[str]) -> list[Cell]:
     return [(name, "dim") for name in header]
+
+
+def print_time(screen: Screen, found: TimeConfidence, time_s: float) -> None:
+    """Print what the band of a step's time rests on, what drives it first."""
+    screen.show(_certainty(found, time_s, min(screen.width, 120)))
+
+
+def _certainty(found: TimeConfidence, time_s: float, width: int) -> Iterator[Line]:
+    yield ()
+    band = f"{format_duration(found.low_s)} to {format_duration(found.high_s)}"
+    yield title("Certainty of the time", f"nine like runs of ten: {band}")
+    header: list[Cell] = [(name, "dim") for name in ("family", "time", "share", "off by", "of the step")]
+    rows: list[list[Cell]] = [
+        [
+            part.name,
+            format_duration(part.time_s),
+            f"{part.time_s / time_s:.1%}",
+            f"{part.deviation_s / part.time_s:.1%}",
+            f"{part.deviation_s / time_s:.1%}",
+        ]
+        for part in found.parts
+    ]
+    yield from grid([header, *rows], "lrrrr", width)
+    for part in found.parts[:MAX_SOURCES]:
+        yield from (((line, "dim"),) for line in fold(f"{part.name}: {part.source}", width, 2, hang=2))

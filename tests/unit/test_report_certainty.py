@@ -65,7 +65,7 @@ def test_what_drives_the_band_comes_first(h100):
 
 
 def test_a_gpu_that_another_generation_stands_for_is_less_sure(h100):
-    assert width(of("dgx-1-32gb", "fp16")) > width(h100)
+    assert width(of("pcie-8x-4090")) > width(h100)
 
 
 def test_the_figures_are_in_the_json_and_in_words(h100):
