@@ -19,7 +19,7 @@ from math import prod
 from typing import Literal
 
 DType = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4", "int64", "int32", "uint8", "bool"]
-"""mxfp8 and nvfp4 are what matrix products are asked for; tensors of them are counted in bytes, their scales included."""
+"""mxfp8 and nvfp4 are asked of matrix products; tensors of them are counted in bytes, their scales included."""
 DTYPE_BYTES: dict[str, int] = {
     "fp32": 4,
     "tf32": 4,
