@@ -70,12 +70,12 @@ def time_confidence(
     """
     residuals = Residuals(cost)
     at = next(index for index, program in enumerate(world.programs) if program.ranks[0] == rank)
-    step_s = sum(parts_s.values())
+    program, step_s = world.programs[at], sum(parts_s.values())
     families = _by_family(kernels[at], rank, cost, residuals)
     kernels_s = sum(family.time_s for family in families.values())
     on_gpu_s = parts_s["compute"] + parts_s["optimizer"]
     beyond_s = max(0.0, parts_s["optimizer"] - _optimizer_kernels(families, kernels_s, parts_s))
-    if beyond_s and not _copies(world.programs[at]):
+    if beyond_s and not _copies(program):
         beyond_s = 0.0
     scale = max(0.0, on_gpu_s - beyond_s) / kernels_s if kernels_s else 0.0
     for family in families.values():
@@ -84,10 +84,11 @@ def time_confidence(
     exposed_s = parts_s["exposed_communication"]
     totals = list(communication)
     exposed = sum(total.exposed for total in totals)
+    pairs = {c.axis: c for c in reversed(tuple(world.communicators.values()))}  # of messages
     for total in totals:
         share_s = exposed_s * total.exposed / exposed if exposed else 0.0
         if share_s:
-            axis = next((c for c in world.communicators.values() if c.axis == total.axis), None)
+            axis = world.communicators.get(program.axes.get(total.axis, "")) or pairs.get(total.axis)
             _add(families, residuals.collectives(axis) if axis else residuals.copies(), share_s)
     if exposed_s and not exposed:  # it waits for slower ranks, which do the same work
         _add(families, residuals.waiting(), exposed_s)
