@@ -139,7 +139,7 @@ def test_explain_catalog_and_schema_print_text_or_json(sim, tmp_path):
     assert json.loads(sim("explain", path, "--json")[1])["scenario"] == "zero_3"
     assert "h100-sxm-80gb" in sim("catalog")[1]
     assert json.loads(sim("catalog", "gpu", "h100-sxm-80gb", "--json")[1])["name"] == "h100-sxm-80gb"
-    for kind in ("scenario", "topology"):
+    for kind in ("scenario", "plan", "topology", "runs"):
         assert json.loads(sim("schema", kind)[1])["title"] == f"sim {kind}"
 
 
@@ -148,7 +148,7 @@ def test_explain_catalog_and_schema_print_text_or_json(sim, tmp_path):
     [
         (("catalog", "gpu", "h10"), "did you mean h100-pcie-80gb or h100-sxm-80gb?"),
         (("catalog", "gpux"), "did you mean gpu?"),
-        (("schema", "scenari"), "write one of: scenario, topology"),
+        (("schema", "scenari"), "write one of: scenario, plan, topology, runs"),
     ],
 )
 def test_an_unknown_name_is_one_line_and_exit_2(sim, words, problem):
