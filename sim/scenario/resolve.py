@@ -672,7 +672,10 @@ class _Resolver:
     def _dropout(self) -> None:
         """Megatron drops a tenth unless its command says otherwise; people who train Llamas with it say otherwise."""
         d = self.draft
-        if not d.knows("model") or d.code != "megatron" or not is_gpt(d.model):
+        try:
+            if d.code != "megatron" or not is_gpt(d.model):
+                return
+        except UnknownError:  # what is wrong with the model is said already
             return
         silent = [key for key in ("dropout", "attention_dropout") if self.sources.get(f"model.{key}") == _OWN_DEFAULT]
         for key in silent:
