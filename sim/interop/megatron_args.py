@@ -50,19 +50,19 @@ _FLAGS = {
 }
 _VOCABULARIES = {"GPT2BPETokenizer": 50257, "GPTSentencePieceTokenizer": None, "Llama2Tokenizer": 32000}
 """Tokenizers whose vocabulary is always the same (megatron/training/tokenizer/tokenizer.py)."""
-_CP_COMM = {"p2p": "p2p", "all_gather": "all_gather", "a2a": "a2a"}
+_CP_COMM = ("p2p", "all_gather", "a2a")
 _SILENT = re.compile(
     r"(lr|min-lr|weight-decay|adam|sgd|start-weight|end-weight|init-method|norm-epsilon|layernorm-epsilon|train-|eval-|"
     r"exit-|log-|save|load|data-|split|seed|tensorboard|wandb|tokenizer|vocab-file|merge-file|distributed-|no-load|"
     r"no-save|finetune|override|use-checkpoint|ckpt|dist-ckpt|async-save|auto-detect|num-workers|dataloader|reset-|"
-    r"rotary-|attention-softmax|apply-query|no-masked-softmax|no-rope-fusion|timing-|profile|use-pytorch-profiler|"
+    r"rotary-|attention-softmax|apply-query|timing-|profile|use-pytorch-profiler|"
     r"manual-gc|eod-|create-attention|no-create-attention|mmap|no-mmap|master|rdzv|node_rank|node-rank|max_restarts|"
-    r"max-restarts|tee|redirects|role|hostfile|include|exclude|local-ranks-filter|use-mcore|use-legacy|rampup|"
+    r"max-restarts|tee|redirects|role|hostfile|include|exclude|local-ranks-filter|use-mcore|rampup|"
     r"loss-scale|initial-loss|min-loss|loss-scale-window|hysteresis|lr-|override-|mock-data|straggler|error-|rerun|"
-    r"make-vocab|moe-aux|moe-router-load|moe-router-score|moe-router-pre|moe-z-loss|no-bias-gelu|no-bias-swiglu|"
-    r"no-bias-dropout|empty-unused|one-logger|no-one-logger|ntasks|nodes|cpus|gpus-per|container|mpi|job|output|"
-    r"no-initialization|calculate|enable-one|use-tp-pp-dp|te-rng|use-cpu-init|no-async|tp-comm|iteration|disable-"
-    r"straggler|ddp-average|ddp-num-buckets|use-dist|consumed|retro|bert|test-mode|skip|hybrid|decoder-first-pipeline)"
+    r"make-vocab|moe-aux|moe-router-load|moe-router-score|moe-router-pre|moe-z-loss|"
+    r"empty-unused|one-logger|no-one-logger|ntasks|nodes|cpus|gpus-per|container|mpi|job|output|"
+    r"no-initialization|calculate|enable-one|use-tp-pp-dp|te-rng|use-cpu-init|no-async|iteration|disable-"
+    r"straggler|ddp-average|ddp-num-buckets|use-dist|consumed|test-mode|skip|decoder-first-pipeline)"
 )
 
 
@@ -271,7 +271,7 @@ def _parallelism(said: Imported, whole: Any, word: Any) -> None:
         said.say("parallelism.schedule", "1f1b", _DEFAULT)
     if (exchange := word("cp-comm-type")) is not None:
         if exchange in _CP_COMM:
-            said.say("parallelism.cp_comm", _CP_COMM[exchange], "--cp-comm-type")
+            said.say("parallelism.cp_comm", exchange, "--cp-comm-type")
         else:
             said.notes.append(f"--cp-comm-type {exchange}: taken as the ring")
     uneven = "parallelism.layers_per_stage"
