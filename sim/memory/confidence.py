@@ -84,8 +84,8 @@ def confidence(
         low, high = min(low, total_bytes), min(high, total_bytes)
     if missing is None:
         needed = (0, max(0, min(fragmentation, total_bytes - allocated - outside.total_bytes)))
-    else:  # what it had and lacked when the allocator gave up; more may have been asked for later
-        short = total_bytes - outside.total_bytes + missing.short_bytes - allocated
+    else:  # what it had and lacked when the allocator gave up; what was allocated later may be more than both
+        short = max(0, total_bytes - outside.total_bytes + missing.short_bytes - allocated)
         needed = (short, short)
     fits = _below(total_bytes, allocated, laplace, (needed, *even[1:]))
     names = ("fragmentation", "cuda_context", "nccl", "libraries")

@@ -43,6 +43,10 @@ def test_the_cache_can_be_given_back() -> None:
 def test_what_ran_out_of_memory_most_likely_does_not_fit() -> None:
     missing = OutOfMemory((0, 0), "steady", "", "", "x", GIB, 2 * GIB)
     assert confidence(replace(BARE, out_of_memory=missing), Outside(), 40 * GIB).probability_fits < 0.1
+    """The first request may have lacked little where all that was asked for afterwards is far more than there is."""
+    little = OutOfMemory((0, 0), "first", "", "", "x", GIB, GIB // 4)
+    beyond = replace(BARE, peak_allocated_bytes=80 * GIB, out_of_memory=little)
+    assert confidence(beyond, Outside(), 40 * GIB).probability_fits < 1e-3
 
 
 def test_parts_hold_their_estimates() -> None:
