@@ -130,6 +130,35 @@ def fused_cross_entropy(tape: Tape, logits: Value, labels: Tensor) -> Value:
     return loss
 
 
+def kernel_cross_entropy(tape: Tape, logits: Value, labels: Tensor) -> Value:
+    """One kernel for the loss, one for a gradient of its own: flash-attn's ``CrossEntropyLoss``.
+
+    No fp32 copy of the logits: a row's log-sum-exp is kept in fp32, beside the logits and the labels, and backward
+    fills a new tensor of the logits' dtype (``inplace_backward`` is False unless asked for).
+    Source: flash_attn/losses/cross_entropy.py and csrc/xentropy up to 2.3, ops/triton/cross_entropy.py from 2.4 on.
+    """
+    loss = Value(Tensor("loss", labels.shape, "fp32"))
+    lse = Tensor("loss.log_sum_exp", labels.shape, "fp32")
+    saves = (logits.name, labels.name, lse.name)
+    tape.op(
+        "loss", (Pointwise("reduce", (logits.tensor, labels), (loss.tensor, lse)),),
+        reads=(logits.name, labels.name), writes=(loss.tensor,), saves=saves, keeps=(lse,),
+    )  # fmt: skip
+
+    def emit() -> None:
+        grad = tape.take(loss)
+        assert grad is not None
+        new = tape.fresh(logits)
+        tape.back(
+            "loss.backward", (Pointwise("elementwise", (logits.tensor, labels, lse, grad), (new,)),),
+            reads=(grad.name, *saves), writes=(new,), releases=("loss",),
+        )  # fmt: skip
+        tape.give(logits, new)
+
+    tape.node(emit)
+    return loss
+
+
 def chunked_cross_entropy(
     tape: Tape, x: Value, labels: Tensor, *, module: str, rows: Shape, chunks: int = NUM_OUTPUT_CHUNKS
 ) -> Value:

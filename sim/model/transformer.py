@@ -19,6 +19,7 @@ from sim.model.loss import (
     chunked_cross_entropy,
     cross_entropy,
     fused_cross_entropy,
+    kernel_cross_entropy,
     linear_cross_entropy,
 )
 from sim.model.mlp import Mlp, gated, plain
@@ -466,6 +467,8 @@ def _head(c: Context) -> Layer:
         loss = linear_cross_entropy(tape, x, labels, module=c.names.head, rows=(d.vocab,))
     elif c.training.loss == "fused":
         loss = fused_cross_entropy(tape, project_to_vocabulary(c, tape, x), labels)
+    elif c.training.loss == "kernel":
+        loss = kernel_cross_entropy(tape, project_to_vocabulary(c, tape, x), labels)
     else:
         loss = cross_entropy(tape, project_to_vocabulary(c, tape, x), labels, code=c.code)
     tape.start_backward(loss)

@@ -428,7 +428,9 @@ def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
     """Megatron's head has its own losses; the ones in pieces are written for a whole vocabulary."""
     path = ("training", "loss")
     usual = (
-        ("vocab-parallel", "fused", "eager") if d.code == "megatron" else ("eager", "fused", "chunked", "linear-fused")
+        ("vocab-parallel", "fused", "eager")
+        if d.code == "megatron"
+        else ("eager", "fused", "kernel", "chunked", "linear-fused")
     )
     if d.compile and d.code == "torch":
         usual = ("eager", "compiled", *usual[1:])
@@ -436,7 +438,7 @@ def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
         yield Problem(path, "loss compiled, but compile is false", "write loss: eager, or compile: true")
     elif d.loss not in usual:
         yield Problem(path, f"loss {d.loss} does not go with code {d.code}", f"write loss: {either(usual)}")
-    elif d.tp > 1 and d.loss in ("chunked", "linear-fused"):
+    elif d.tp > 1 and d.loss in ("kernel", "chunked", "linear-fused"):
         yield Problem(path, f"loss {d.loss} needs the whole vocabulary, but tp is {d.tp}", "write loss: eager or fused")
     elif d.loss in ("chunked", "linear-fused") and d.model.head_bias:
         yield Problem(path, f"loss {d.loss} is not simulated with a bias in the head yet", "write loss: eager")

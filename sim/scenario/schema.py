@@ -134,9 +134,10 @@ class Training(_Frozen):
     compile: bool = False
     code: ModelCode
     """Whose modules run: plain torch (fused norms), Hugging Face's eager code, or Megatron's fused kernels."""
-    loss: Literal["eager", "compiled", "vocab-parallel", "fused", "chunked", "linear-fused"] | None = None
+    loss: Literal["eager", "compiled", "vocab-parallel", "fused", "kernel", "chunked", "linear-fused"] | None = None
     """None: that of the model's code. eager: F.cross_entropy of fp32 logits; compiled: that by torch.compile;
-    vocab-parallel: Megatron's; fused: the gradient over the logits (Transformer Engine, Liger); chunked: torchtune's;
+    vocab-parallel: Megatron's; fused: the gradient over the logits (Transformer Engine, Liger); kernel: a gradient of
+    its own without fp32 logits (flash-attn's CrossEntropyLoss, as in llm-foundry); chunked: torchtune's;
     linear-fused: projection and loss in one (Liger)."""
     norms: Literal["fused", "composed"] | None = None
     """fused: ``_fused_rms_norm`` (torch from 2.9 on), Liger's; composed: op by op in fp32, as torchtitan and nn.RMSNorm

@@ -9,6 +9,7 @@ from sim.model.loss import (
     chunked_cross_entropy,
     cross_entropy,
     fused_cross_entropy,
+    kernel_cross_entropy,
     linear_cross_entropy,
     vocab_cross_entropy,
 )
@@ -80,6 +81,18 @@ def test_a_fused_loss_makes_nothing_as_large_as_the_logits() -> None:
     made = [t for op in (*tape.forward, *tape.backward) for t in op.writes if t.shape == LOGITS]
     assert not made
     assert {name for op in tape.forward for name in op.saves} == {"logits"}
+
+
+def test_a_kernels_loss_makes_one_gradient_and_no_fp32_logits() -> None:
+    """flash-attn: 2 bytes a logit kept and 2 made; of a row the log-sum-exp in fp32."""
+    tape = Tape(Precision.of("bf16", "bf16", autocast=False))
+    logits = Value(Tensor("logits", LOGITS, "bf16"))
+    tape.start_backward(kernel_cross_entropy(tape, logits, LABELS))
+    for emit in reversed(tape._nodes):
+        emit()
+    made = {t.name: t.dtype for op in (*tape.forward, *tape.backward) for t in op.writes if t.shape == LOGITS}
+    assert made == {"grad:logits": "bf16"}
+    assert {name for op in tape.forward for name in op.saves} == {"logits", LABELS.name, "loss.log_sum_exp"}
 
 
 @pytest.mark.parametrize(("vocab", "hidden", "piece"), [(1000, 100, 2), (1000, 1000, 16), (1000, 500, 8)])
