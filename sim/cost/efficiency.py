@@ -170,7 +170,9 @@ def attention_residuals(source: Source, kernel: str, backward: bool) -> Mapping[
             stated = (read(_file("attention", place)) or {}).get(name, {}).get("residuals")
             if stated:
                 labels = (
-                    ("plot, backward", "plot, both") if backward else ("measured forward, held out", "plot, forward")
+                    ("plot, backward", "plot, both", "loop backward, held out")
+                    if backward
+                    else ("measured forward, held out", "plot, forward", "loop forward, held out")
                 )
                 return next((stated[label] for label in (*labels, "plot, both") if label in stated), None)
     return None
@@ -241,7 +243,7 @@ _ATTENTION_FALLBACK: dict[str, tuple[str, ...]] = {
     "h100-sxm": (),
     "h200-sxm": ("h100-sxm",),
     "b200-sxm": ("h100-sxm",),
-    "b300-sxm": ("b200-sxm", "h100-sxm"),
+    "b300-sxm": ("gb300", "b200-sxm", "h100-sxm"),
     "gb200": ("b200-sxm", "h100-sxm"),
     "gb300": ("b200-sxm", "h100-sxm"),
     "rtx-pro-6000": ("l40s",),

@@ -11,8 +11,9 @@ it: that is fitted beside the kernel, as a time for each byte of keys and values
 coefficients. Where a kernel has both, a plotted point weighs as much as twenty measured rows (a plot has few). One
 measured row in five is held out.
 
-attention_training.tsv beside this script has causal kernels timed in a training library's loop (MooreThreads/SimuMax
-@4dcaae5), both passes: a row weighs as much as a plotted point, one in five is held out too. A machine with less power
+attention_training.tsv beside this script has kernels timed in a loop, by a training library (MooreThreads/SimuMax
+@4dcaae5) and by cuDNN's own benchmark (NVIDIA/cudnn-frontend @3929da2), both passes: a row weighs as much as a plotted
+point, one in five is held out too. A machine with less power
 than the one of the coefficients takes as much longer as ``sim.cost.efficiency`` says.
 """
 
@@ -55,8 +56,11 @@ TARGETS = (
     Target("h100-sxm", "flash-3", ("h100_sxm_attention_vllm_0.24.0", "vllm_flash_attn_fa3")),
     Target("h100-sxm", "cudnn"),
     Target("h200-sxm", "flash-3", ("h200_sxm_attention_vllm_0.24.0", "vllm_flash_attn_fa3")),
+    Target("h200-sxm", "cudnn"),
     Target("l40s", "flash-2", ("l40s_attention_vllm_0.24.0", "vllm_flash_attn_fa2")),
     Target("b200-sxm", "cudnn", ("b200_sxm_attention_vllm_0.24.0", "vllm_flashinfer_trtllmprefill")),
+    Target("gb200", "cudnn"),
+    Target("gb300", "cudnn"),
 )
 START = (0.8, 0.1, 2000.0, 0.3, 0.8, 4e-6)
 LOW = (0.2, 0.005, 50.0, 0.01, 0.5, 2e-6)
@@ -129,8 +133,7 @@ def looped(gpu: str, kernel: str) -> dict[str, Loop]:
                 mine.append(row)
                 power = source.power
         if mine:
-            keys = ("batch", "heads", "kv_heads", "sequence", "head_dim")
-            rows = np.array([[int(row[key]) for key in keys] + [1] for row in mine], float)
+            rows = np.array([[int(row[key]) for key in NAMES] for row in mine], float)
             held = np.array([zlib.crc32(repr(s).encode()) % 5 == 0 for s in rows.tolist()], dtype=bool)
             out[direction] = Loop(rows, np.array([float(row["us"]) * 1e-6 for row in mine]), held, power)
     return out
@@ -252,7 +255,8 @@ def main() -> None:
         head = {
             "gpu": target.gpu,
             "source": "ai-dynamo/aiconfigurator @095f58a51 (Apache-2.0), systems/data; Dao-AILab/flash-attention "
-            "@0251105a assets; arXiv 2407.08608; MooreThreads/SimuMax @4dcaae5 (Apache-2.0), configs/system",
+            "@0251105a assets; arXiv 2407.08608; MooreThreads/SimuMax @4dcaae5 (Apache-2.0), configs/system; "
+            "NVIDIA/cudnn-frontend @3929da2 (MIT), benchmark/sdpa_benchmark_training",
             "date": datetime.date.today().isoformat(),
             "script": "validation/measure/fit_attention.py",
         }
