@@ -35,6 +35,7 @@ _WHOLE = {
     "training.micro_batch_size": ("micro-batch-size",),
     "training.global_batch_size": ("global-batch-size",),
     "megatron.bucket_size": ("ddp-bucket-size",),
+    "megatron.suggested_communication_unit_size": ("suggested-communication-unit-size",),
 }
 """Path of the scenario -> options of one whole number."""
 _FLAGS = {
@@ -43,6 +44,7 @@ _FLAGS = {
     "overlap-grad-reduce": ("megatron.overlap_grad_reduce", True),
     "overlap-param-gather": ("megatron.overlap_param_gather", True),
     "accumulate-allreduce-grads-in-fp32": ("megatron.accumulate_allreduce_grads_in_fp32", True),
+    "fp8-param-gather": ("megatron.fp8_param_gather", True),
     "no-gradient-accumulation-fusion": ("megatron.gradient_accumulation_fusion", False),
     "no-overlap-p2p-communication": ("megatron.overlap_p2p_communication", False),
     "no-check-for-nan-in-loss-and-grad": ("megatron.check_for_nan_in_grad", False),
@@ -119,6 +121,7 @@ def read_megatron_args(script: str, environment: Mapping[str, str] | None = None
     for name, (path, value) in _FLAGS.items():
         if flag(name):
             said.say(path, value, f"--{name}")
+    _sharding(said, word, flag)
     _cluster(said, whole)
     _model(said, given, whole, word, flag)
     _dropout(said, word)
@@ -128,6 +131,17 @@ def read_megatron_args(script: str, environment: Mapping[str, str] | None = None
         if name not in read and not _SILENT.match(name):
             said.unread.append(f"--{name}")
     return said
+
+
+def _sharding(said: Imported, word: Any, flag: Any) -> None:
+    """Megatron-FSDP's strategy is a ZeRO stage (``data_parallel_sharding_strategy``, "no_shard" if left out)."""
+    strategy = word("data-parallel-sharding-strategy")
+    if not (flag("use-megatron-fsdp") | flag("use-custom-fsdp")):
+        return
+    stage = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}.get(strategy or "no_shard")
+    if stage is not None:
+        origin = "--data-parallel-sharding-strategy" if strategy else _DEFAULT
+        said.say("parallelism.zero", stage, origin)
 
 
 def _unknown_value(path: str, name: str, value: str) -> Problem:
@@ -236,7 +250,10 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
     if (implementation := word("transformer-impl")) is not None:
         said.say("megatron.transformer_impl", implementation, "--transformer-impl")
     if flag("cross-entropy-loss-fusion"):
-        said.notes.append("--cross-entropy-loss-fusion: the loss is taken as Megatron's vocabulary-parallel one")
+        native = word("cross-entropy-fusion-impl") in (None, "native")
+        said.say("training.loss", "vocab-parallel-compiled" if native else "fused", "--cross-entropy-loss-fusion")
+    if flag("no-masked-softmax-fusion"):
+        said.say("megatron.masked_softmax_fusion", False, "--no-masked-softmax-fusion")
 
 
 def _recompute(said: Imported, word: Any, flag: Any) -> None:

@@ -484,6 +484,7 @@ def _megatron(job: _Job, rank: int, stages: Sequence[Stage]) -> RankFramework:
         late_validation=scenario.parallelism.pp > 1 and SCHEDULES[_schedule_name(scenario)].post_validates,
         recipe=recipe_of(scenario),
         interleaved=scenario.parallelism.schedule == "interleaved" and job.num_chunks > 1,
+        shards_parameters=scenario.megatron.use_megatron_fsdp and scenario.parallelism.zero == 3,
     )
     of_rank = [
         MegatronStage(

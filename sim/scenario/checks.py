@@ -428,7 +428,7 @@ def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
     """Megatron's head has its own losses; the ones in pieces are written for a whole vocabulary."""
     path = ("training", "loss")
     usual = (
-        ("vocab-parallel", "fused", "eager")
+        ("vocab-parallel", "vocab-parallel-compiled", "fused", "eager")
         if d.code == "megatron"
         else ("eager", "fused", "kernel", "chunked", "linear-fused")
     )
@@ -639,11 +639,11 @@ def framework_has_zero(d: Draft) -> Iterator[Problem]:
             f"parallelism.zero = {zero}, but framework {d.framework} shards gradients at least",
             "write zero: 2 or 3" + ("; or framework: ddp" if zero == 0 else "; or framework: deepspeed"),
         )
-    if d.framework == "megatron" and zero > 1:
+    if d.framework == "megatron" and zero > 1 and d.pp > 1:
         yield Problem(
             path,
-            f"parallelism.zero = {zero}, but Megatron's distributed optimizer shards optimizer states alone",
-            "write zero: 1; or framework: fsdp2 or deepspeed",
+            f"parallelism.zero = {zero} is Megatron-FSDP, which is modelled without pipelines, and pp is {d.pp}",
+            "write zero: 1, or pp: 1",
         )
     # deepspeed/runtime/pipe/engine.py: "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism"
     if d.framework == "deepspeed" and d.pp > 1 and zero > 1:

@@ -194,7 +194,8 @@ TRAINING: dict[str, Key] = {
     "recompute_interval": integer(1, 10**4, 2, "Every how many blocks one recomputes."),
     "attention": choice(ATTENTIONS, "an attention kernel"),
     "gradient_clipping": number(0, 1e9, "1.0", "Largest norm; 0 is no clipping."),
-    "loss": choice(("eager", "compiled", "vocab-parallel", "fused", "kernel", "chunked", "linear-fused"),
+    "loss": choice(("eager", "compiled", "vocab-parallel", "vocab-parallel-compiled", "fused", "kernel", "chunked",
+                    "linear-fused"),
                    "a way to compute the loss",
                    "eager: fp32 logits; vocab-parallel: Megatron's; fused: gradient over the logits; kernel: flash-attn's; in pieces."),
     "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
@@ -272,11 +273,16 @@ MEGATRON: dict[str, Key] = {
     "bucket_size": integer(1, 10**12, 40_000_000, "Elements of a gradient bucket."),
     "transformer_impl": choice(("transformer_engine", "local"), "an implementation",
                                "Whose linear layers: Transformer Engine's, or Megatron's own."),
+    "masked_softmax_fusion": boolean("Whether the softmax of attention math is one kernel."),
     "fp8_recipe": choice(("delayed", "tensorwise", "blockwise"), "an FP8 recipe",
                          "Scales of fp8: of the steps before, of the tensor itself, of blocks."),
     "first_last_layers_bf16": boolean("Whether the first and the last blocks stay in 16 bit under fp8, mxfp8, nvfp4."),
     "num_layers_at_start_in_bf16": integer(0, 10**4, 1, "How many of the first."),
     "num_layers_at_end_in_bf16": integer(0, 10**4, 1, "How many of the last."),
+    "use_megatron_fsdp": boolean("Megatron-FSDP, as parallelism.zero: 2 (optim_grads) or 3 (optim_grads_params)."),
+    "suggested_communication_unit_size": integer(1, 10**12, 1_000_000_000,
+                                                 "Elements that Megatron-FSDP has under way; 1e9 or two layers."),
+    "fp8_param_gather": boolean("Whether Megatron-FSDP keeps and gathers quantised weights in 8 bits."),
 }  # fmt: skip
 
 ALLOCATOR: dict[str, Key] = {

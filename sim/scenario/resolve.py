@@ -708,11 +708,49 @@ class _Resolver:
                     )
         return values
 
+    def _megatron_fsdp(self, values: dict[str, Any]) -> None:
+        """ZeRO-2 and ZeRO-3 are Megatron-FSDP, which overlaps what its strategy shards (megatron_fsdp.py)."""
+        d = self.draft
+        if not d.knows("zero"):
+            return
+        given = values.get("use_megatron_fsdp")
+        if given and "parallelism.zero" in self.sources:
+            d.zero = 3
+            self.sources["parallelism.zero"] = "megatron.use_megatron_fsdp"
+        elif given is not None and given != (d.zero >= 2):
+            self.problems.append(
+                Problem(
+                    ("parallelism", "zero"),
+                    f"parallelism.zero = {d.zero}, but megatron.use_megatron_fsdp is {_plain(given)}",
+                    "write zero: 3 (or 2: gradients alone)" if given else "write zero: 1, or leave the other out",
+                )
+            )
+        if d.zero < 2:
+            self.problems.extend(
+                Problem(
+                    ("megatron", name),
+                    f"megatron.{name} is Megatron-FSDP's, and parallelism.zero is {d.zero}",
+                    "write parallelism.zero: 3, or leave it out",
+                )
+                for name in ("fp8_param_gather", "suggested_communication_unit_size")
+                if values.get(name)
+            )
+            return
+        for name, holds in (
+            ("use_megatron_fsdp", True),
+            ("overlap_grad_reduce", True),
+            ("overlap_param_gather", d.zero == 3),
+        ):
+            if holds and values.get(name) is None:
+                values[name] = True
+                self.sources[f"megatron.{name}"] = "parallelism.zero"
+
     def megatron(self, values: dict[str, Any], framework: str | None) -> None:
         """Megatron's distributed optimizer is ZeRO-1: the two ways to ask for it have to agree."""
         d = self.draft
         if framework != "megatron":
             return
+        self._megatron_fsdp(values)
         sharded = values.get("use_distributed_optimizer")
         if d.knows("zero"):
             if sharded is None:

@@ -134,9 +134,14 @@ class Training(_Frozen):
     compile: bool = False
     code: ModelCode
     """Whose modules run: plain torch (fused norms), Hugging Face's eager code, or Megatron's fused kernels."""
-    loss: Literal["eager", "compiled", "vocab-parallel", "fused", "kernel", "chunked", "linear-fused"] | None = None
+    loss: (
+        Literal[
+            "eager", "compiled", "vocab-parallel", "vocab-parallel-compiled", "fused", "kernel", "chunked", "linear-fused"
+        ]
+        | None
+    ) = None
     """None: that of the model's code. eager: F.cross_entropy of fp32 logits; compiled: that by torch.compile;
-    vocab-parallel: Megatron's; fused: the gradient over the logits (Transformer Engine, Liger); kernel: a gradient of
+    vocab-parallel: Megatron's; vocab-parallel-compiled: that by torch.compile; fused: the gradient over the logits (Transformer Engine, Liger); kernel: a gradient of
     its own without fp32 logits (flash-attn's CrossEntropyLoss, as in llm-foundry); chunked: torchtune's;
     linear-fused: projection and loss in one (Liger)."""
     norms: Literal["fused", "composed"] | None = None
@@ -232,6 +237,8 @@ class MegatronSettings(_Frozen):
     check_for_nan_in_grad: bool = True
     transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
     """Whose linear layers the blocks have; Megatron's own keep no tensors between passes."""
+    masked_softmax_fusion: bool = True
+    """Whether unfused attention's softmax is one kernel, where there is one for its shape."""
     bucket_size: PositiveInt | None = None
     """Elements of a gradient bucket (``ddp_bucket_size``); None: max(40e6, 1e6 dp)."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
@@ -240,6 +247,12 @@ class MegatronSettings(_Frozen):
     """Whether the first and the last blocks stay in 16 bit; how many, say the next two."""
     num_layers_at_start_in_bf16: int = Field(default=1, ge=0)
     num_layers_at_end_in_bf16: int = Field(default=1, ge=0)
+    use_megatron_fsdp: bool = False
+    """Gradients, and with ``zero: 3`` parameters, sharded too: what ``parallelism.zero`` above 1 means."""
+    suggested_communication_unit_size: PositiveInt | None = None
+    """Of Megatron-FSDP: elements under way at once; None: max(1e9, twice a layer's)."""
+    fp8_param_gather: bool = False
+    """Of Megatron-FSDP: quantised weights are kept and gathered in 8 bits."""
 
 
 class AllocatorConfig(_Frozen):

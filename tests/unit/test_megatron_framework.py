@@ -14,6 +14,7 @@ from sim.ir.ledger import Gemm
 from sim.ir.program import Alloc, Collective, Compute, Program, World
 from sim.model.transformer import describe
 from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
+from sim.parallel.frameworks.megatron_fsdp import bucket_elements
 from sim.parallel.lower import lower
 from sim.parallel.precision import dtypes_of
 from sim.scenario.load import load_scenario_text
@@ -109,6 +110,66 @@ def test_bytes_a_parameter(precision: str, whole: int, fixed: int, shared: int) 
     (sharded,) = world_of(asked({"zero": 1}, precision=precision)).programs
     padding = 4 * (fixed + shared) * PARAM_ALIGNMENT * BUCKET_ALIGNMENT
     assert 0 <= state_bytes(sharded) - (fixed + shared / 4) * count < padding
+
+
+@pytest.mark.parametrize(("zero", "each", "shared"), [(2, 2, 14), (3, 0, 16)])
+def test_bytes_a_parameter_of_megatron_fsdp(zero: int, each: int, shared: int) -> None:
+    """16-bit parameters (whole or a shard), 16-bit gradients, fp32 master and two states: 16 bytes over the ranks.
+
+    Embedding and head are whole besides, once gathered: 2 bytes each of 512 x 256 and the norm's 256.
+    """
+    scenario = asked({"zero": zero})
+    (program,) = world_of(scenario).programs
+    count = parameters_of(scenario)
+    gathered = 0 if zero == 2 else 2 * (2 * VOCAB * HIDDEN + HIDDEN)
+    padding = (each + shared) * 4 * 3 * FFN * (LAYERS + 2)
+    assert 0 <= state_bytes(program) - (each + shared / 4) * count - gathered < padding
+
+
+def test_megatron_fsdp_gathers_before_each_pass_and_reduces_after_each_backward() -> None:
+    """Two microbatches of two layers: a gather a layer and pass, one reduction of each bucket."""
+    (program,) = world_of(asked({"zero": 3})).programs
+    moved = Counter(
+        i.kind
+        for call in program.step
+        for i in program.chunks[call.chunk]
+        if isinstance(i, Collective) and i.axis == "dp"
+    )
+    assert moved == {"all_gather": 2 * 2 * LAYERS + 2, "reduce_scatter": 2 * (LAYERS + 2)}
+    (program,) = world_of(asked({"zero": 2})).programs
+    moved = Counter(
+        i.kind
+        for call in program.step
+        for i in program.chunks[call.chunk]
+        if isinstance(i, Collective) and i.axis == "dp"
+    )
+    assert moved == {"all_gather": LAYERS + 2, "reduce_scatter": 2 * (LAYERS + 2)}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.sampled_from([1, 8, 24, 64])), min_size=1, max_size=8),
+    st.sampled_from([1, 2, 8]),
+)
+def test_a_bucket_of_megatron_fsdp_holds_its_parameters_in_whole_rows_of_each_rank(
+    shapes: list[tuple[int, int]], dp: int
+) -> None:
+    count = bucket_elements(shapes, dp)
+    own = sum(rows * width for rows, width in shapes)
+    assert count >= own
+    assert count % dp == 0
+    widest = max(width for _, width in shapes)
+    assert count // dp % widest == 0
+
+
+def test_a_bucket_of_a_llama_layer() -> None:
+    """Widths of 4,096 and 14,336 divide rows of 28,672 = 7 x 4,096: on 8 ranks a multiple of 229,376 elements.
+
+    218,112,000 parameters, of which 8,192 are norms that fill no row: 950 full multiples and 204,800 more.
+    """
+    shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (4096, 1), (4096, 1)]
+    own = sum(rows * width for rows, width in shapes)
+    assert own == 218_112_000
+    assert bucket_elements(shapes, 8) == -(-own // (8 * 28672)) * 8 * 28672
 
 
 SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=40)

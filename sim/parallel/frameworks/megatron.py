@@ -65,6 +65,7 @@ class MegatronPlan:
     ``late_validation``  the norm is not waited for (schedules that end one rank after another)
     ``interleaved``      the schedule is interleaved 1F1B, which says when a chunk's parameters are gathered
     ``recipe``           how linears quantise: their weights in the first microbatch of a step, kept by each module
+    ``shards_parameters``  Megatron-FSDP shards the parameters too, not only gradients and states
     """
 
     dp: int
@@ -81,6 +82,7 @@ class MegatronPlan:
     late_validation: bool = False
     recipe: Recipe | None = None
     interleaved: bool = False
+    shards_parameters: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +125,8 @@ def fused_gradients(layer: Layer) -> frozenset[str]:
 def main_dtype(settings: MegatronSettings, parameter_dtype: DType) -> DType:
     """Return the dtype of the buffer of gradients (``main_grad``)."""
     fp32 = settings.accumulate_allreduce_grads_in_fp32
-    if fp32 is None:  # megatron/training/arguments.py turns it on for bf16
-        fp32 = parameter_dtype == "bf16"
+    if fp32 is None:  # megatron/training/arguments.py turns it on for bf16; --megatron-fsdp-main-grads-dtype is "auto"
+        fp32 = parameter_dtype == "bf16" and not settings.use_megatron_fsdp
     return "fp32" if fp32 else parameter_dtype
 
 
@@ -202,6 +204,23 @@ class MegatronChunk:
         """Whether the interleaved schedule gathers parameters a chunk ahead (``align_param_gather``, the default)."""
         plan, settings = self.plan, self.settings
         return plan.interleaved and settings.overlap_param_gather and self.sharded and plan.dp > 1
+
+    @property
+    def gathers_after_step(self) -> bool:
+        return self.sharded and not self.settings.overlap_param_gather
+
+    @property
+    def gradient_elements(self) -> int:
+        """Elements of the buffer of gradients that this rank keeps."""
+        return self.num_elements
+
+    def partial_elements(self) -> int:
+        """Return the elements of gradients of which each tensor-parallel rank has a part."""
+        return sum(self.sizes[key] for key in self.stage.partial)
+
+    def after_update(self) -> list[Instruction]:
+        """Return what follows the copy of the master into the parameters."""
+        return []
 
     @property
     def reduces_itself(self) -> bool:
@@ -295,15 +314,7 @@ class MegatronChunk:
 
     def gradient_ready(self, layer: int, parameter: str, gradient: Storage) -> Iterable[Instruction]:
         """``_make_backward_post_hook``: ``param.main_grad.add_(param.grad)``, and the gradient goes."""
-        key = (layer, parameter)
-        if key not in self.sizes:  # a tied weight's second use, which its owner reports
-            key = next(
-                (i, name)
-                for own, layer_name, name in self.stage.layers[layer].tied
-                if own == parameter
-                for i, other in enumerate(self.stage.layers)
-                if other.name == layer_name
-            )
+        key = self.owner_of(layer, parameter)
         out: list[Instruction] = []
         if gradient.num_bytes:
             out.append(accumulate("accumulate gradient", self.sizes[key], self.dtype, self.grad_dtype))
@@ -320,6 +331,19 @@ class MegatronChunk:
 
     def end_of_backward(self) -> Iterable[Instruction]:
         return ()
+
+    def owner_of(self, layer: int, parameter: str) -> Key:
+        """Return whose gradient it is: a tied weight's second use is reported for its owner."""
+        key = (layer, parameter)
+        if key in self.sizes:
+            return key
+        return next(
+            (i, name)
+            for own, layer_name, name in self.stage.layers[layer].tied
+            if own == parameter
+            for i, other in enumerate(self.stage.layers)
+            if other.name == layer_name
+        )
 
     def keeps_dummies(self, layer: Layer) -> bool:
         """Whether the layer's linears are Transformer Engine's: those of the blocks."""
@@ -386,7 +410,12 @@ class Megatron:
     def __init__(self, stages: Sequence[MegatronStage], settings: MegatronSettings, plan: MegatronPlan) -> None:
         self.settings, self.plan = settings, plan
         self.nccl = Communicator(plan.dp_axis, plan.dp)
-        self.parts = [MegatronChunk(i, stage, settings, plan, self.nccl) for i, stage in enumerate(stages)]
+        chunk = MegatronChunk
+        if settings.use_megatron_fsdp:
+            from sim.parallel.frameworks.megatron_fsdp import FsdpChunk
+
+            chunk = FsdpChunk
+        self.parts = [chunk(i, stage, settings, plan, self.nccl) for i, stage in enumerate(stages)]
         self.in_model_order = sorted(self.parts, key=lambda part: part.stage.index)
         """Ranks that hold the same stages reduce them in one order, whichever chunks they are."""
         self.dtype = plan.parameter_dtype
@@ -490,7 +519,9 @@ class Megatron:
         out.extend(Free(storage) for storage in copies)
         if self.has_master:
             out.append(copy("update parameters", total, "fp32", self.dtype))
-        if self.sharded and not self.settings.overlap_param_gather:
+        for part in self.parts:
+            out.extend(part.after_update())
+        if self.parts[0].gathers_after_step:
             out.append(Mark("optimizer", "gather"))
             for part in self.in_model_order:
                 for bucket in part.buckets:
@@ -498,7 +529,7 @@ class Megatron:
                     out.extend(self.nccl.blocking("parameters", "all_gather", num_bytes, self.dtype, COMPUTE))
         out.append(Mark("optimizer", "zero gradients"))
         out.extend(
-            pointwise("zero gradients", "elementwise", (), ((part.num_elements, part.grad_dtype),))
+            pointwise("zero gradients", "elementwise", (), ((part.gradient_elements, part.grad_dtype),))
             for part in self.parts
         )
         return tuple(out)
@@ -506,8 +537,7 @@ class Megatron:
     def _sums_over_tp(self) -> list[Instruction]:
         """``_allreduce_non_tensor_model_parallel_grads``: what each tp rank has a part of, in one flat tensor."""
         plan = self.plan
-        counts = [part.sizes[key] for part in self.parts for key in part.stage.partial]
-        total = sum(counts)
+        total = sum(part.partial_elements() for part in self.parts)
         if plan.tp == 1 or not total:
             return []
         dtype = self.parts[0].grad_dtype
