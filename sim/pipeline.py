@@ -124,11 +124,11 @@ def _timed(
     settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
                             calibration=scenario.calibration)  # fmt: skip
     try:
-        world = _folded(lowered, cluster, slow, fold, trusting=fold)
+        world = _folded(lowered, cluster, slow, fold, fold, scenario, settings)
         cost = _cost(cluster, scenario, settings, world, like)
         timeline = run(world, cost)
     except ContentionError:  # other communicators, and so another cost model: it knows them by name
-        world = _folded(lowered, cluster, slow, fold, trusting=False)
+        world = _folded(lowered, cluster, slow, fold, False, scenario, settings)
         cost = _cost(cluster, scenario, settings, world, like)
         timeline = run(world, cost)
     return ledger, cluster, world, cost, timeline
@@ -144,15 +144,24 @@ def _cost(
     return cost
 
 
-def _folded(world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool, trusting: bool) -> World:
+def _folded(
+    world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool, trusting: bool, scenario: Scenario,
+    settings: CostSettings,
+) -> World:  # fmt: skip
     """Return the world with the classes that its ranks form on this machine: one on one node without faults."""
     if fold and len(world.programs) == 1 and cluster.num_nodes == 1 and not slow and not cluster.degraded:
         return world
     from sim.cluster.symmetry import places_of
     from sim.parallel.fold import refold
 
+    def same(found: World) -> list[int]:
+        from sim.parallel.alike import alike
+
+        cost = CostModel(cluster, scenario.cluster.gpu, settings)
+        return alike(found, cost.traffic, cost.links)
+
     places = places_of(cluster, num_ranks=world.world_size)
-    return refold(world, speeds=slow, places=places, folded=fold, trusting=trusting)
+    return refold(world, speeds=slow, places=places, folded=fold, trusting=trusting, alike=same)
 
 
 def _allocator(scenario: Scenario, outside: Outside) -> AllocatorSettings:

@@ -318,6 +318,17 @@ class CostModel:
             self._traffic[key] = traffic
         return traffic
 
+    def traffic(
+        self, transfer: Collective | Send | Recv | Copy, communicator: Communicator | None, ranks: tuple[int, ...]
+    ) -> Traffic:
+        """Return what a transfer moves, of whatever kind; ``ranks`` are those that copy, who have no communicator."""
+        if isinstance(transfer, Copy):
+            return self.copy(transfer, ranks)
+        assert communicator is not None
+        if isinstance(transfer, Collective):
+            return self.collective(transfer, communicator)
+        return self.point_to_point(transfer, communicator)
+
     def _place(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
         """Return the GPUs of ``ranks``."""
         placement = self._settings.placement

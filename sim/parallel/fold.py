@@ -16,7 +16,7 @@ O(|A| log2 |V|)", Theoretical Computer Science 19, 1982.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -109,6 +109,7 @@ def refold(
     places: Places | None,
     folded: bool = True,
     trusting: bool = False,
+    alike: Callable[[World], Sequence[int]] | None = None,
 ) -> World:
     """Return a world with the classes that its ranks form in this machine.
 
@@ -117,7 +118,9 @@ def refold(
 
     ``trusting``: what all stages of a pipeline do together once a step (the norm of the gradients, say) is taken to
     happen while nothing else moves on the links that it needs. ``engine.run`` raises ContentionError where that is not
-    so, and then the world has to be folded anew without trust.
+    so, and then the world has to be folded anew without trust. ``alike``: colours of the classes of a world, equal for
+    those that what travels over which wire makes one after all (``alike.alike``); asked only where ranks of one program
+    are several classes.
     """
     program_of: dict[int, int] = {rank: i for i, p in enumerate(world.programs) for rank in p.ranks}
     ranks = sorted(program_of)
@@ -138,9 +141,24 @@ def refold(
     colours = [(program_of[rank], speeds.get(rank, 1.0)) for rank in ranks]
     lone = _once(world, groups, program_of) if trusting else frozenset()
     folding = fold(mesh, colours, axes=tuple(groups), pairs=pairs, places=places, folded=folded, lone=lone)
+    found = _world(world, program_of, folding)
+    if alike is None or not folded or speeds or len(found.programs) == len(world.programs):
+        return found
+    colours_ = alike(found)
+    if len(set(colours_)) == len(found.programs):
+        return found
+    of_rank = [0] * world.world_size
+    for program, colour in zip(found.programs, colours_, strict=True):
+        for rank in program.ranks:
+            of_rank[rank] = colour
+    return _world(world, program_of, _folding(of_rank, mesh.of_axis, pairs, lone))
+
+
+def _world(world: World, program_of: Mapping[int, int], folding: Folding) -> World:
+    """Return a world's programs for the classes of a folding."""
     programs = tuple(
-        replace(world.programs[program_of[ranks_[0]]], ranks=ranks_, axes=axes)
-        for ranks_, axes in zip(folding.classes, folding.axes, strict=True)
+        replace(world.programs[program_of[ranks[0]]], ranks=ranks, axes=axes)
+        for ranks, axes in zip(folding.classes, folding.axes, strict=True)
     )
     return World(world.world_size, programs, folding.communicators)
 
