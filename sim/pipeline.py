@@ -117,6 +117,7 @@ def _timed(
         autocast=dtypes.autocast,
         flash=gpu.compute_capability >= (8, 0),
         local=scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local",
+        fused_softmax=scenario.megatron.masked_softmax_fusion,
         tp=scenario.parallelism.tp,
     )
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}

@@ -100,6 +100,52 @@ def vocab_cross_entropy(tape: Tape, logits: Value, labels: Tensor) -> Value:
     return loss
 
 
+def compiled_vocab_cross_entropy(tape: Tape, logits: Value, labels: Tensor) -> Value:
+    """Megatron's ``fused_vocab_parallel_cross_entropy`` (``cross_entropy_fusion_impl: native``), compiled functions.
+
+    ``jit_fuser`` is torch.compile from torch 2.2 on. Forward holds what :func:`vocab_cross_entropy` does, in three
+    kernels. Backward: of ``grad_2d[rows, targets] -= ...`` Inductor makes an fp32 tensor of its own beside the softmax,
+    then scales and casts in one kernel, which writes the softmax too. Read off the code that Inductor of torch 2.13
+    writes for these functions; older ones make a second such tensor.
+    Source: megatron/core/fusions/fused_cross_entropy.py, megatron/core/jit.py.
+    """
+    softmax = Tensor("softmax", logits.shape, "fp32")
+    mask = Tensor("loss.target_mask", labels.shape, "bool")
+    masked = Tensor("loss.masked_target", labels.shape, "int64")
+    both = Tensor("loss.both", (*labels.shape, Dim("both", 2)), "fp32")
+    loss = Value(Tensor("loss", labels.shape, "fp32"))
+    saves = (softmax.name, mask.name, masked.name)
+    tape.op(
+        "loss",
+        (
+            Pointwise("reduce", (logits.tensor,), (softmax,)),
+            Pointwise("softmax", (softmax, labels), (softmax, mask, masked, both)),
+            Pointwise("elementwise", (softmax, both), (softmax,)),
+        ),
+        reads=(logits.name, labels.name), writes=(loss.tensor, softmax), saves=saves, keeps=(mask, masked),
+        scratch=(both,),
+    )  # fmt: skip
+
+    def emit() -> None:
+        grad = tape.take(loss)
+        assert grad is not None
+        updated = Tensor("loss.updated", logits.shape, "fp32")
+        new = tape.fresh(logits)
+        tape.back(
+            "loss.backward",
+            (
+                Pointwise("copy", (softmax,), (updated,)),
+                Pointwise("scatter", (masked, mask), (masked,)),
+                Pointwise("elementwise", (updated, grad), (softmax, new)),
+            ),
+            reads=(grad.name, *saves), writes=(new,), scratch=(updated,), releases=("loss",),
+        )  # fmt: skip
+        tape.give(logits, new)
+
+    tape.node(emit)
+    return loss
+
+
 def fused_cross_entropy(tape: Tape, logits: Value, labels: Tensor) -> Value:
     """One kernel that writes the gradient over the logits: no fp32 copy, nothing new in backward.
 

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 from sim.ir.ledger import Dim, DType, Kernel, Layer, Parameter, Pointwise, Shape, Tensor
 from sim.model import attention as core
 from sim.model.embedding import TOKENS, lookup, positions
-from sim.model.loss import LABELS, cross_entropy, fused_cross_entropy, vocab_cross_entropy
+from sim.model.loss import (
+    LABELS,
+    compiled_vocab_cross_entropy,
+    cross_entropy,
+    fused_cross_entropy,
+    vocab_cross_entropy,
+)
 from sim.model.mlp import MLP_ACTIVATION
 from sim.model.norm import norm
 from sim.model.precision import promote
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 QKV = "self_attention.linear_qkv"
 FC1 = "mlp.linear_fc1"
 SCORES = "attention_scores"
+_LOSSES = {"fused": fused_cross_entropy, "vocab-parallel-compiled": compiled_vocab_cross_entropy}
 
 
 def layers(c: Context) -> tuple[Layer, Layer, Layer]:
@@ -225,7 +232,8 @@ def _unfused(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
         tape, f"{module}.scores", q, k, SCORES if shared else "scores", module=module, heads=heads, shared=shared
     )  # fmt: skip
     batches, keys = c.training.micro_batch_size * c.dims.heads.size // c.tp, c.training.sequence_length
-    softmax = _fused_softmax if batches % batches_of_a_block(keys) == 0 else _torch_softmax
+    fused = c.fused_softmax and batches % batches_of_a_block(keys) == 0
+    softmax = _fused_softmax if fused else _torch_softmax
     probabilities = softmax(tape, f"{module}.softmax", scores, "probabilities", module, shared=shared)
     dropped = dropout(tape, f"{module}.dropout", probabilities, p, out="dropped", module=module, region=core.REGION)
     context = core.matmul_values(tape, module, dropped, v, "context", module=module)
@@ -396,7 +404,7 @@ def _head(c: Context) -> Layer:
     if c.training.loss == "eager":  # other trainers on such layers: F.cross_entropy of the whole vocabulary
         loss = cross_entropy(tape, logits, labels, code="torch")
     else:
-        compute = fused_cross_entropy if c.training.loss == "fused" else vocab_cross_entropy
+        compute = _LOSSES.get(c.training.loss or "", vocab_cross_entropy)
         loss = compute(tape, logits, labels)
     tape.start_backward(loss)
     tape.finish_backward(source, None)

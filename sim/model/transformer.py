@@ -73,6 +73,7 @@ class Context:
     local: bool = False
     """Whether Megatron's layers are its own, not Transformer Engine's."""
     tp: int = 1
+    fused_softmax: bool = True
 
     @property
     def code(self) -> str:
@@ -97,14 +98,16 @@ def describe(
     flash: bool = True,
     local: bool = False,
     tp: int = 1,
+    fused_softmax: bool = True,
 ) -> Ledger:
     """Return what one replica computes for one microbatch. Identical blocks are one object, described once.
 
     ``tp``: ranks that will have a part of the heads each, where the choice of a kernel looks at how many they are.
+    ``fused_softmax``: whether Megatron's scaled masked softmax is one kernel (``masked_softmax_fusion``).
     """
     dims = _dims(model, training)
     precision = Precision.of(parameter_dtype, compute_dtype, autocast=autocast)
-    context = Context(model, training, precision, dims, names_of(model), flash, local, tp)
+    context = Context(model, training, precision, dims, names_of(model), flash, local, tp, fused_softmax)
     if training.code == "megatron":
         from sim.model import megatron
 

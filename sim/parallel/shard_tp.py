@@ -449,6 +449,9 @@ class _Transform:
         maximum, target, total = (self.rows(f"loss.{n}", softmax) for n in ("maximum", "target", "sum_exp"))
         k = op.kernels
         logits = op.reads[0]
+        if any(t.name == "loss.both" for t in op.scratch):
+            self.compiled_loss(op, softmax, maximum)
+            return
         self.emit(Op("loss.maximum", k[:2], (logits,), (softmax, maximum)))
         self.emit(
             Op("loss.shift", k[2:4], (softmax.name, maximum.name, *op.reads[1:]), (target,), keeps=op.keeps,
@@ -489,6 +492,23 @@ class _Transform:
         )  # fmt: skip
         self.emit(Op("loss.target", (Pointwise("gather", (target,), (target,)),), (out.name,), (target,)))
         self.emit(Op("loss.target.all_reduce", (), (target.name,), exchange=self.summed(target)))
+
+    def compiled_loss(self, op: Op, softmax: Tensor, maximum: Tensor) -> None:
+        """``fused_vocab_parallel_cross_entropy``: logits of targets and sums are one tensor, one all-reduce."""
+        both = next(t for t in op.scratch if t.name == "loss.both")
+        logits, k = op.reads[0], op.kernels
+        self.emit(Op("loss.maximum", k[:1], (logits,), (softmax, maximum)))
+        self.emit(
+            Op("loss.exponent", k[1:2], (softmax.name, maximum.name, *op.reads[1:]), (both,), keeps=op.keeps,
+               exchange=self.summed(maximum))
+        )  # fmt: skip
+        kept = tuple(t.name for t in op.keeps)
+        self.emit(
+            replace(
+                op, kernels=k[2:], reads=(softmax.name, both.name, logits, *kept), keeps=(), scratch=(),
+                writes=tuple(t for t in op.writes if t.name != "softmax"), exchange=self.summed(both),
+            )
+        )  # fmt: skip
 
     def loss_backward(self, op: Op) -> Op:
         """``_nll_loss_and_log_softmax_backward``: (grad_input + exp(x)) * grad_output, where x is what was saved.

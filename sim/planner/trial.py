@@ -71,6 +71,7 @@ def _too_large(scenario: Scenario) -> dict[str, Any] | None:
         autocast=dtypes.autocast,
         flash=gpu.compute_capability >= (8, 0),
         local=scenario.megatron.transformer_impl == "local",
+        fused_softmax=scenario.megatron.masked_softmax_fusion,
     )
     settings = AllocatorSettings(
         expandable_segments=config.expandable_segments,

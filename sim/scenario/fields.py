@@ -197,7 +197,8 @@ TRAINING: dict[str, Key] = {
     "loss": choice(("eager", "compiled", "vocab-parallel", "vocab-parallel-compiled", "fused", "kernel", "chunked",
                     "linear-fused"),
                    "a way to compute the loss",
-                   "eager: fp32 logits; vocab-parallel: Megatron's; fused: gradient over the logits; kernel: flash-attn's; in pieces."),
+                   "eager: fp32 logits; vocab-parallel: Megatron's; fused: gradient over the logits; "
+                   "kernel: flash-attn's; in pieces."),
     "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
     "compile": boolean("Whether torch.compile fuses the model."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),

@@ -136,12 +136,20 @@ class Training(_Frozen):
     """Whose modules run: plain torch (fused norms), Hugging Face's eager code, or Megatron's fused kernels."""
     loss: (
         Literal[
-            "eager", "compiled", "vocab-parallel", "vocab-parallel-compiled", "fused", "kernel", "chunked", "linear-fused"
+            "eager",
+            "compiled",
+            "vocab-parallel",
+            "vocab-parallel-compiled",
+            "fused",
+            "kernel",
+            "chunked",
+            "linear-fused",
         ]
         | None
     ) = None
     """None: that of the model's code. eager: F.cross_entropy of fp32 logits; compiled: that by torch.compile;
-    vocab-parallel: Megatron's; vocab-parallel-compiled: that by torch.compile; fused: the gradient over the logits (Transformer Engine, Liger); kernel: a gradient of
+    vocab-parallel: Megatron's, vocab-parallel-compiled: by torch.compile (``cross_entropy_fusion_impl: native``);
+    fused: the gradient over the logits (Transformer Engine, Liger); kernel: a gradient of
     its own without fp32 logits (flash-attn's CrossEntropyLoss, as in llm-foundry); chunked: torchtune's;
     linear-fused: projection and loss in one (Liger)."""
     norms: Literal["fused", "composed"] | None = None

@@ -7,6 +7,7 @@ import pytest
 from sim.ir.ledger import Dim, DType, Tensor
 from sim.model.loss import (
     chunked_cross_entropy,
+    compiled_vocab_cross_entropy,
     cross_entropy,
     fused_cross_entropy,
     kernel_cross_entropy,
@@ -114,3 +115,16 @@ def test_chunks_upcast_one_piece_at_a_time() -> None:
     assert [t.num_bytes for t in upcasts] == [4 * 2 * 2 * 1000] * 4
     last_reader = {name: op.name for op in tape.forward for name in op.reads}
     assert [last_reader[t.name] for t in upcasts] == [f"loss.{i}" for i in range(4)]
+
+
+def test_compiled_vocab_cross_entropy_makes_one_fp32_tensor_more_in_backward() -> None:
+    """Inductor's index_put of calculate_gradients: softmax 4, its update 4, gradient 2 bytes a logit."""
+    tape = Tape(Precision.of("bf16", "bf16", autocast=False))
+    loss = compiled_vocab_cross_entropy(tape, Value(Tensor("logits", LOGITS, "bf16")), LABELS)
+    tape.start_backward(loss)
+    for emit in reversed(tape._nodes):
+        emit()
+    (back,) = (op for op in tape.backward if op.name == "loss.backward")
+    live = {t.name: t.num_bytes // 16000 for t in (*back.writes, *back.scratch)}
+    assert live == {"grad:logits": 2, "loss.updated": 4}
+    assert "softmax" in back.reads

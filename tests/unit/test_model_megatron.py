@@ -11,7 +11,7 @@ from sim.model.transformer import describe
 from sim.scenario.load import load_scenario_text
 
 
-def ledger_of(tp: int, micro_batch_size: int, precision: str = "fp16") -> Ledger:
+def ledger_of(tp: int, micro_batch_size: int, precision: str = "fp16", *, fused_softmax: bool = True) -> Ledger:
     """Return a block of 16 heads with Megatron's unfused attention."""
     asked = {
         "model": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16,
@@ -25,7 +25,7 @@ def ledger_of(tp: int, micro_batch_size: int, precision: str = "fp16") -> Ledger
     scenario = load_scenario_text(yaml.safe_dump(asked), "megatron.yaml")
     return describe(
         scenario.model, scenario.training, parameter_dtype="fp16", compute_dtype="fp16", autocast=False, local=True,
-        tp=tp,
+        tp=tp, fused_softmax=fused_softmax,
     )  # fmt: skip
 
 
@@ -70,3 +70,10 @@ def test_torchs_softmax_is_kept_in_fp32() -> None:
 def test_batches_of_a_block(keys: int, batches: int) -> None:
     """128 threads: 4 warps, of which each has one row of more than 128 keys or two of fewer."""
     assert batches_of_a_block(keys) == batches
+
+
+def test_softmax_is_torchs_where_its_fusion_is_turned_off() -> None:
+    """``--no-masked-softmax-fusion``: 4 bytes a score are kept, where the fused kernel keeps 2."""
+    fused, plain = (softmax_kernels(ledger_of(4, 1, fused_softmax=way)) for way in (True, False))
+    assert fused == (1, 1)
+    assert plain == softmax_kernels(ledger_of(8, 1))
