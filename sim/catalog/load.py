@@ -217,6 +217,8 @@ def network_in_words(text: str, node: NodeFacts) -> NetworkFacts:
         nodes_per_leaf=like.nodes_per_leaf,
         facts=facts,
         line_bytes_per_s=line_of_nic,
+        connection_bytes_per_s=like.connection_bytes_per_s,
+        channels_per_peer=like.channels_per_peer,
     )
 
 
@@ -505,6 +507,10 @@ def _network(reader: _Reader, name: str) -> NetworkFacts:
         nodes_per_leaf=reader.fact("nodes_per_leaf", _count, "nodes_per_leaf", 32),
         facts=reader.facts,
         line_bytes_per_s=reader.fact("line_rate", _positive(units.parse_rate), "line_bytes_per_s", nic),
+        connection_bytes_per_s=reader.fact(
+            "connection_bandwidth", _positive(units.parse_rate), "connection_bytes_per_s", 0.0
+        ),
+        channels_per_peer=reader.fact("channels_per_peer", _count, "channels_per_peer", 0),
     )
     reader.finish()
     return facts

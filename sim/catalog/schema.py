@@ -90,6 +90,11 @@ class NetworkFacts:
     facts: Mapping[str, Fact] = field(default_factory=dict)
     line_bytes_per_s: float = 0.0
     """What one NIC's port is sold as ("400 Gbit/s"); ``nic_bytes_per_s`` is what gets through it."""
+    connection_bytes_per_s: float = 0.0
+    """What one connection carries (a queue pair, which NCCL opens for each channel of each pair of ranks) where a
+    processor moves its packets; 0: as much as the NIC."""
+    channels_per_peer: int = 0
+    """Channels that NCCL gives a message to another node (NCCL_NCHANNELS_PER_NET_PEER); 0: by its own rule."""
 
 
 @dataclass(frozen=True, slots=True)

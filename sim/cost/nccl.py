@@ -911,6 +911,8 @@ def p2p_channels(cluster: Cluster, num_ranks: int, num_messages: int, num_bytes:
     if spans:
         most = -int(-cluster.nic_line_bytes_per_s // (P2P_CHANNEL_NET_BW * GB))
         most = 1 << (max(most, 2) - 1).bit_length()
+        if cluster.spec.network is not None and cluster.spec.network.channels_per_peer:
+            most = cluster.spec.network.channels_per_peer
         while most * -(-num_ranks // P2P_PER_BATCH) > limit and most > 1:
             most //= 2
         return max(1, min(most, int(-(-num_bytes // (nccl_time.P2P_CHUNK["net"] // 2)))))
@@ -972,9 +974,23 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
         group_s = group_s or _links_s(cluster, loads)
     sms = _sms(cluster, graphs[0], choice, tensor_bytes)
     latency_s, flow_s = _kernel_s(cluster, graphs[0], choice, kind, tensor_bytes, sms)
+    if graphs[0].num_nodes > 1:
+        hop_bytes = volume if choice.algorithm == "tree" else collective.ring_hop_bytes(kind, n, volume)
+        flow_s = max(flow_s, _connections_s(cluster, hop_bytes, sms))
     cap = tensor_bytes / flow_s if flow_s > 0 else 0.0
     phase = _phase(latency_s, loads, group_s, float(tensor_bytes) if cap else 0.0, cap)
     return Traffic(choice.name, (phase,), wire_bytes, sms)
+
+
+def _connections_s(cluster: Cluster, num_bytes: float, channels: int) -> float:
+    """Return the time that connections from one node to the next need for these bytes: each channel has one.
+
+    0 where a connection carries what its NIC does. Source: nccl src/transport/net.cc, src/transport/net_ib
+    (NCCL_IB_QPS_PER_CONNECTION is 1).
+    """
+    network = cluster.spec.network
+    rate = network.connection_bytes_per_s if network is not None else 0.0
+    return num_bytes / (channels * rate) if rate else 0.0
 
 
 def _measured(cluster: Cluster, name: str, hw: str) -> Coefficients | None:
@@ -1122,6 +1138,8 @@ def plan_point_to_point(
     rate = P2P_LOCAL_CHANNEL_BYTES_PER_S * channels
     if spans:
         rate = 1 / (1 / (channels * P2P_NET_CHANNEL_BYTES_PER_S) + 1 / P2P_NET_PROXY_BYTES_PER_S)
+        if connections_s := _connections_s(cluster, tensor_bytes, channels):
+            rate = min(rate, tensor_bytes / connections_s)
         if cluster.domain_of(source) == cluster.domain_of(target):
             source, target = next((a, b) for a, b in moving if cluster.domain_of(a) != cluster.domain_of(b))
     else:

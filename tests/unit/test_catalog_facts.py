@@ -12,7 +12,7 @@ from sim.catalog.schema import Fact, FactKind
 
 UNITLESS = {
     "num_sms", "peer_to_peer", "nics_per_node", "gpudirect", "oversubscription", "nodes_per_leaf", "num_cpu_cores",
-    "nvswitch_multicast", "cpu", "wiring", "nvlink_domain_nodes",
+    "nvswitch_multicast", "cpu", "wiring", "nvlink_domain_nodes", "channels_per_peer",
 }  # fmt: skip
 
 TENSOR_FLOPS_PER_CLOCK = {

@@ -247,3 +247,17 @@ def test_the_names_of_the_ranks_do_not_matter() -> None:
     straight = plan_collective(cluster, [tuple(range(16))], "all_gather", MIB)
     shuffled = plan_collective(cluster, [(3, 1, 0, 2, 7, 6, 5, 4, *range(15, 7, -1))], "all_gather", MIB)
     assert straight == shuffled
+
+
+def test_verbs_over_omni_path_carry_what_their_connections_do() -> None:
+    """experiments/bandwidth of bigscience-workshop/bigscience: 64 V100 on 16 nodes open 4 channels, and the busiest hop
+    carries 54.5 Gbit/s over them; GPUs 0 and 1 share one NIC of the four, 2 and 3 another."""
+    cluster = machine("jean-zay-v100-32gb", 16)
+    everyone = tuple(range(64))
+    assert nccl.ring_graph(cluster, everyone).compute_channels == 4
+    assert nccl.ring_graph(cluster, everyone[::4]).compute_channels == 2
+    assert [cluster.rail_of(gpu) for gpu in range(4)] == [1, 1, 3, 3]
+    assert bus(cluster, "all_reduce", everyone, 4_000_000_000) * 8 == pytest.approx(54.5e9, rel=0.02)
+    message = plan_point_to_point(cluster, [(0, 4)], 64 << 20)
+    assert message.sms == 1
+    assert alone_s(cluster, message) == pytest.approx((64 << 20) / 1.7e9, rel=0.01)
