@@ -4,7 +4,10 @@ A GPU is *measured* when its figures are those of a machine of ``index.yaml``. A
 the machine that stands for it: they are shares of its own peak, bandwidth and clock, so they scale with its figures.
 A GPU that may draw less power for each FLOP/s than that machine cannot hold the clock either: its compute rate falls
 with the cube root of the ratio, as dynamic power goes with clock times voltage squared and voltage with clock.
-(A100 PCIe, 300 W, against SXM, 400 W: cube root 0.91; best measured 253 and 271 TFLOP/s: 0.93.)
+(A100 PCIe, 300 W, against SXM, 400 W: cube root 0.91; best measured 253 and 271 TFLOP/s: 0.93.) Where it is the same
+card under a power limit (``nvidia-smi -pl``), on Hopper and later, matmuls lose more: 0.74 to 0.80 at 500 of 700 W, as
+what memory and idle circuits draw does not shrink (``sim/catalog/measured/power.yaml``). Attention draws less than a
+matmul and keeps the cube root.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ ALIGNMENT = Alignment(four_bytes=0.685, two_bytes=0.5)
 """4 bytes: n = 10922 against 10944 with k = 4096 on H100, 272.7 and 398.4 TFLOP/s (stas00/ml-engineering @744d01e1,
 model sizes); 2 bytes: assumed. A property of the library's fallback kernels, the same on all GPUs."""
 _SIMILAR = 0.03
+_LIMITED_FROM = (9, 0)
+"""Compute capability from which power limits were measured."""
+_LEAST_ABOVE_IDLE = 0.02
+"""A limit below what idle circuits draw leaves the lowest clocks."""
 _KERNEL_OF = {
     "flash-2": ("flash-2",),
     "flash-3": ("flash-3", "cudnn", "flash-2"),
@@ -62,12 +69,14 @@ def _near(value: float, other: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Whose measurements a GPU uses; ``same``: its own; ``power``: share of the clock that its power leaves."""
+    """Whose measurements a GPU uses; ``same``: its own; ``power``: share of the clock that its power leaves; ``limited``:
+    share of it that a power limit leaves to matmuls."""
 
     name: str
     same: bool
     why: str
     power: float
+    limited: float = 1.0
 
 
 def source_of(gpu: GpuFacts) -> Source:
@@ -83,14 +92,16 @@ def source_of(gpu: GpuFacts) -> Source:
                 and _near(gpu.memory_bytes_per_s, units.parse_rate(entry["memory"]))
                 and _near(peak, _rate(entry))
             ):
-                return Source(entry["name"], True, "", _power_factor(gpu, peak, entry))
+                return Source(entry["name"], True, "", _power_factor(gpu, peak, entry), _limited(gpu, peak, entry))
     for rule in index["stands_for"]:
         if (
             gpu.name in rule.get("gpus", ())
             or (gpu.vendor == "nvidia" and capability in rule.get("capabilities", ()))
             or rule.get("vendor") == gpu.vendor
         ):
-            return Source(rule["take"], False, rule["why"], _power_factor(gpu, peak, _entry(rule["take"])))
+            entry = _entry(rule["take"])
+            power, limited = _power_factor(gpu, peak, entry), _limited(gpu, peak, entry)
+            return Source(rule["take"], False, rule["why"], power, limited)
     return Source("a100-sxm", False, "no nearer architecture was measured", 1.0)
 
 
@@ -110,6 +121,17 @@ def _power_factor(gpu: GpuFacts, peak: float, entry: Mapping[str, Any]) -> float
         return 1.0
     ratio = gpu.power_w / peak * _rate(entry) / units.parse_power(entry["power"])
     return 1.0 if ratio > 1 - _SIMILAR else float(ratio ** (1 / 3))
+
+
+def _limited(gpu: GpuFacts, peak: float, entry: Mapping[str, Any]) -> float:
+    """Share of the clock that a power limit leaves to matmuls on a card that is otherwise the one of ``entry``."""
+    ratio = gpu.power_w / units.parse_power(entry["power"])
+    same_card = entry["num_sms"] == gpu.num_sms and _near(peak, _rate(entry))
+    if not same_card or not 0 < ratio < 1 - _SIMILAR or gpu.compute_capability < _LIMITED_FROM:
+        return 1.0
+    facts = read("power.yaml")
+    idle = float(facts["idle"])
+    return float((max(ratio - idle, _LEAST_ABOVE_IDLE) / (1 - idle)) ** float(facts["exponent"]))
 
 
 def _file(family: str, name: str) -> str:

@@ -180,6 +180,17 @@ class CostModel:
             machine = self._machines[dtype] = machine_of(self._gpu, dtype)
         return machine
 
+    def _matmul_machine(self, dtype: str) -> Machine:
+        """The GPU at the clock that its power limit leaves to matmuls."""
+        machine, share = self._machine(dtype), self._source.limited
+        if share == 1.0:
+            return machine
+        key = f"{dtype}, limited"
+        if key not in self._machines:
+            lower = replace(machine, peak_flops=machine.peak_flops * share, clock_hz=machine.clock_hz * share)
+            self._machines[key] = lower
+        return self._machines[key]
+
     def _gemm(self, kernel: Gemm, beside: Beside | None) -> tuple[float, str]:
         dtype = kernel.dtype
         if dtype not in self._gemms:
@@ -195,13 +206,15 @@ class CostModel:
                 assumed += f"{'; ' if assumed else f'matmuls in {dtype}: '}run at the rate of {rate_of}"
             self._gemms[dtype] = (coefficients, assumed)
         coefficients, assumed = self._gemms[dtype]
-        machine = self._machine(dtype)
+        machine = self._matmul_machine(dtype)
         if beside is not None:  # the tiles were chosen for all SMs: those that are left work in whole waves
             machine, coefficients = left_of(machine, beside), replace(coefficients, tail_smoothing=0.0)
         m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)
         over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
         rows = (m, n) if over_tokens else (n, k)
-        factor = alignment_factor(*rows, machine.element_bytes, efficiency.ALIGNMENT) * self._source.power
+        factor = alignment_factor(*rows, machine.element_bytes, efficiency.ALIGNMENT)
+        if self._source.limited == 1.0:
+            factor *= self._source.power
         time_s = gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained)
         if kernel.accumulates or kernel.result is not None:
             c_bytes = DTYPE_BYTES[kernel.result or "bf16"] * (2 if kernel.accumulates else 1)
@@ -358,7 +371,12 @@ class CostModel:
                 text = f"{families} kernels on {self._gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901
             kernels = f" ({count} different kernel{'s' if count > 1 else ''})" if count else ""
             texts.append(text + kernels)
-        if self._source.power < 1 and any(key[0] == "gemm" for key in self._by_value):
+        if self._source.limited < 1:
+            texts.append(
+                f"{self._gpu.name} under a power limit: clock of matmuls assumed at {self._source.limited:.0%}, as H100, "
+                "B200 and GB300 have it in bf16"
+            )
+        elif self._source.power < 1 and any(key[0] == "gemm" for key in self._by_value):
             texts.append(
                 f"{self._gpu.name} draws less power per FLOP/s than {self._source.name}: "
                 f"clock of compute-bound kernels assumed at {self._source.power:.0%} (cube root of the ratio)"

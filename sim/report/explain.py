@@ -176,7 +176,7 @@ def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
     source = efficiency.source_of(gpu)
     own = "measured on this GPU" if source.same else f"stands for {gpu.name}: {source.why}"
     if source.power != 1.0:
-        own += f"; clock {source.power:.2f} of it, as its power allows"
+        own += f"; clock {min(source.power, source.limited):.2f} of it, as its power allows"
     for family in ("gemm", "attention", "nccl"):
         file = f"{family}_{source.name.replace('-', '_')}.yaml"
         if not (efficiency.MEASURED / file).exists():

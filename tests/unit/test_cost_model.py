@@ -172,13 +172,26 @@ def test_measured_gpus_are_recognised_by_their_figures_and_others_say_whose_shar
     assert "rtx-pro-6000" in other.assumptions()[0]
 
 
-def test_a_power_cap_lowers_the_clock_by_its_cube_root() -> None:
-    """500 W instead of 700 W: (5/7)^(1/3) = 0.894."""
+def test_a_power_limit_lowers_the_clock_of_matmuls_as_measured() -> None:
+    """500 W instead of 700 W: ((5/7 - 0.24) / 0.76)^0.59 = 0.759. Attention draws less: (5/7)^(1/3) = 0.894."""
     capped = dataclasses.replace(H100, power_w=500)
-    assert efficiency.source_of(capped).power == pytest.approx((5 / 7) ** (1 / 3))
+    source = efficiency.source_of(capped)
+    assert source.limited == pytest.approx(((5 / 7 - 0.24) / 0.76) ** 0.59)
+    assert source.power == pytest.approx((5 / 7) ** (1 / 3))
+    assert efficiency.source_of(H100).limited == 1.0
     cost = model(capped)
     slower = cost.kernel_s(gemm(8192, 8192, 8192), 0) / model().kernel_s(gemm(8192, 8192, 8192), 0)
-    assert 1.05 < slower < 1.13
+    assert slower == pytest.approx(1 / source.limited, rel=0.01)
+    assert any("power limit" in text for text in cost.assumptions())
+
+
+def test_a_card_made_for_less_power_runs_at_the_cube_root_of_the_ratio() -> None:
+    """H100 PCIe: 350 W for 756 TFLOP/s against 700 W for 989."""
+    source = efficiency.source_of(gpu("h100-pcie-80gb"))
+    assert source.limited == 1.0
+    assert source.power == pytest.approx((350 / 756 * 989.4 / 700) ** (1 / 3), rel=1e-3)
+    cost = model(gpu("h100-pcie-80gb"))
+    cost.kernel_s(gemm(4096, 4096, 4096), 0)
     assert any("cube root" in text for text in cost.assumptions())
 
 
