@@ -69,8 +69,8 @@ def _near(value: float, other: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Whose measurements a GPU uses; ``same``: its own; ``power``: share of the clock that its power leaves; ``limited``:
-    share of it that a power limit leaves to matmuls."""
+    """Whose measurements a GPU uses; ``same``: its own; ``power``: share of the clock that its power leaves;
+    ``limited``: share of it that a power limit leaves to matmuls."""
 
     name: str
     same: bool

@@ -373,8 +373,8 @@ class CostModel:
             texts.append(text + kernels)
         if self._source.limited < 1:
             texts.append(
-                f"{self._gpu.name} under a power limit: clock of matmuls assumed at {self._source.limited:.0%}, as H100, "
-                "B200 and GB300 have it in bf16"
+                f"{self._gpu.name} under a power limit: clock of matmuls assumed at {self._source.limited:.0%}, "
+                "as H100, B200 and GB300 have it in bf16"
             )
         elif self._source.power < 1 and any(key[0] == "gemm" for key in self._by_value):
             texts.append(
