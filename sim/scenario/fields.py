@@ -252,6 +252,7 @@ FSDP1: dict[str, Key] = {
                                 "a sharding strategy"),
     "mixed_precision": choice(("DEFAULT", "PURE", "FULL"), "a mixed precision",
                               "DEFAULT reduces gradients in fp32, PURE in 16 bit, FULL keeps everything in fp32."),
+    "orig_dtype": choice(_TORCH_DTYPES, "a dtype", "In which parameters are sharded and optimized."),
     "backward_prefetch": choice(("BACKWARD_PRE", "BACKWARD_POST", "NONE"), "a way to prefetch"),
     "forward_prefetch": boolean("Whether the next unit is gathered before this one's forward."),
     "limit_all_gathers": boolean("Whether the CPU waits where two gathers are in flight."),
@@ -283,7 +284,10 @@ MEGATRON: dict[str, Key] = {
     "use_megatron_fsdp": boolean("Megatron-FSDP, as parallelism.zero: 2 (optim_grads) or 3 (optim_grads_params)."),
     "suggested_communication_unit_size": integer(1, 10**12, 1_000_000_000,
                                                  "Elements that Megatron-FSDP has under way; 1e9 or two layers."),
-    "fp8_param_gather": boolean("Whether Megatron-FSDP keeps and gathers quantised weights in 8 bits."),
+    "fp8_param_gather": boolean("Whether quantised weights are kept and gathered in 8 bits, not in 16."),
+    "use_precision_aware_optimizer": boolean("Whether the master is what bf16 parameters lack, gradients not copied."),
+    "exp_avg_dtype": choice(("fp32", "bf16", "fp16", "fp8"), "a dtype", "Of the first moment, if so."),
+    "exp_avg_sq_dtype": choice(("fp32", "bf16", "fp16", "fp8"), "a dtype", "Of the second moment, if so."),
 }  # fmt: skip
 
 ALLOCATOR: dict[str, Key] = {

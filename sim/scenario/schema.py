@@ -216,6 +216,8 @@ class Fsdp1Settings(_Frozen):
         "FULL_SHARD"
     )
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    orig_dtype: TorchDtype = "fp32"
+    """In which the model is made: shards, their gradients, optimizer states (Lightning's ``bf16-true``: bf16)."""
     backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NONE"] = "BACKWARD_PRE"
     forward_prefetch: bool = False
     limit_all_gathers: bool = True
@@ -260,7 +262,12 @@ class MegatronSettings(_Frozen):
     suggested_communication_unit_size: PositiveInt | None = None
     """Of Megatron-FSDP: elements under way at once; None: max(1e9, twice a layer's)."""
     fp8_param_gather: bool = False
-    """Of Megatron-FSDP: quantised weights are kept and gathered in 8 bits."""
+    """Quantised weights are kept and gathered in 8 bits, with no 16-bit copy: needs a distributed optimizer or FSDP."""
+    use_precision_aware_optimizer: bool = False
+    """Transformer Engine's FusedAdam holds the master as what bf16 parameters lack of it, reads 16-bit gradients."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Of that optimizer's states."""
 
 
 class AllocatorConfig(_Frozen):

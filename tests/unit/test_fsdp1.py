@@ -56,6 +56,14 @@ def test_state_is_fp32_over_the_ranks() -> None:
     assert live_bytes(ours.two_steps) == 12 * TOTAL // 4
 
 
+def test_a_model_in_16_bit_is_sharded_and_optimized_in_it() -> None:
+    """Half of the bytes of fp32 shards and states, and nothing to cast them into."""
+    ours = job(dp=4, orig_dtype="bf16", mixed_precision="PURE")
+    assert live_bytes([ours.setup]) == 2 * TOTAL // 4
+    assert live_bytes(ours.two_steps) == 6 * TOTAL // 4
+    assert not [i for i in (*ours.setup, *ours.two_steps[0]) if isinstance(i, Alloc) and "mp_shard" in i.storage.name]
+
+
 @pytest.mark.parametrize(
     ("settings", "gathers"),
     [({}, 9), ({"sharding_strategy": "SHARD_GRAD_OP"}, 5), ({"sharding_strategy": "NO_SHARD"}, 0)],

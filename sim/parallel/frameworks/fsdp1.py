@@ -3,15 +3,15 @@
 Source: torch/distributed/fsdp/_runtime_utils.py, _flat_param.py, _limiter_utils.py, fully_sharded_data_parallel.py of
 PyTorch 2.13.
 
-* The parameters of a unit are one flat tensor, cut evenly into fp32 shards. With mixed precision a shard is cast into a
-  tensor of its own (``_mp_shard``) before the gather, and freed after it.
+* The parameters of a unit are one flat tensor of the model's own dtype, cut evenly into shards. With mixed precision a
+  shard is cast into a tensor of its own (``_mp_shard``) before the gather, and freed after it.
 * FULL_SHARD frees the gathered parameter after forward (the root's stays) and gathers again in backward, one unit ahead
   (BACKWARD_PRE). SHARD_GRAD_OP keeps it. NO_SHARD never shards; the hybrid strategies shard among fewer ranks.
 * Rate limiter: frees are queued as events, and when two are in the queue the host waits for the oldest before the next
   gather, so that the allocator can reuse what the gathers before took.
 * What one stream allocates and another uses is recorded with the allocator (``record_stream``).
 * Backward: the gradients of a unit's parameters are parts of one flat gradient: the node of ``torch.split`` puts them
-  together once all are there. Then it is cast to ``reduce_dtype``, reduce-scattered and cast to fp32.
+  together once all are there. Then it is cast to ``reduce_dtype``, reduce-scattered and cast to the shards' dtype.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class Fsdp1:
         self.settings = settings
         self.plan = plan
         self.param_dtype: DType = plan.parameter_dtype
+        self.orig_dtype: DType = settings.orig_dtype
         self.reduce_dtype: DType = plan.parameter_dtype if settings.mixed_precision == "PURE" else MASTER
-        self.casts = self.param_dtype != MASTER
+        self.casts = self.param_dtype != self.orig_dtype
         # a shard group of one rank becomes NO_SHARD (_init_utils.py)
         self.shards = settings.sharding_strategy != "NO_SHARD" and plan.dp > 1
         self.frees_after_forward = settings.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD")
@@ -179,7 +180,7 @@ class Fsdp1:
             )
         low, reduce, post = self.param_dtype, self.reduce_dtype, POST_BACKWARD_STREAM
         final = ALL_REDUCE_STREAM if self.hybrid else post
-        keeps = reduce == MASTER
+        keeps = reduce == self.orig_dtype
         return Unit(
             name,
             total,
@@ -193,10 +194,10 @@ class Fsdp1:
             flat_storage(f"grad.{name}.cast", total, reduce, "buffers", post),
             flat_storage(f"grad.{name}.padded", shard * ranks, reduce, "buffers", post),
             flat_storage(f"grad.{name}.reduced", shard, reduce, "buffers", post),
-            flat_storage(f"grad.{name}.shard", shard, MASTER, "gradients", post if keeps else final),
-            flat_storage(f"grad.{name}.new", shard, MASTER, "buffers", post if keeps else final),
+            flat_storage(f"grad.{name}.shard", shard, self.orig_dtype, "gradients", post if keeps else final),
+            flat_storage(f"grad.{name}.new", shard, self.orig_dtype, "buffers", post if keeps else final),
             flat_storage(f"grad.{name}.low", shard, low, "gradients"),
-            Storage(f"grad.{name}", shard * DTYPE_BYTES[MASTER], "gradients", stream="pinned", place="host"),
+            Storage(f"grad.{name}", shard * DTYPE_BYTES[self.orig_dtype], "gradients", stream="pinned", place="host"),
         )
 
     # setup
@@ -205,11 +206,11 @@ class Fsdp1:
         """Each unit's parameters are materialised one unit at a time, put into one flat tensor, and sharded."""
         out: list[Instruction] = [Mark("setup", "model")]
         for unit in reversed(self.units):  # wrapped from the inside out
-            parameters = flat_storage(f"{unit.name}.parameters", unit.total, MASTER, "temporary")
-            whole = flat_storage(f"{unit.name}.flat_param", unit.total, MASTER, "temporary")
+            parameters = flat_storage(f"{unit.name}.parameters", unit.total, self.orig_dtype, "temporary")
+            whole = flat_storage(f"{unit.name}.flat_param", unit.total, self.orig_dtype, "temporary")
             shard = Storage(
                 f"{unit.name}.flat_param",
-                unit.shard * DTYPE_BYTES[MASTER],
+                unit.shard * DTYPE_BYTES[self.orig_dtype],
                 "parameters",
                 stream="pinned" if self.offload else COMPUTE,
                 place="host" if self.offload else "gpu",
@@ -355,7 +356,7 @@ class Fsdp1:
             out.extend(Free(unit.gradient) for unit in self.units)  # _saved_grad_shard goes, the CPU has a copy
         elif self.settings.keep_low_precision_grads and self.casts and self.last:
             for unit in self.units:  # prepare_gradient_for_optim
-                out += [Alloc(unit.low_gradient), copy("fsdp.low", unit.shard, MASTER, self.param_dtype)]
+                out += [Alloc(unit.low_gradient), copy("fsdp.low", unit.shard, self.orig_dtype, self.param_dtype)]
                 out.append(Free(unit.gradient))
         return out
 
@@ -368,11 +369,11 @@ class Fsdp1:
         arrived: Storage | None = None
         if missing and (self.casts or self.offload):
             if self.offload:
-                arrived = flat_storage("fsdp.arrived", unit.shard, MASTER, "buffers", PRE_UNSHARD_STREAM)
-                size = unit.shard * DTYPE_BYTES[MASTER]
+                arrived = flat_storage("fsdp.arrived", unit.shard, self.orig_dtype, "buffers", PRE_UNSHARD_STREAM)
+                size = unit.shard * DTYPE_BYTES[self.orig_dtype]
                 out += [Alloc(arrived), Copy(unit.name, "host_to_device", size, PRE_UNSHARD_STREAM)]
             if self.casts:
-                out += [Alloc(unit.low_shard), copy("fsdp.cast", unit.shard, MASTER, low, PRE_UNSHARD_STREAM)]
+                out += [Alloc(unit.low_shard), copy("fsdp.cast", unit.shard, self.orig_dtype, low, PRE_UNSHARD_STREAM)]
                 if arrived is not None:
                     out.append(Free(arrived))
                     arrived = None
@@ -430,7 +431,7 @@ class Fsdp1:
             out += [UseOn(flat, POST_BACKWARD_STREAM), Free(flat)]
 
     def _reduce(self, unit: Unit, out: list[Instruction]) -> None:
-        """``_reduce_grad`` and ``_reduce_grad_no_shard``: the flat gradient to the fp32 shard that is kept."""
+        """``_reduce_grad`` and ``_reduce_grad_no_shard``: the flat gradient to the shard that is kept."""
         low, dtype, stream = self.param_dtype, self.reduce_dtype, POST_BACKWARD_STREAM
         spent: list[Storage] = []
         if dtype != low:
@@ -439,7 +440,7 @@ class Fsdp1:
         if self.shards and unit.whole != unit.total:
             out += [Alloc(unit.padded_gradient), copy("fsdp.grad.pad", unit.total, dtype, dtype, stream)]
             spent.append(unit.padded_gradient)
-        same = dtype == MASTER
+        same = dtype == self.orig_dtype
         target = unit.fresh if self.adds and not self.offload else unit.gradient
         reduced = target if same else unit.reduced
         out.append(Alloc(reduced))
@@ -461,11 +462,14 @@ class Fsdp1:
         if self.postdivide > 1:
             out.append(in_place("fsdp.postdivide", unit.shard, dtype, stream))
         if not same:
-            out += [Alloc(target), copy("fsdp.grad.master", unit.shard, dtype, MASTER, stream), Free(reduced)]
+            out += [Alloc(target), copy("fsdp.grad.master", unit.shard, dtype, self.orig_dtype, stream), Free(reduced)]
         if target is not unit.gradient:
-            out += [accumulate("accumulate gradient", unit.shard, MASTER, MASTER, stream), Free(target)]
+            out += [
+                accumulate("accumulate gradient", unit.shard, self.orig_dtype, self.orig_dtype, stream),
+                Free(target),
+            ]
         if self.offload:
-            out.append(Copy(f"grad.{unit.name}", "device_to_host", unit.shard * DTYPE_BYTES[MASTER], stream))
+            out.append(Copy(f"grad.{unit.name}", "device_to_host", unit.shard * DTYPE_BYTES[self.orig_dtype], stream))
             if stream != POST_BACKWARD_STREAM:
                 out.append(UseOn(unit.gradient, POST_BACKWARD_STREAM))
         out.extend(Free(storage) for storage in reversed(spent))
@@ -479,7 +483,7 @@ class Fsdp1:
         params = [each for unit in self.units for each in unit.locals]
         total = sum(count for _, count in params)
         keeps_low = settings.keep_low_precision_grads and self.casts and not self.offload
-        dtype = self.param_dtype if keeps_low else MASTER
+        dtype = self.param_dtype if keeps_low else self.orig_dtype
         if plan.loss_scaling:
             out.append(in_place("unscale", total, dtype))
             out.extend(host_sync("found_inf"))
@@ -490,12 +494,12 @@ class Fsdp1:
             out.append(in_place("clip.scale", total, dtype))
         if self.offload:
             if first_step:
-                states = torch_states(plan.optimizer, params, MASTER)
+                states = torch_states(plan.optimizer, params, self.orig_dtype)
                 out.extend(Alloc(Storage(s.name, s.num_bytes, s.category, place="host")) for s in states)
             out.append(HostCompute(plan.optimizer, "cpu_adam", total))
             return tuple(out)
         if first_step:
-            out.extend(Alloc(storage) for storage in torch_states(plan.optimizer, params, MASTER))
-        out.extend(torch_update(plan.optimizer, params, MASTER, settings.optimizer_implementation, dtype))
+            out.extend(Alloc(storage) for storage in torch_states(plan.optimizer, params, self.orig_dtype))
+        out.extend(torch_update(plan.optimizer, params, self.orig_dtype, settings.optimizer_implementation, dtype))
         out.extend(Free(unit.low_gradient if keeps_low else unit.gradient) for unit in self.units)
         return tuple(out)
