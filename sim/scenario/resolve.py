@@ -1011,6 +1011,7 @@ _DEFAULTS_OF_SIM = {
     ("fsdp2", "orig_dtype"): "sim's default: fp32, as torchtitan optimizes",
     ("fsdp2", "wrap"): "sim's default: each block, then the model",
     ("fsdp1", "mixed_precision"): "MosaicML Composer's default",
+    ("fsdp1", "orig_dtype"): "sim's default: fp32, which Composer trains",
     ("fsdp1", "shard_size"): "the GPUs of a node, as FSDP's default process groups",
 }
 
