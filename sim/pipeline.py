@@ -15,7 +15,7 @@ from sim.ir.program import World
 from sim.ir.timeline import Timeline
 from sim.memory.allocator import AllocatorSettings
 from sim.memory.confidence import Confidence, confidence
-from sim.memory.replay import footprints
+from sim.memory.replay import Known, footprints
 from sim.memory.runtime import Outside
 from sim.model.transformer import describe
 from sim.outside import outside_of
@@ -43,22 +43,29 @@ class Simulation:
 
 
 def simulate(
-    scenario: Scenario, *, record: bool = False, fold: bool = True, like: Simulation | None = None
+    scenario: Scenario,
+    *,
+    record: bool = False,
+    fold: bool = True,
+    like: Simulation | None = None,
+    written: tuple[Ledger, World] | None = None,
+    replayed: Known | None = None,
 ) -> Simulation:
     """Answer one scenario. Pure: same scenario and catalogue, same report, byte for byte.
 
     ``record`` keeps the allocator's history and the memory curve, for plots and snapshots. Without ``fold`` every rank
     is simulated by itself, which must not change the answer. ``like``: an answer to a similar question, of which what
-    cannot differ is taken over: that saves time and changes nothing.
+    cannot differ is taken over: that saves time and changes nothing. So do ``written``, what ``programs`` said of this
+    scenario, and ``replayed``, footprints of these programs that are known already.
     """
     if like is not None and _same_but_allocator(scenario, like.scenario):
         ledger, cluster, world, cost = like.ledger, like.cluster, like.world, like.cost
         timeline, outside = like.timeline, like.outside
     else:
-        ledger, cluster, world, cost, timeline = _timed(scenario, fold, like)
+        ledger, cluster, world, cost, timeline = _timed(scenario, fold, like, written)
         outside = outside_of(world, timeline, cluster, scenario.cluster.gpu)
     allocators = {rank: _allocator(scenario, beside) for rank, beside in outside.items()}
-    held = footprints(world, timeline, allocators, outside, record, samples=record)
+    held = footprints(world, timeline, allocators, outside, record, samples=record, known=replayed)
     report = summarise(
         scenario,
         ledger,
@@ -98,16 +105,8 @@ def _same_but_allocator(scenario: Scenario, other: Scenario) -> bool:
     return all(getattr(scenario, name) == getattr(other, name) for name in names)
 
 
-def _timed(
-    scenario: Scenario, fold: bool, like: Simulation | None
-) -> tuple[Ledger, Cluster, World, CostModel, Timeline]:
-    """Return what is computed, where, by whom, at what cost, and when."""
-    gpu = scenario.cluster.gpu
-    faults = scenario.faults
-    if like is not None and (like.scenario.cluster, like.scenario.faults) == (scenario.cluster, faults):
-        cluster = like.cluster  # and what it remembers of its routes
-    else:
-        cluster = degrade(build_cluster(scenario.cluster), faults.links)
+def programs(scenario: Scenario) -> tuple[Ledger, World]:
+    """Return what one replica computes, and what each rank does for it."""
     dtypes = dtypes_of(scenario)
     ledger = describe(
         scenario.model,
@@ -115,13 +114,25 @@ def _timed(
         parameter_dtype=dtypes.parameter,
         compute_dtype=dtypes.compute,
         autocast=dtypes.autocast,
-        flash=gpu.compute_capability >= (8, 0),
+        flash=scenario.cluster.gpu.compute_capability >= (8, 0),
         local=scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local",
         fused_softmax=scenario.megatron.masked_softmax_fusion,
         tp=scenario.parallelism.tp,
     )
+    return ledger, lower(ledger, scenario)
+
+
+def _timed(
+    scenario: Scenario, fold: bool, like: Simulation | None, written: tuple[Ledger, World] | None
+) -> tuple[Ledger, Cluster, World, CostModel, Timeline]:
+    """Return what is computed, where, by whom, at what cost, and when."""
+    faults = scenario.faults
+    if like is not None and (like.scenario.cluster, like.scenario.faults) == (scenario.cluster, faults):
+        cluster = like.cluster  # and what it remembers of its routes
+    else:
+        cluster = degrade(build_cluster(scenario.cluster), faults.links)
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
-    lowered = lower(ledger, scenario)
+    ledger, lowered = programs(scenario) if written is None else written
     settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
                             calibration=scenario.calibration)  # fmt: skip
     try:

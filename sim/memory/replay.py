@@ -853,6 +853,10 @@ def beside(footprint: Footprint, program: Program, outside: Outside) -> Footprin
     )
 
 
+Known = dict[object, list[tuple[AllocatorSettings, Footprint]]]
+"""Footprints by what was replayed, each with the settings it holds for."""
+
+
 def footprints(
     world: World,
     timeline: Timeline | None,
@@ -861,16 +865,18 @@ def footprints(
     record: bool = False,
     *,
     samples: bool = False,
+    known: Known | None = None,
 ) -> tuple[Footprint, ...]:
     """Return the footprint of each class of ranks, in the order of ``world.programs``.
 
     ``settings`` for all, or by the representative rank; ``outside`` by the representative rank. Classes that do the
-    same are replayed once, unless one of them runs short of memory.
+    same are replayed once, unless one of them runs short of memory. ``known``: what was replayed before, of chunks that
+    live on and with equal ``record`` and ``samples``; it is added to.
     """
     releases: dict[int, list[Release]] = {}
     for release in timeline.releases if timeline is not None else ():
         releases.setdefault(release.rank, []).append(release)
-    known: dict[object, list[tuple[AllocatorSettings, Footprint]]] = {}
+    known = {} if known is None else known
     result = []
     for program in world.programs:
         chosen = settings if isinstance(settings, AllocatorSettings) else settings[program.rank]

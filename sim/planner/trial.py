@@ -6,12 +6,10 @@ import gc
 from typing import Any
 
 from sim.errors import ScenarioError
+from sim.ir.program import World
 from sim.memory.allocator import AllocatorSettings
-from sim.memory.replay import footprints
-from sim.model.transformer import describe
-from sim.parallel.lower import lower
-from sim.parallel.precision import dtypes_of
-from sim.pipeline import simulate
+from sim.memory.replay import Known, footprints
+from sim.pipeline import programs, simulate
 from sim.report.report import Report
 from sim.scenario.load import load_scenario_mapping
 from sim.scenario.schema import Scenario
@@ -52,27 +50,22 @@ def trial(scenario: dict[str, Any], folder: str) -> dict[str, Any]:
         resolved = load_scenario_mapping(scenario, "candidate", folder=folder)
     except ScenarioError as error:
         return {**_NOTHING, "refused": error.findings[0].problem}
-    found = _too_large(resolved) if resolved.framework == "megatron" else None
-    if found is None:
+    found = None
+    if resolved.framework == "megatron":
+        written = programs(resolved)
+        replayed: Known = {}
+        found = _too_large(resolved, written[1], replayed)
+        if found is None:
+            found = outcome(simulate(resolved, written=written, replayed=replayed).report)
+    else:
         found = outcome(simulate(resolved).report)
     gc.collect()
     return found
 
 
-def _too_large(scenario: Scenario) -> dict[str, Any] | None:
+def _too_large(scenario: Scenario, world: World, replayed: Known) -> dict[str, Any] | None:
     """Return the outcome of a scenario whose tensors, cached blocks and CUDA context alone are too much; else None."""
     gpu, config = scenario.cluster.gpu, scenario.allocator
-    dtypes = dtypes_of(scenario)
-    ledger = describe(
-        scenario.model,
-        scenario.training,
-        parameter_dtype=dtypes.parameter,
-        compute_dtype=dtypes.compute,
-        autocast=dtypes.autocast,
-        flash=gpu.compute_capability >= (8, 0),
-        local=scenario.megatron.transformer_impl == "local",
-        fused_softmax=scenario.megatron.masked_softmax_fusion,
-    )
     settings = AllocatorSettings(
         expandable_segments=config.expandable_segments,
         max_split_size_bytes=config.max_split_size_bytes,
@@ -80,7 +73,7 @@ def _too_large(scenario: Scenario) -> dict[str, Any] | None:
         garbage_collection_threshold=config.garbage_collection_threshold,
         capacity_bytes=gpu.total_memory_bytes - gpu.cuda_context_bytes,
     )
-    held = footprints(lower(ledger, scenario), None, settings, {})
+    held = footprints(world, None, settings, {}, known=replayed)
     if all(footprint.out_of_memory is None for footprint in held):
         return None
     short, stage = max((f.out_of_memory.short_bytes, -f.stage) for f in held if f.out_of_memory)
