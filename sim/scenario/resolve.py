@@ -732,7 +732,7 @@ class _Resolver:
                     f"megatron.{name} is Megatron-FSDP's, and parallelism.zero is {d.zero}",
                     "write parallelism.zero: 3, or leave it out",
                 )
-                for name in ("fp8_param_gather", "suggested_communication_unit_size")
+                for name in ("suggested_communication_unit_size",)
                 if values.get(name)
             )
             return
@@ -767,6 +767,15 @@ class _Resolver:
                         f"write zero: {int(sharded)}, or leave zero out",
                     )
                 )
+        self.problems.extend(
+            Problem(
+                ("megatron", name),
+                f"megatron.{name} needs the distributed optimizer, but parallelism.zero is 0",
+                "write parallelism.zero: 1",
+            )
+            for name in ("fp8_param_gather", "use_precision_aware_optimizer")
+            if values.get(name) and d.knows("zero") and not d.zero
+        )
         if not values.get("overlap_param_gather"):
             return
         if d.knows("zero") and not d.zero:

@@ -31,6 +31,7 @@ def asked(
     tied: bool = False,
     num_microbatches: int = 2,
     num_layers: int = LAYERS,
+    node: str = "dgx-h100",
     **training: Any,
 ) -> Scenario:
     parallelism = parallelism or {}
@@ -45,7 +46,7 @@ def asked(
             "tie_word_embeddings": tied,
             "hidden_act": "gelu",
         },
-        "cluster": {"node": "dgx-h100", "num_gpus": num_gpus},
+        "cluster": {"node": node, "num_gpus": num_gpus},
         "framework": "megatron",
         "parallelism": parallelism,
         "training": {
@@ -375,3 +376,52 @@ def test_an_eager_loss_gathers_the_logits() -> None:
         if isinstance(i, Alloc)
     }
     assert sizes["head.log_probabilities"] == 4 * 64 * VOCAB
+
+
+LINEAR = LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * FFN)
+"""Elements of the blocks' linears, which are what FP8 quantises."""
+
+
+@pytest.mark.parametrize(("node", "precision"), [("dgx-h100", "fp8"), ("dgx-b200", "fp8"), ("dgx-b200", "mxfp8")])
+def test_weights_kept_in_8_bits_have_no_copy_in_16(node: str, precision: str) -> None:
+    """Two bytes an element less. H100: 2 + 1 + 1 -> 1 + 1; B200: 2 + 1 -> 1; MXFP8: 2 + its two copies -> these."""
+
+    def held(gathers: bool) -> int:
+        (program,) = world_of(
+            asked({"zero": 1}, {"fp8_param_gather": gathers}, node=node, precision=precision)
+        ).programs
+        return sum(
+            i.storage.num_bytes
+            for call in program.setup
+            for i in program.chunks[call.chunk]
+            if isinstance(i, Alloc) and i.storage.name.endswith(("parameters.flat", "weight.low"))
+        )
+
+    assert held(False) - held(True) == 2 * LINEAR
+
+
+def test_weights_in_8_bits_are_gathered_in_8_bits() -> None:
+    def gathered(precision: str, gathers: bool) -> int:
+        settings = {"fp8_param_gather": gathers}
+        (program,) = world_of(asked({"zero": 1}, settings, node="dgx-b200", precision=precision)).programs
+        return sum(
+            i.tensor_bytes
+            for call in program.step
+            for i in program.chunks[call.chunk]
+            if isinstance(i, Collective) and i.kind == "all_gather"
+        )
+
+    assert gathered("fp8", False) - gathered("fp8", True) == LINEAR
+    assert gathered("mxfp8", False) == gathered("mxfp8", True)
+
+
+def test_a_precision_aware_optimizer_holds_what_bf16_lacks() -> None:
+    """2 + 2 for parameters and gradients, over d ranks (2 + 4 + 4) / d for remainder and moments, 6 / d with bf16."""
+    settings = {"use_precision_aware_optimizer": True, "accumulate_allreduce_grads_in_fp32": False}
+    for dtype, shared in (("fp32", 10), ("bf16", 6)):
+        moments = {"exp_avg_dtype": dtype, "exp_avg_sq_dtype": dtype}
+        (program,) = world_of(asked({"zero": 1}, {**settings, **moments})).programs
+        count = parameters_of(asked())
+        assert state_bytes(program) == pytest.approx((4 + shared / 4) * count, rel=1e-3)
+        step = [i for call in program.step for i in program.chunks[call.chunk]]
+        assert not any(isinstance(i, Alloc) and i.storage.name.startswith("grad.") for i in step)

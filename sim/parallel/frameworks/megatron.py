@@ -194,10 +194,49 @@ class MegatronChunk:
         recipe = plan.recipe
         self.low = {} if recipe is None else {id(layer): low_weights(layer, recipe) for layer in stage.layers}
         self.casts: dict[int, tuple[Kernel, ...]] = {}
+        self.in_8_bit = self._kept_in_8_bit()
         self.first = self.last = True
         self.missing: list[int] = []
         self.gathered: set[int] = set()
         self.issued: set[int] = set()
+
+    def _kept_in_8_bit(self) -> dict[Key, int]:
+        """Return the weights that are parameters in 8 bits (``fp8_param_gather``) -> bytes in the flat buffer.
+
+        With a scale a tensor, or blockwise, the buffer holds the quantised rows, which are what is gathered. MXFP8's
+        scales belong to shards' rows, so its master is gathered in 16 bit, into the buffer of gradients, and quantised
+        there: the flat buffer holds nothing of these (``reuse_grad_buf_for_mxfp8_param_ag``).
+        """
+        recipe = self.plan.recipe
+        if recipe is None or recipe.name == "nvfp4" or not (self.sharded and self.settings.fp8_param_gather):
+            return {}  # NVFP4 has an option of its own, fp4_param_gather
+        if self.settings.use_megatron_fsdp:
+            return {}
+        return {
+            (index, f"{module}.weight"): 0 if recipe.name == "mxfp8" else recipe.num_bytes(count)
+            for index, layer in enumerate(self.stage.layers)
+            for module, (count, _) in self.low.get(id(layer), {}).items()
+            if (index, f"{module}.weight") in self.sizes
+        }
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the flat buffer of parameters, with its padding."""
+        kept = self.in_8_bit
+        return self.num_elements * DTYPE_BYTES[self.dtype] - sum(
+            self.sizes[key] * DTYPE_BYTES[self.dtype] - num_bytes for key, num_bytes in kept.items()
+        )
+
+    def gathered_bytes(self, bucket: Bucket) -> int:
+        """Bytes of a bucket's parameters on the wire."""
+        element = DTYPE_BYTES[self.dtype]
+        low = sum(self.sizes[key] * element - n for key in bucket.keys if (n := self.in_8_bit.get(key)))
+        return bucket.num_elements * element - low
+
+    @property
+    def low_elements(self) -> int:
+        """Elements that the optimizer's step quantises itself: those that are gathered in 8 bits."""
+        return sum(self.sizes[key] for key, num_bytes in self.in_8_bit.items() if num_bytes)
 
     @property
     def gathers_ahead(self) -> bool:
@@ -233,17 +272,18 @@ class MegatronChunk:
     def setup(self) -> list[Instruction]:
         out: list[Instruction] = [Mark("setup", "model")]
         if self.sharded:
-            out.append(Alloc(flat_storage("parameters.flat", self.num_elements, self.dtype, "parameters")))
+            out.append(Alloc(Storage("parameters.flat", self.parameter_bytes, "parameters")))
         else:
             out.extend(
                 Alloc(flat_storage(self.names[key], count, self.dtype, "parameters"))
                 for key, count in self.sizes.items()
             )
-        for layer in self.stage.layers:
+        for index, layer in enumerate(self.stage.layers):
             out.extend(Alloc(Storage(f"{layer.kind}.{t.name}", t.num_bytes, "buffers")) for t in layer.buffers)
             out.extend(
-                Alloc(Storage(f"{layer.kind}.{module}.weight.low", num_bytes, "buffers"))
+                Alloc(Storage(f"{layer.kind}.{module}.weight.low", beside, "buffers"))
                 for module, (_, num_bytes) in self.low.get(id(layer), {}).items()
+                if (beside := num_bytes - self.in_8_bit.get((index, f"{module}.weight"), 0))
             )
         out.append(Alloc(flat_storage("gradients.flat", self.num_elements, self.grad_dtype, "gradients")))
         return out
@@ -269,8 +309,13 @@ class MegatronChunk:
         if self.settings.overlap_param_gather and self.sharded and self.plan.dp > 1:
             out.extend(self._gathered(layer, module))
         low = self.low.get(id(self.stage.layers[layer]), {}).get(module)
-        if low is not None:
+        if low is None:
+            return out
+        kept = self.in_8_bit.get((layer, f"{module}.weight"))
+        if not kept:
             out.extend(Compute(f"{module}.weight.quantise", kernel) for kernel in self._weight_casts(low[0]))
+        elif low[1] > kept:  # the copy that the other product reads is made of what was gathered
+            out.append(pointwise(f"{module}.weight.transpose", "copy", ((kept, "uint8"),), ((low[1] - kept, "uint8"),)))
         return out
 
     def _weight_casts(self, num_elements: int) -> tuple[Kernel, ...]:
@@ -299,7 +344,7 @@ class MegatronChunk:
         if bucket in self.issued:
             return []
         self.issued.add(bucket)
-        num_bytes = self.buckets[bucket].num_elements * DTYPE_BYTES[self.dtype]
+        num_bytes = self.gathered_bytes(self.buckets[bucket])
         event = f"parameters.{self.number}.{bucket}"
         return self.nccl.asynchronous("parameters", "all_gather", num_bytes, self.dtype, COMPUTE, event)
 
@@ -466,8 +511,31 @@ class Megatron:
         )
         out.append(Mark("setup", "optimizer"))
         if self.has_master:
-            out.extend(Alloc(flat_storage(f"master.{n}", c, "fp32", "optimizer")) for n, c in self.stepped())
+            out.extend(Alloc(flat_storage(f"master.{n}", c, self.master_dtype, "optimizer")) for n, c in self.stepped())
         return tuple(out)
+
+    @property
+    def reads_gradients_as_they_are(self) -> bool:
+        """Whether the optimizer reads 16-bit gradients (``decoupled_grad``), so that they are not copied to fp32.
+
+        ``use_precision_aware_optimizer_no_fp8_or_ds_fp8`` in megatron/core/optimizer/optimizer_config.py: not with
+        recipes of FP8 other than the delayed one.
+        """
+        recipe = self.plan.recipe
+        return self.settings.use_precision_aware_optimizer and (recipe is None or recipe.name == "delayed")
+
+    @property
+    def master_dtype(self) -> DType:
+        """The fp32 master, or the 16 bits of it that bf16 parameters lack (``store_param_remainders``)."""
+        kept_in_8_bit = any(part.in_8_bit for part in self.parts)
+        return "bf16" if self.reads_gradients_as_they_are and self.dtype == "bf16" and not kept_in_8_bit else "fp32"
+
+    def state_dtype(self, number: int) -> DType:
+        """Return the dtype of the optimizer's first, second ... state."""
+        settings = self.settings
+        if not settings.use_precision_aware_optimizer:
+            return "fp32"
+        return (settings.exp_avg_dtype, settings.exp_avg_sq_dtype)[number] if number < 2 else "fp32"
 
     def after_first_step(self) -> Chunk:
         return ()
@@ -486,7 +554,8 @@ class Megatron:
         grad_dtype = self.parts[0].grad_dtype
         out.append(Mark("optimizer", "gradients"))
         copies: list[Storage] = []
-        if self.has_master and grad_dtype != "fp32":  # _copy_model_grads_to_main_grads; of fp32 ones it is a view
+        if self.has_master and grad_dtype != "fp32" and not self.reads_gradients_as_they_are:
+            # _copy_model_grads_to_main_grads; of fp32 ones it is a view
             copies = [flat_storage(f"grad.{name}", count, "fp32", "gradients") for name, count in stepped]
             out.extend(Alloc(storage) for storage in copies)
             out.append(copy("gradients to fp32", total, grad_dtype, "fp32"))
@@ -508,24 +577,25 @@ class Megatron:
         letters = OPTIMIZERS[plan.optimizer].states
         if first_step:
             out.extend(
-                Alloc(flat_storage(f"{state}.{name}", count, "fp32", "optimizer"))
+                Alloc(flat_storage(f"{state}.{name}", count, self.state_dtype(number), "optimizer"))
                 for name, count in stepped
-                for state in letters
+                for number, state in enumerate(letters)
             )
-        one: Flat = (total, "fp32")
-        states = (one,) * len(letters)
+        one: Flat = (total, self.master_dtype)
+        states = tuple((total, self.state_dtype(number)) for number in range(len(letters)))
+        if self.reads_gradients_as_they_are and self.has_master:  # the kernel writes the parameters too
+            states = (*states, (total, self.dtype))
         # FusedAdam: one multi-tensor kernel, no temporaries (apex/optimizers/fused_adam.py)
         out.append(pointwise(plan.optimizer, "optimizer", ((total, used), one, *states), (one, *states)))
         out.extend(Free(storage) for storage in copies)
-        if self.has_master:
-            out.append(copy("update parameters", total, "fp32", self.dtype))
+        out.extend(self._update_parameters(total))
         for part in self.parts:
             out.extend(part.after_update())
         if self.parts[0].gathers_after_step:
             out.append(Mark("optimizer", "gather"))
             for part in self.in_model_order:
                 for bucket in part.buckets:
-                    num_bytes = bucket.num_elements * DTYPE_BYTES[self.dtype]
+                    num_bytes = part.gathered_bytes(bucket)
                     out.extend(self.nccl.blocking("parameters", "all_gather", num_bytes, self.dtype, COMPUTE))
         out.append(Mark("optimizer", "zero gradients"))
         out.extend(
@@ -533,6 +603,20 @@ class Megatron:
             for part in self.parts
         )
         return tuple(out)
+
+    def _update_parameters(self, total: int) -> list[Instruction]:
+        """Copy the master of ``total`` elements into the parameters; quantise those that are kept in 8 bits.
+
+        Where the optimizer holds the master itself, its kernel has written 16-bit parameters. The all-reduce of the
+        largest values of weights (``quantize_param_shard``) is left out.
+        """
+        low = sum(part.low_elements for part in self.parts) // self.plan.dp
+        out: list[Instruction] = []
+        if self.has_master and (low or not self.reads_gradients_as_they_are):
+            out.append(copy("update parameters", total - low, "fp32", self.dtype))
+        if low:
+            out.append(pointwise("quantise parameters", "copy", ((low, "fp32"),), ((low, "uint8"),)))
+        return out
 
     def _sums_over_tp(self) -> list[Instruction]:
         """``_allreduce_non_tensor_model_parallel_grads``: what each tp rank has a part of, in one flat tensor."""
