@@ -173,10 +173,10 @@ def test_measured_gpus_are_recognised_by_their_figures_and_others_say_whose_shar
 
 
 def test_a_power_limit_lowers_the_clock_of_matmuls_as_measured() -> None:
-    """500 W instead of 700 W: ((5/7 - 0.24) / 0.76)^0.59 = 0.759. Attention draws less: (5/7)^(1/3) = 0.894."""
+    """500 W instead of 700 W: ((5/7 - 0.3) / 0.7)^0.44 = 0.794. Attention draws less: (5/7)^(1/3) = 0.894."""
     capped = dataclasses.replace(H100, power_w=500)
     source = efficiency.source_of(capped)
-    assert source.limited == pytest.approx(((5 / 7 - 0.24) / 0.76) ** 0.59)
+    assert source.limited == pytest.approx(((5 / 7 - 0.3) / 0.7) ** 0.44)
     assert source.power == pytest.approx((5 / 7) ** (1 / 3))
     assert efficiency.source_of(H100).limited == 1.0
     cost = model(capped)
