@@ -144,13 +144,18 @@ def _training(said: Imported, config: Mapping[str, Any]) -> None:
         said.say("training.precision", dtype, "training.mixed_precision_param")
     checkpoint = _section(config, "activation_checkpoint")
     mode, option = checkpoint.get("mode", "selective"), str(checkpoint.get("selective_ac_option", "2"))
-    if mode == "selective" and option.isdigit():
-        said.notes.append(f"selective_ac_option {option} recomputes one layer in {option}: taken as the policy 'op'")
+    by_layer = mode == "selective" and option.isdigit()
     recompute = {"none": "none", "full": "full", "selective": "selective-op"}.get(str(mode), "none")
-    said.say("training.recompute", recompute, "activation_checkpoint.mode")
+    said.say("training.recompute", "full" if by_layer else recompute, "activation_checkpoint.mode")
+    if by_layer:
+        said.say("training.recompute_interval", int(option), "activation_checkpoint.selective_ac_option")
     compiled = _section(config, "compile").get("enable", training.get("compile", False)) is True
     if compiled:
         said.say("training.compile", True, "compile.enable")
+        # training.compile, of 2024, compiled the blocks alone
+        parts = _section(config, "compile").get("components", ["model", "loss"] if "compile" in config else ["model"])
+        if isinstance(parts, list) and "loss" in parts:
+            said.say("training.loss", "compiled", "compile.components")
     optimizer = _section(config, "optimizer")
     if (name := str(optimizer.get("name", "AdamW"))) not in ("Adam", "AdamW"):
         said.notes.append(f"optimizer {name}: taken as AdamW")

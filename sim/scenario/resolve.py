@@ -518,13 +518,12 @@ class _Resolver:
                 self._agreed(key, values.get(key), framework)
         if "code" not in wrong:
             self._code(values.get("code"))
+            self._selective(framework)
         d.norms = values.get("norms")
         d.recompute_interval = values.get("recompute_interval", 1)
         if "loss" not in wrong and d.knows("code"):
-            usual = "vocab-parallel" if d.code == "megatron" else "eager"
-            if usual == "eager" and d.code == "torch" and d.knows("compile") and d.compile:
-                usual = "compiled"  # torchtitan/components/loss.py, from 2025 on
-            d.loss = values.get("loss", usual)
+            # compiling a model, or its blocks, leaves the loss function outside of it
+            d.loss = values.get("loss", "vocab-parallel" if d.code == "megatron" else "eager")
             if "loss" not in values:
                 self.sources["training.loss"] = "that of the model's code"
 
@@ -668,6 +667,19 @@ class _Resolver:
                 return
             self.sources["training.code"] = words
         self._dropout()
+
+    def _selective(self, framework: str | None) -> None:
+        """Plain torch modules under FSDP have no core of attention to recompute: torchtitan's "selective" is by op."""
+        d = self.draft
+        if not (d.knows("recompute") and d.knows("code")) or d.recompute != "selective":
+            return
+        if d.code == "torch" and framework in ("fsdp1", "fsdp2"):
+            d.recompute = "selective-op"
+            self.sources["training.recompute"] = "selective, which for plain torch modules is torchtitan's policy by op"
+            self.warnings.append(
+                "recompute: selective is taken as selective-op, torchtitan's policy by op: plain torch modules have no "
+                "recompute of the attention core, which is Megatron's (code: megatron)"
+            )
 
     def _dropout(self) -> None:
         """Megatron drops a tenth unless its command says otherwise; people who train Llamas with it say otherwise."""

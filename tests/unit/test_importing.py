@@ -175,10 +175,22 @@ def test_a_torchtitan_job(tmp_path):
         '[activation_checkpoint]\nmode = "full"\n[compile]\nenable = true\n[mystery]\nx = 1\n'
     )
     imported = import_scenario([str(job)], None, ["cluster.node=dgx-h100"])
-    for line in ("model: llama-3.1-8b", "dp: 8", "tp: 8", "pp: 2", "schedule: interleaved", "shard_size: 4",
-                 "precision: fp8", "recompute: full", "compile: true", "micro_batch_size: 2"):  # fmt: skip
+    for line in ("model: llama-3.1-8b", "dp: 8", "tp: 8", "pp: 2", "schedule: interleaved", "shard_size: 4", "micro_batch_size: 2",
+                 "precision: fp8", "recompute: full", "compile: true", "loss: compiled"):  # fmt: skip
         assert line in imported.text
     assert imported.unread == ("[mystery]",)
+
+
+def test_torchtitans_recompute_of_every_second_layer_and_a_loss_that_is_not_compiled(tmp_path):
+    job = tmp_path / "job.toml"
+    job.write_text(
+        '[model]\nname = "llama3"\nflavor = "8B"\n[training]\nbatch_size = 1\nseq_len = 8192\ncompile = true\n'
+        '[activation_checkpoint]\nmode = "selective"\nselective_ac_option = "2"\n'
+    )
+    imported = import_scenario([str(job)], None, ["cluster.node=dgx-h100"])
+    for line in ("recompute: full", "recompute_interval: 2", "compile: true"):
+        assert line in imported.text
+    assert "loss:" not in imported.text
 
 
 def test_an_accelerate_configuration_with_a_models_config(tmp_path):

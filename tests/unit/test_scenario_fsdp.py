@@ -55,3 +55,26 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, framework: str, se
 def test_the_passes_read_the_gathered_dtype(tmp_path: Path, framework: str, settings: str, dtypes: Dtypes) -> None:
     scenario = load_scenario(written(tmp_path, framework, settings), (), simulate=False)
     assert dtypes_of(scenario) == dtypes
+
+
+@pytest.mark.parametrize(
+    ("framework", "code", "recompute"),
+    [
+        ("fsdp2", "torch", "selective-op"),
+        ("fsdp1", "torch", "selective-op"),
+        ("fsdp2", "megatron", "selective"),
+        ("fsdp2", "huggingface", "selective"),
+    ],
+)
+def test_selective_is_by_op_for_plain_torch_modules(tmp_path: Path, framework: str, code: str, recompute: str) -> None:
+    path = written(tmp_path, framework, "{}")
+    path.write_text(path.read_text().replace("precision: bf16", f"code: {code}, recompute: selective"))
+    scenario = load_scenario(path)
+    assert scenario.training.recompute == recompute
+    assert any("taken as selective-op" in warning for warning in scenario.warnings) == (recompute == "selective-op")
+
+
+def test_a_compiled_models_loss_is_eager(tmp_path: Path) -> None:
+    path = written(tmp_path, "fsdp2", "{}")
+    path.write_text(path.read_text().replace("precision: bf16", "compile: true"))
+    assert load_scenario(path).training.loss == "eager"
