@@ -175,8 +175,9 @@ def test_a_torchtitan_job(tmp_path):
         '[activation_checkpoint]\nmode = "full"\n[compile]\nenable = true\n[mystery]\nx = 1\n'
     )
     imported = import_scenario([str(job)], None, ["cluster.node=dgx-h100"])
-    for line in ("model: llama-3.1-8b", "dp: 8", "tp: 8", "pp: 2", "schedule: interleaved", "shard_size: 4", "micro_batch_size: 2",
-                 "precision: fp8", "recompute: full", "compile: true", "loss: compiled"):  # fmt: skip
+    for line in ("model: llama-3.1-8b", "dp: 8", "tp: 8", "pp: 2", "schedule: interleaved", "shard_size: 4",
+                 "precision: fp8", "recompute: full", "compile: true", "loss: compiled",
+                 "micro_batch_size: 2"):  # fmt: skip
         assert line in imported.text
     assert imported.unread == ("[mystery]",)
 
