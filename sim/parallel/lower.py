@@ -236,7 +236,15 @@ def _job(ledger: Ledger, scenario: Scenario) -> _Job:
         schedule = SCHEDULES[_schedule_name(scenario)]
         chunks = schedule.num_chunks or parallelism.vpp
         assert schedule.refusal(p, m, chunks) is None, schedule.refusal(p, m, chunks)
-        placement, orders, copies = schedule.placement, schedule.orders(p, m, chunks), schedule.copies
+        placement, copies = schedule.placement, schedule.copies
+        if schedule.found is not None and scenario.framework == "megatron":
+            from sim.parallel.zero_bubble import kept_share
+
+            model = scenario.model
+            kept = kept_share(model.hidden_size, model.num_attention_heads, scenario.training.sequence_length)
+            orders = schedule.found(p, m, kept)
+        else:
+            orders = schedule.orders(p, m, chunks)
     return _Job(
         scenario=scenario,
         ledger=ledger,

@@ -216,11 +216,19 @@ def zb_2p(p: int, m: int, v: int) -> Orders:
     """2 (p-r) - 1 forwards fill the warm-up; W is delayed by 2r passes, so that ranks end as staggered as they start.
 
     Source: Qi et al., arXiv 2401.10241, section 2.2 and figure 3 (the handcrafted schedule ZB-H2, which holds 2p - 1).
-    Leaves out: the search by measured durations of sail-sg/zero-bubble-pipeline-parallelism, scheduler/zb.py. Its steps
-    are as long as these where a microbatch is held whole until W; where I frees a part, it delays more W, idles less.
+    Where a microbatch is held whole until W, as autograd does. Where I frees a part of it: :func:`zb_2p_found`.
     """
     forward, inputs, weights = (_passes(k, 0, m) for k in ("forward", "input_gradient", "weight_gradient"))
     return tuple(_delayed_after(forward, inputs, weights, min(2 * (p - r) - 1, m), 2 * r) for r in range(p))
+
+
+def zb_2p_found(p: int, m: int, kept: float) -> Orders:
+    """The automatic ZB-2p: 2p microbatches held, of which those between I and W count for the share ``kept``."""
+    from sim.parallel.zero_bubble import searched
+
+    kinds: tuple[Kind, ...] = ("forward", "input_gradient", "weight_gradient")
+    table = {kind: _passes(kind, 0, m) for kind in kinds}
+    return tuple(tuple([table[kind][i] for kind, i in order]) for order in searched(p, m, kept, 2 * p))
 
 
 def _delayed_after(forward: list[Pass], inputs: list[Pass], weights: list[Pass], warmup: int, delay: int) -> Order:
@@ -415,6 +423,8 @@ class Schedule:
                                           than that; more for DualPipe and DualPipeV with F < I
     ``microbatches_held(p, m, v, rank)``  most microbatches of a chunk between forward and the end of backward at once,
                                           over the rank's chunks together; each is the activations of one chunk
+    ``found(p, m, kept)`` what the runtime's own search makes of it where the input gradient frees all of a microbatch
+                          but the share ``kept``: runs instead of ``orders`` there
     """
 
     orders: Callable[[int, int, int], Orders]
@@ -427,6 +437,7 @@ class Schedule:
     splits_backward: bool = False
     post_validates: bool = False
     refuses: Callable[[int, int, int], Refusal | None] = lambda p, m, v: None
+    found: Callable[[int, int, float], Orders] | None = None
 
     def refusal(self, p: int, m: int, v: int) -> Refusal | None:
         """Return why the schedule cannot run m microbatches on p ranks with v chunks each; None if it can."""
@@ -605,6 +616,7 @@ SCHEDULES: dict[str, Schedule] = {
         lambda p, m, v, r: min(m, 2 * p - 1),
         splits_backward=True,
         post_validates=True,
+        found=zb_2p_found,
     ),
     "zb-v": Schedule(
         zb_v,
