@@ -95,6 +95,13 @@ class RankFramework(Protocol):
 
 
 @runtime_checkable
+class Loads(Protocol):
+    """A framework whose host waits for the GPU before each forward."""
+
+    def load(self) -> Iterable[Instruction]: ...
+
+
+@runtime_checkable
 class GathersAhead(Protocol):
     """A framework whose parameters the pipeline's schedule may ask for before their stage's turn."""
 
@@ -285,7 +292,11 @@ def _messages(scenario: Scenario, chunks: int) -> Messages:
         if not simple:
             return MEGATRON_ORDERED
         return MEGATRON_OVERLAP if overlaps else MEGATRON_INTERLEAVED if chunks > 1 else MEGATRON
-    return DEEPSPEED if scenario.framework == "deepspeed" else TORCH
+    if scenario.framework != "deepspeed":
+        return TORCH
+    # a sequence that is divided already is sent as it is (``pipe_partitioned`` and ``grad_partitioned`` turned off)
+    parts = 1 if scenario.parallelism.sp else scenario.parallelism.tp
+    return replace(DEEPSPEED, parts=parts) if parts > 1 else DEEPSPEED
 
 
 def _norm_axis(scenario: Scenario) -> str:
@@ -329,7 +340,7 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
         chunks["buffers"] = _receive_buffers(emitters, scenario.num_microbatches)
         setup.append(Call("buffers"))
     if job.messages.lands and num_ranks > 1:
-        chunks["buffers"] = _landing_buffer(emitters[0])
+        chunks["buffers"] = _landing_buffer(emitters[0], job.messages.parts)
         setup.append(Call("buffers"))
     exchange = Exchange(
         rank, num_ranks, job.num_chunks, job.placement, [emitter.border for emitter in emitters], job.messages
@@ -399,7 +410,8 @@ def _passes(
             passes = emitter.passes(after or hooks, split=bool(halves))
             if after is not None and after.end:
                 chunks[f"{prefix}end.{of}"] = (Mark("backward", "end"), *after.end)
-            chunks[f"{prefix}forward.{of}"] = passes.forward
+            before = tuple(hooks.load()) if isinstance(hooks, Loads) else ()
+            chunks[f"{prefix}forward.{of}"] = (*before, *passes.forward)
             chunks[f"{prefix}backward.{of}"] = passes.backward
             if halves:
                 chunks[f"{prefix}weight_gradient.{of}"] = passes.weight_gradient
@@ -455,12 +467,13 @@ def _receive_buffers(emitters: Sequence[Emitter], num_microbatches: int) -> Chun
     return tuple(out)
 
 
-def _landing_buffer(emitter: Emitter) -> Chunk:
-    """One buffer for all that a stage receives. Gradients are read there, so theirs have no bytes of their own."""
+def _landing_buffer(emitter: Emitter, parts: int) -> Chunk:
+    """One buffer for all that a stage receives. Whole gradients are read there: theirs have no bytes of their own."""
     border = emitter.border
     num_bytes = max(s.num_bytes for s in (border.input, border.grad_output) if s is not None)
-    emitter.border = replace(border, grad_output=border.grad_output and replace(border.grad_output, num_bytes=0))
-    return (Alloc(Storage("pipe_recv_buf", num_bytes, "buffers")),)
+    if parts == 1:
+        emitter.border = replace(border, grad_output=border.grad_output and replace(border.grad_output, num_bytes=0))
+    return (Alloc(Storage("pipe_recv_buf", -(-num_bytes // parts), "buffers")),)
 
 
 # --- frameworks ----------------------------------------------------------------------------------
@@ -547,11 +560,16 @@ def _in_pipe(job: _Job, stage: Stage, zero: Stage0 | Stage12 | Stage3) -> Framew
     from sim.parallel.frameworks.deepspeed_pipe import DeepSpeedPipe, Pipe
 
     sizes = {(i, p.name): p.num_elements for i, layer in enumerate(stage.layers) for p in layer.parameters}
+    training = job.scenario.training
+    megatron = training.code == "megatron"
     pipe = Pipe(
         tied=tuple(sizes[key] for key in stage.tied),
         model_ranks=job.mesh.size("model"),
         stages=len(job.stages),
+        is_first=stage.index == 0,
         is_last=stage.index == len(job.stages) - 1,
+        tp=job.scenario.parallelism.tp,
+        broadcast_bytes=8 * training.micro_batch_size * (training.sequence_length + 1) if megatron else 0,
         dp=job.dp,
         dp_axis=job.dp_axis,
         dtype=job.ledger.parameter_dtype,

@@ -18,6 +18,7 @@ from sim.ir.program import (
     Alloc,
     Call,
     Chunk,
+    Collective,
     Free,
     HostWait,
     Instruction,
@@ -30,7 +31,7 @@ from sim.ir.program import (
     Wait,
 )
 from sim.parallel.emit import Border
-from sim.parallel.frameworks.flat import copy
+from sim.parallel.frameworks.flat import copy, pointwise
 from sim.parallel.schedule import LOOPED, Order, Pass, Placement
 
 Way = Literal["forward", "backward"]
@@ -52,6 +53,7 @@ class Messages:
     ``lands``       what is received comes into one buffer, there from the start: activations are copied out of it,
                     gradients are used where they are
     ``batched``     what a turn sends, and receives for later turns, is one exchange after it, waited for as a whole
+    ``parts``       ranks of the axis "tp" over which a tensor is divided to be sent; who receives it gathers it
     """
 
     ahead: Literal["never", "turn", "always"]
@@ -61,6 +63,7 @@ class Messages:
     buffers: bool = False
     lands: bool = False
     batched: bool = False
+    parts: int = 1
 
 
 MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True)
@@ -74,7 +77,8 @@ MEGATRON_INTERLEAVED = Messages("never", waits="once", host_waits=True, frees_se
 ``send_forward_backward_recv_forward_backward``), tensors of later passes among them."""
 DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False, lands=True)
 """deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward.
-``pipe_recv_buf`` and ``grad_layer`` are one buffer (``_allocate_or_extend_buffers`` of pipe/engine.py)."""
+``pipe_recv_buf`` and ``grad_layer`` are one buffer (``_allocate_or_extend_buffers`` of pipe/engine.py). With tensor
+parallelism each rank sends a part (``is_pipe_partitioned``, ``is_grad_partitioned``)."""
 MEGATRON_ORDERED = Messages("always", waits="never", host_waits=False, frees_sent=True)
 """Schedules given as a list for each rank, as zero-bubble runtimes execute them: every message is asynchronous."""
 TORCH = Messages("always", waits="never", host_waits=False, frees_sent=False, buffers=True)
@@ -142,6 +146,7 @@ class Exchange:
         self.borders = borders
         self.messages = messages
         self.chunks: dict[str, Chunk] = {}
+        self._parts: dict[tuple[Way, int], Storage] = {}
         self._bound: dict[str, bool] = {}
         self._sources: dict[tuple[int, str], Route | None] = {}
         self._targets: dict[tuple[int, str], Route | None] = {}
@@ -318,7 +323,7 @@ class Exchange:
         if way is None:
             return False
         if way == "backward" and not self.messages.frees_sent and self.borders[pass_.chunk].output is not None:
-            self._call(calls, f"release.{pass_.chunk}", pass_, lambda: [Free(_some(self.borders[pass_.chunk].output))])
+            self._call(calls, f"release.{pass_.chunk}", pass_, lambda: self._release(pass_.chunk))
         route = self._target(pass_.chunk, way)
         if route is None:
             return False
@@ -399,6 +404,8 @@ class Exchange:
             out: list[Instruction] = [Wait(f"sent {name}", COMPUTE)]
             if way == "backward":
                 out.append(Free(_some(border.grad_input)))
+                if self.messages.parts > 1:
+                    out.append(Free(self._part(way, pass_.chunk)))
             elif self.messages.frees_sent:
                 out.append(Free(_some(border.output)))
             return out
@@ -409,6 +416,8 @@ class Exchange:
         border = self.borders[chunk]
         tensor = _some(border.output if way == "forward" else border.grad_input)
         stream = f"p2p:{route.axis}.send"
+        if self.messages.parts > 1:
+            return self._send_part(way, chunk, route, tensor, stream)
         let_go: list[Instruction] = []
         if self.messages.waits == "never" and (way == "backward" or self.messages.frees_sent):
             let_go = [UseOn(tensor, stream), Free(tensor)]
@@ -421,31 +430,102 @@ class Exchange:
             *let_go,
         ]
 
+    def _send_part(self, way: Way, chunk: int, route: Route, tensor: Storage, stream: str) -> list[Instruction]:
+        """Send this rank's part, and before it what the part is of.
+
+        ``PartitionedTensor`` (deepspeed/runtime/utils.py) clones the part; ``to_meta`` copies a list of numbers from
+        pageable memory, for which the host waits until all before it is done. Of an output the part alone is kept.
+        """
+        part = self._part(way, chunk)
+        return [
+            Mark(way, "pipeline"),
+            Alloc(part),
+            copy("part", part.num_bytes, "uint8", "uint8"),
+            *_described(),
+            *((Free(tensor),) if way == "forward" else ()),
+            Record(f"{stream} ready", COMPUTE),
+            Wait(f"{stream} ready", stream),
+            Send(f"{way}.meta.send", f"{route.axis}.send", self._meta_bytes(), stream),
+            Send(f"{way}.send", f"{route.axis}.send", part.num_bytes, stream),
+            Record(f"sent {way}.{chunk}", stream),
+        ]
+
+    def _part(self, way: Way, chunk: int) -> Storage:
+        """Return what a rank sends of an output or of the gradient of an input: one for each microbatch."""
+        found = self._parts.get((way, chunk))
+        if found is None:
+            border = self.borders[chunk]
+            whole = _some(border.output if way == "forward" else border.grad_input)
+            num_bytes = -(-whole.num_bytes // self.messages.parts)
+            found = Storage(f"part of {whole.name}", num_bytes, "activations", per_microbatch=True)
+            self._parts[way, chunk] = found
+        return found
+
+    def _meta_bytes(self) -> int:
+        """int64: dimensions and their sizes, [batch, sequence, hidden]; parts, rank, and where each part begins."""
+        return 8 * (1 + 3 + 2 + self.messages.parts + 1)
+
+    def _release(self, chunk: int) -> list[Instruction]:
+        """Let an output go after its backward, and its part with it."""
+        output = _some(self.borders[chunk].output)
+        return [Free(output), *((Free(self._part("forward", chunk)),) if self.messages.parts > 1 else ())]
+
     def _recv(self, way: Way, chunk: int, route: Route) -> list[Instruction]:
         buffer = _received(self.borders[chunk], way)
         stream = f"p2p:{route.axis}.recv"
+        axis = f"{route.axis}.recv"
+        parts = self.messages.parts > 1
         return [
             Mark(way, "pipeline"),
-            *(() if self.messages.lands and way == "forward" else (Alloc(buffer),)),
+            *(() if parts or (self.messages.lands and way == "forward") else (Alloc(buffer),)),
             Record(f"{stream} ready", COMPUTE),
             Wait(f"{stream} ready", stream),
-            Recv(f"{way}.recv", f"{route.axis}.recv", self._message_bytes(way, chunk), stream),
+            *((Recv(f"{way}.meta.recv", axis, self._meta_bytes(), stream),) if parts else ()),
+            Recv(f"{way}.recv", axis, self._message_bytes(way, chunk), stream),
             Record(f"received {way}.{chunk}", stream),
         ]
 
     def _received(self, name: str, way: Way, chunk: int) -> list[Instruction]:
         """Wait for a message; where it has landed in the buffer of all, copy an activation out of it (``clone``)."""
         out: list[Instruction] = [Wait(f"received {name}", COMPUTE)]
+        if self.messages.parts > 1:
+            border, num_bytes = self.borders[chunk], self._message_bytes(way, chunk)
+            if way == "forward":
+                return [*out, copy("clone", num_bytes, "uint8", "uint8"), *self._whole(_some(border.input), num_bytes)]
+            out += self._whole(_some(border.output), num_bytes)  # of which only the part was kept
+            return [*out, *self._whole(_some(border.grad_output), num_bytes)]
         if self.messages.lands and way == "forward":
             num_bytes = self._message_bytes(way, chunk)
             out += [Alloc(_received(self.borders[chunk], way)), copy("clone", num_bytes, "uint8", "uint8")]
         return out
 
+    def _whole(self, tensor: Storage, part_bytes: int) -> list[Instruction]:
+        """Gather a tensor from its parts: ``PartitionedTensor.full``.
+
+        A flat buffer of zeros, the own part into it, an all-gather into a list of its slices, which torch gathers into
+        one buffer and copies out of it (``ProcessGroupNCCL::allgather``), and a clone of the buffer.
+        """
+        num_bytes = tensor.num_bytes
+        flat = Storage(f"flat {tensor.name}", num_bytes, "temporary")
+        gathered = Storage(f"gathered {tensor.name}", num_bytes, "temporary")
+        return [
+            Alloc(flat),
+            pointwise("zeros", "elementwise", (), ((num_bytes, "uint8"),)),
+            copy("own part", part_bytes, "uint8", "uint8"),
+            Alloc(gathered),
+            Collective("parts", "all_gather", "tp", num_bytes, "uint8", COMPUTE),
+            copy("parts", num_bytes, "uint8", "uint8"),
+            Free(gathered),
+            Alloc(tensor),
+            copy("clone", num_bytes, "uint8", "uint8"),
+            Free(flat),
+        ]
+
     def _message_bytes(self, way: Way, chunk: int) -> int:
-        """Return the bytes of a received tensor: those of the gradient or activation of the same border."""
+        """Return the bytes of a message: those of the gradient or activation of the same border, or of a part of it."""
         border = self.borders[chunk]
         other = border.grad_input if way == "forward" else border.output
-        return _some(other).num_bytes
+        return -(-_some(other).num_bytes // self.messages.parts)
 
     def _call(self, calls: list[Call], name: str, pass_: Pass, chunk: Callable[[], Sequence[Instruction]]) -> None:
         if name not in self.chunks:
@@ -464,6 +544,10 @@ def _some(storage: Storage | None) -> Storage:
 
 def _synchronize() -> list[Instruction]:
     return [Record("exchanged", COMPUTE), HostWait("exchanged")]
+
+
+def _described() -> tuple[Instruction, ...]:
+    return Record("described", COMPUTE), HostWait("described")
 
 
 ACTIVE_STAGES = 3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sim.ir.program import Alloc, Collective, Compute, Program, World
+from sim.ir.program import Alloc, Collective, Compute, HostWait, Program, Recv, Send, World
 from sim.model.transformer import describe
 from sim.parallel.lower import lower
 from sim.scenario.load import load_scenario_text
@@ -17,18 +17,18 @@ HIDDEN, VOCAB, SEQUENCE = 64, 256, 32
 PP, DP, MICROBATCHES = 4, 2, 6
 
 
-def world(zero: int, *, tied: bool = False) -> World:
+def world(zero: int, *, tied: bool = False, tp: int = 1, pp: int = PP, code: str = "torch") -> World:
     asked: dict[str, Any] = {
         "model": {
             "num_hidden_layers": PP, "hidden_size": HIDDEN, "intermediate_size": 128, "num_attention_heads": 4,
             "vocab_size": VOCAB, "tie_word_embeddings": tied,
         },
-        "cluster": {"node": "dgx-h100"},
+        "cluster": {"node": "dgx-h100", "num_gpus": pp * tp * DP},
         "framework": "deepspeed",
-        "parallelism": {"pp": PP, "zero": zero},
+        "parallelism": {"pp": pp, "tp": tp, "dp": DP, "zero": zero},
         "training": {
             "sequence_length": SEQUENCE, "micro_batch_size": 1, "global_batch_size": MICROBATCHES * DP,
-            "precision": "bf16",
+            "precision": "bf16", "code": code,
         },
     }  # fmt: skip
     scenario = load_scenario_text(yaml.safe_dump(asked), "pipe.yaml")
@@ -76,3 +76,46 @@ def test_messages_land_in_one_buffer_for_good() -> None:
         step = [i for call in program.step for i in program.chunks[call.chunk]]
         clones = sum(isinstance(i, Compute) and i.op == "clone" for i in step)
         assert clones == (MICROBATCHES if rank else 0)
+
+
+def waits(program: Program, chunk: str) -> int:
+    return sum(isinstance(i, HostWait) for i in program.chunks[chunk])
+
+
+@pytest.mark.parametrize("code", ["torch", "megatron"])
+def test_the_host_waits_where_a_batch_is_loaded(code: str) -> None:
+    """The first and the last stage, once a microbatch; Megatron's sizes are read back where ranks share a batch."""
+    for tp in (1, 2):
+        for program in world(1, tp=tp, code=code).programs:
+            loads = program.stage in (0, PP - 1)
+            shares = code == "megatron" and tp > 1
+            assert waits(program, "forward.middle") == loads * (1 + shares)
+            told = [
+                (i.name, i.tensor_bytes)
+                for i in program.chunks["forward.middle"]
+                if isinstance(i, Collective) and i.kind == "broadcast"
+            ]
+            assert told == [("sizes", 40), ("tokens", 8 * (SEQUENCE + 1))] * (loads and shares)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_without_a_pipeline_the_throughput_timer_waits_before_each_forward(zero: int) -> None:
+    (program,) = world(zero, pp=1).programs
+    assert waits(program, "forward.middle") == 1
+
+
+def test_tensor_parallel_ranks_send_parts_and_gather_them() -> None:
+    """Half an activation each way, after int64 [3 dimensions, 3 sizes, 2 parts, rank, 3 offsets]: 9 numbers.
+
+    The last stage gathers its input, the first one the output that it had sent and its gradient, others all three.
+    """
+    message = 2 * SEQUENCE * HIDDEN
+    for program in world(1, tp=2).programs:
+        step = [i for call in program.step for i in program.chunks[call.chunk]]
+        sent = Counter(i.tensor_bytes for i in step if isinstance(i, Send))
+        received = Counter(i.tensor_bytes for i in step if isinstance(i, Recv))
+        ways = 1 if program.stage in (0, PP - 1) else 2
+        assert sent == received == {message // 2: ways * MICROBATCHES, 8 * 9: ways * MICROBATCHES}
+        gathers = [i.tensor_bytes for i in step if isinstance(i, Collective) and i.name == "parts"]
+        assert gathers == [message] * (MICROBATCHES * (2, 3, 3, 1)[program.stage])
+        assert sum(isinstance(i, HostWait) and i.event == "described" for i in step) == ways * MICROBATCHES

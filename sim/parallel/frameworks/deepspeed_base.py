@@ -58,6 +58,14 @@ class DeepSpeed:
         self.first, self.last = first, last
         self.nccl.reset()
 
+    def load(self) -> Iterable[Instruction]:
+        """Synchronise, as ``ThroughputTimer`` does when a forward begins (deepspeed/utils/timer.py).
+
+        ``timers.throughput`` of the configuration is on, and synchronised, unless it says otherwise. It does so after
+        ``step()`` of each microbatch, too: when the next one begins nothing has been issued since.
+        """
+        return host_sync("throughput timer")
+
     def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
         return ()
 

@@ -7,11 +7,17 @@ and zero/stage_1_and_2.py, ``_model_parallel_all_reduce``.
   reduced, its gradients are added over the stages that have it (``ReduceTiedGrads``).
 * A stage has a part of the model, so overflow and the norm go over the model's ranks too (``get_model_parallel_group``
   of the grid: all stages, and their tensor-parallel ranks).
+* The first and the last stage load each microbatch before its forward: the copy is from pageable memory or waited for
+  (``.to(device)`` in ``_exec_load_micro_batch``), so the host goes on when all before it is done, on the last stage
+  the message it has just received. Megatron's batch function copies sizes, broadcasts them over the tensor-parallel
+  ranks, reads them back, then copies and broadcasts the tokens (``broadcast_data`` in megatron/core/tensor_parallel/
+  data.py, ``get_batch_pipe`` in Megatron-DeepSpeed's pretrain_gpt.py).
 * After the step the last stage averages the loss over its data-parallel ranks, and all stages hear of it: two fp32
   numbers (``_aggregate_total_loss``).
 
-Leaves out: the shapes sent ahead of the first activation of all (1 KiB, ``_send_tensor_meta``), and one number between
-neighbours when the engine is made.
+Leaves out: the shapes sent ahead of the first activation of all (1 KiB, ``_send_tensor_meta``), one number between
+neighbours when the engine is made, the copies of a batch themselves (some KiB), and the masks and positions that
+Megatron's batch function makes of it.
 """
 
 from __future__ import annotations
@@ -24,10 +30,13 @@ from sim.ir.program import COMPUTE, Chunk, HostWait, Instruction, Mark
 from sim.parallel.frameworks.deepspeed_base import Stage0
 from sim.parallel.frameworks.deepspeed_stage3 import Stage3
 from sim.parallel.frameworks.deepspeed_stage12 import Stage12
-from sim.parallel.frameworks.flat import Communicator
+from sim.parallel.frameworks.flat import Communicator, host_sync
 
 _AGREED: tuple[tuple[str, int, DType], ...] = (("overflow", 1, "uint8"), ("norm", 4, "fp32"))
 """What the host reads last of each is the answer of all ranks: event, bytes, dtype."""
+
+SIZES_BYTES = 8 * 5
+"""int64 sizes of one tensor, ``_MAX_DATA_DIM`` of megatron/core/tensor_parallel/data.py of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +45,18 @@ class Pipe:
 
     ``tied``         elements of its weights that another stage has too
     ``model_ranks``  ranks that hold one replica together, on the axis "model"
-    ``stages``       of the pipeline; ``is_last`` this one
+    ``stages``       of the pipeline; ``is_first``, ``is_last`` this one
+    ``tp``           tensor-parallel ranks
+    ``broadcast_bytes``  of the tokens of a microbatch that these hear of from one of them; 0: each loads its own
     """
 
     tied: tuple[int, ...]
     model_ranks: int
     stages: int
+    is_first: bool
     is_last: bool
+    tp: int
+    broadcast_bytes: int
     dp: int
     dp_axis: str
     dtype: DType
@@ -66,6 +80,18 @@ class DeepSpeedPipe:
     def begin_microbatch(self, first: bool, last: bool) -> None:
         self.last = last
         self.zero.begin_microbatch(first, last)
+
+    def load(self) -> Iterable[Instruction]:
+        """``LoadMicroBatch``."""
+        if not (self.pipe.is_first or self.pipe.is_last):
+            return ()
+        out: list[Instruction] = [Mark("forward", "batch"), *host_sync("batch")]
+        if self.pipe.broadcast_bytes and self.pipe.tp > 1:
+            group = Communicator("tp", self.pipe.tp)
+            out.extend(group.blocking("sizes", "broadcast", SIZES_BYTES, "int64", COMPUTE))
+            out.extend(host_sync("sizes"))
+            out.extend(group.blocking("tokens", "broadcast", self.pipe.broadcast_bytes, "int64", COMPUTE))
+        return out
 
     def end_of_backward(self) -> Iterable[Instruction]:
         """``ReduceTiedGrads``, then ``ReduceGrads``."""
