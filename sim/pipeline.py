@@ -116,8 +116,8 @@ def programs(scenario: Scenario) -> tuple[Ledger, World]:
         autocast=dtypes.autocast,
         flash=scenario.cluster.gpu.compute_capability >= (8, 0),
         local=scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local",
-        fused_softmax=scenario.megatron.masked_softmax_fusion,
         tp=scenario.parallelism.tp,
+        megatron=scenario.megatron,
     )
     return ledger, lower(ledger, scenario)
 

@@ -46,6 +46,8 @@ _FLAGS = {
     "accumulate-allreduce-grads-in-fp32": ("megatron.accumulate_allreduce_grads_in_fp32", True),
     "fp8-param-gather": ("megatron.fp8_param_gather", True),
     "no-gradient-accumulation-fusion": ("megatron.gradient_accumulation_fusion", False),
+    "no-rope-fusion": ("megatron.apply_rope_fusion", False),
+    "no-bias-swiglu-fusion": ("megatron.bias_swiglu_fusion", False),
     "no-overlap-p2p-communication": ("megatron.overlap_p2p_communication", False),
     "no-check-for-nan-in-loss-and-grad": ("megatron.check_for_nan_in_grad", False),
     "disable-bias-linear": ("model.bias", False),

@@ -10,7 +10,7 @@ from sim.ir.ledger import Dim, Pointwise, Shape, Tensor
 from sim.model.attention import REGION, contiguous, for_bmm, matmul_scores, matmul_values, repeat_kv
 from sim.model.names import Names
 from sim.model.precision import promote
-from sim.model.tape import Tape, Value, add, cast, dropout, handed_on, narrow, pointwise
+from sim.model.tape import Tape, Value, add, cast, cat, dropout, handed_on, narrow, pointwise
 
 
 def rope_half(
@@ -33,28 +33,11 @@ def _rotate(tape: Tape, name: str, x: Value, out: str, *, cos: Tensor, sin: Tens
     first = narrow(tape, f"{name}.first", x, half, module=module)
     second = narrow(tape, f"{name}.second", x, half, module=module)
     minus = pointwise(tape, f"{name}.neg", (second,), f"{out}.minus", grads=((),), module=module)
-    turned = _cat(tape, f"{name}.cat", minus, first, f"{out}.half", x.shape, module=module)
+    turned = cat(tape, f"{name}.cat", minus, first, f"{out}.half", x.shape, module=module)
     crossed = pointwise(
         tape, f"{name}.sin", (turned,), f"{out}.crossed", grads=((),), constants=(sin,), dtype=dtype, module=module
     )  # fmt: skip
     return add(tape, name, straight, crossed, dtype, out=out, module=module)
-
-
-def _cat(tape: Tape, name: str, left: Value, right: Value, out: str, shape: Shape, *, module: str) -> Value:
-    """``torch.cat`` of two: the gradients are views of the incoming one."""
-    result = Value(Tensor(out, shape, left.dtype))
-    tape.op(
-        name, (Pointwise("copy", (left.tensor, right.tensor), (result.tensor,)),), reads=(left.name, right.name),
-        writes=(result.tensor,), module=module,
-    )  # fmt: skip
-
-    def emit() -> None:
-        if (grad := tape.take(result)) is not None:
-            for part in (left, right):
-                tape.give(part, Tensor(grad.name, part.shape, grad.dtype), module)
-
-    tape.node(emit)
-    return result
 
 
 def _expand(tape: Tape, name: str, x: Value, heads: Shape, *, module: str) -> Value:

@@ -26,7 +26,7 @@ from sim.model.loss import (
 from sim.model.mlp import MLP_ACTIVATION
 from sim.model.norm import norm
 from sim.model.precision import promote
-from sim.model.tape import Tape, Value, dropout, linear, pointwise, split
+from sim.model.tape import Tape, Value, add, cat, dropout, handed_on, linear, narrow, pointwise, split
 
 if TYPE_CHECKING:
     from sim.model.transformer import Context
@@ -181,13 +181,66 @@ def _attention(c: Context, tape: Tape, x: Value) -> tuple[Value, Parameter | Non
         k = _norm(c, tape, f"{module}.k_layernorm", k, "key_normed", width=(d.head_dim,))
     if model.position == "rope":
         table = _buffers(c)[0]
-        q = pointwise(tape, f"{module}.rope_query", (q,), "query", grads=((),), constants=(table,), module=module)
-        k = pointwise(tape, f"{module}.rope_key", (k,), "key", grads=((),), constants=(table,), module=module)
+        rope = _rope if c.megatron.apply_rope_fusion else _rope_op_by_op
+        q = rope(tape, f"{module}.rope_query", q, "query", table, module)
+        k = rope(tape, f"{module}.rope_key", k, "key", table, module)
     out = _core(c, tape, q, k, v)
     proj = f"{module}.linear_proj"
     y = linear(tape, proj, out, (d.hidden,), (d.heads, d.head_dim), bias=False, out="attention_output")
     bias = tape.parameter(f"{proj}.bias", (d.hidden,), decays=False) if model.attention_output_bias else None
     return y, bias
+
+
+def _rope(tape: Tape, name: str, x: Value, out: str, table: Tensor, module: str) -> Value:
+    """``fused_apply_rotary_pos_emb``: one kernel, which keeps nothing but the angles."""
+    return pointwise(tape, name, (x,), out, grads=((),), constants=(table,), module=module)
+
+
+def _rope_op_by_op(tape: Tape, name: str, x: Value, out: str, table: Tensor, module: str) -> Value:
+    """``_apply_rotary_pos_emb_bshd``: cat((t * cos + cat((-t2, t1)) * sin, rest)), where nothing rests.
+
+    cos and sin are made of the fp32 angles in every call, times ``mscale``, in x's dtype, and kept by the products. The
+    gradients of both slices of x, that of the empty rest too, are filled with zeros to full size.
+    Source: megatron/core/models/common/embeddings/rope_utils.py.
+    """
+    half: Shape = (*x.shape[:3], Dim("head_dim", x.shape[3].size // 2))
+    cos, sin = (Tensor(f"{out}.{n}", table.shape, x.dtype) for n in ("cos", "sin"))
+    for made in (cos, sin):
+        full = Tensor(f"{made.name}.fp32", table.shape, "fp32")
+        scaled = replace(full, name=f"{made.name}.scaled")
+        kernels = (
+            Pointwise("elementwise", (table,), (full,)),
+            Pointwise("elementwise", (full,), (scaled,)),
+            Pointwise("copy", (scaled,), (made,)),
+        )
+        tape.op(f"{made.name}", kernels, writes=(made,), scratch=(full, scaled), module=module)
+    turning = narrow(tape, f"{name}.slice", x, x.shape, module=module)
+    _empty_rest(tape, f"{name}.rest", x, module)
+    straight = _times(tape, f"{name}.cos", turning, cos, f"{out}.straight", module)
+    first, second = split(tape, f"{name}.chunk", turning, (half, half), module=module)
+    minus = pointwise(tape, f"{name}.neg", (second,), f"{out}.minus", grads=((),), module=module)
+    turned = cat(tape, f"{name}.cat", minus, first, f"{out}.half", x.shape, module=module)
+    crossed = _times(tape, f"{name}.sin", turned, sin, f"{out}.crossed", module)
+    rotated = add(tape, f"{name}.add", straight, crossed, x.dtype, out=f"{out}.rotated", module=module)
+    return handed_on(tape, name, rotated, out, kind="copy", module=module)
+
+
+def _times(tape: Tape, name: str, x: Value, factor: Tensor, out: str, module: str) -> Value:
+    """x * factor, which is kept."""
+    return pointwise(
+        tape, name, (x,), out, grads=((factor.name,),), constants=(factor,), also_reads=(factor.name,), module=module
+    )  # fmt: skip
+
+
+def _empty_rest(tape: Tape, name: str, x: Value, module: str) -> None:
+    """A slice of no elements: its gradient is a zero for each of x."""
+
+    def emit() -> None:
+        new = tape.fresh(x)
+        tape.back(f"{name}.backward", (Pointwise("elementwise", (), (new,)),), writes=(new,), module=module)
+        tape.give(x, new, module)
+
+    tape.node(emit)
 
 
 def _core(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
@@ -232,7 +285,7 @@ def _unfused(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
         tape, f"{module}.scores", q, k, SCORES if shared else "scores", module=module, heads=heads, shared=shared
     )  # fmt: skip
     batches, keys = c.training.micro_batch_size * c.dims.heads.size // c.tp, c.training.sequence_length
-    fused = c.fused_softmax and batches % batches_of_a_block(keys) == 0
+    fused = c.megatron.masked_softmax_fusion and batches % batches_of_a_block(keys) == 0
     softmax = _fused_softmax if fused else _torch_softmax
     probabilities = softmax(tape, f"{module}.softmax", scores, "probabilities", module, shared=shared)
     dropped = dropout(tape, f"{module}.dropout", probabilities, p, out="dropped", module=module, region=core.REGION)
@@ -350,10 +403,53 @@ def _mlp(c: Context, tape: Tape, x: Value) -> tuple[Value, Parameter | None]:
     rows: Shape = (Dim("gate_up", 2), d.ffn) if model.gated else (d.ffn,)
     up = linear(tape, FC1, x, rows, (d.hidden,), bias=False, out="up")
     bias = tape.parameter(f"{FC1}.bias", rows, decays=False) if model.mlp_bias else None
-    activated = _activation(c, tape, up, bias)
+    if model.gated and not c.megatron.bias_swiglu_fusion:
+        activated = _gate_op_by_op(c, tape, up, bias)
+    else:
+        activated = _activation(c, tape, up, bias)
     down = linear(tape, "mlp.linear_fc2", activated, (d.hidden,), (d.ffn,), bias=False, out="mlp_output")
     down_bias = tape.parameter("mlp.linear_fc2.bias", (d.hidden,), decays=False) if model.mlp_bias else None
     return down, down_bias
+
+
+def _gate_op_by_op(c: Context, tape: Tape, x: Value, bias: Parameter | None) -> Value:
+    """``activation_func(x[0]) * x[1]`` of x in two, after a bias is added (megatron/core/transformer/mlp.py, ``glu``).
+
+    Keeps x, and the activation's result; the halves' gradients are put together by a copy.
+    """
+    module, half = "mlp", (*c.dims.rows, c.dims.ffn)
+    if bias is not None:
+        x = _add_bias(tape, f"{module}.add_bias", x, bias, module)
+    gate, up = split(tape, f"{module}.chunk", x, (half, half), module=module)
+    acted = pointwise(
+        tape, f"{module}.gate", (gate,), "gate", grads=((gate.name,),), module=module, region=MLP_ACTIVATION
+    )  # fmt: skip
+    return pointwise(
+        tape, f"{module}.activation", (acted, up), "activated", grads=((up.name,), (acted.name,)), module=module,
+        region=MLP_ACTIVATION,
+    )  # fmt: skip
+
+
+def _add_bias(tape: Tape, name: str, x: Value, bias: Parameter, module: str) -> Value:
+    """x + bias as a new tensor; the bias's gradient is a sum over the tokens."""
+    result = Value(Tensor(f"{x.name}.biased", x.shape, x.dtype))
+    tape.op(
+        name, (Pointwise("elementwise", (x.tensor, tape.stored(bias)), (result.tensor,)),), reads=(x.name,),
+        writes=(result.tensor,), parameters=(bias.name,), module=module,
+    )  # fmt: skip
+
+    def emit() -> None:
+        grad = tape.take(result)
+        if grad is None:
+            return
+        tape.back(
+            f"{name}.grad_bias", (Pointwise("reduce", (grad,), (tape.stored(bias),)),), reads=(grad.name,),
+            gradients=(bias.name,), module=module,
+        )  # fmt: skip
+        tape.give(x, grad, module)
+
+    tape.node(emit)
+    return result
 
 
 def _activation(c: Context, tape: Tape, x: Value, bias: Parameter | None) -> Value:

@@ -386,6 +386,23 @@ def narrow(tape: Tape, name: str, x: Value, shape: Shape, *, module: str = "") -
     return part
 
 
+def cat(tape: Tape, name: str, left: Value, right: Value, out: str, shape: Shape, *, module: str) -> Value:
+    """``torch.cat`` of two: the gradients are views of the incoming one."""
+    result = Value(Tensor(out, shape, left.dtype))
+    tape.op(
+        name, (Pointwise("copy", (left.tensor, right.tensor), (result.tensor,)),), reads=(left.name, right.name),
+        writes=(result.tensor,), module=module,
+    )  # fmt: skip
+
+    def emit() -> None:
+        if (grad := tape.take(result)) is not None:
+            for part in (left, right):
+                tape.give(part, Tensor(grad.name, part.shape, grad.dtype), module)
+
+    tape.node(emit)
+    return result
+
+
 def handed_on(
     tape: Tape,
     name: str,

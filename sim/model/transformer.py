@@ -27,12 +27,15 @@ from sim.model.names import Names, names_of
 from sim.model.norm import norm
 from sim.model.precision import Precision, promote
 from sim.model.tape import Tape, Value, add, add_in_place, dropout, linear, narrow, pointwise, split
-from sim.scenario.schema import ModelConfig, Training
+from sim.scenario.schema import MegatronSettings, ModelConfig, Training
 
 FLOPS_FORMULA = (
     "3 * (2 * tokens * matrix parameters + 4 * batch * seq^2 * heads * head_dim * layers), embedding lookup excluded, "
     "head included, causal attention in full"
 )
+
+
+_USUAL = MegatronSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ class Context:
     local: bool = False
     """Whether Megatron's layers are its own, not Transformer Engine's."""
     tp: int = 1
-    fused_softmax: bool = True
+    megatron: MegatronSettings = _USUAL
+    """Which of Megatron's ops are one kernel."""
 
     @property
     def code(self) -> str:
@@ -98,20 +102,20 @@ def describe(
     flash: bool = True,
     local: bool = False,
     tp: int = 1,
-    fused_softmax: bool = True,
+    megatron: MegatronSettings = _USUAL,
 ) -> Ledger:
     """Return what one replica computes for one microbatch. Identical blocks are one object, described once.
 
     ``tp``: ranks that will have a part of the heads each, where the choice of a kernel looks at how many they are.
-    ``fused_softmax``: whether Megatron's scaled masked softmax is one kernel (``masked_softmax_fusion``).
+    ``megatron``: which ops of Megatron's code are one kernel.
     """
     dims = _dims(model, training)
     precision = Precision.of(parameter_dtype, compute_dtype, autocast=autocast)
-    context = Context(model, training, precision, dims, names_of(model), flash, local, tp, fused_softmax)
+    context = Context(model, training, precision, dims, names_of(model), flash, local, tp, megatron)
     if training.code == "megatron":
-        from sim.model import megatron
+        from sim.model.megatron import layers
 
-        embedding, block, head = megatron.layers(context)
+        embedding, block, head = layers(context)
     else:
         embedding, block, head = _embedding(context), _block(context), _head(context)
     return Ledger(

@@ -36,6 +36,7 @@ class ShardPlan:
                  (PrepareModuleInput, as torchtitan does), not once for each linear
     ``loss_parallel``  logits stay divided along ``vocab``; else they are gathered, as trainers on Megatron's layers do
                  whose loss is F.cross_entropy
+    ``async_allreduce``  megatron: input gradients are summed beside the weight's gradient, else before it
     """
 
     tp: int = 1
@@ -45,6 +46,7 @@ class ShardPlan:
     style: Literal["megatron", "dtensor"] = "megatron"
     prepare_module_input: bool = False
     loss_parallel: bool = True
+    async_allreduce: bool = True
 
     @property
     def sequence_parallel(self) -> bool:

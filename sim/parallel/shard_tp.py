@@ -110,6 +110,11 @@ class _Transform:
     def megatron(self) -> bool:
         return self.plan.style == "megatron"
 
+    @property
+    def waits(self) -> bool:
+        """Megatron's layers without ``async_tensor_model_parallel_allreduce``; sequence parallelism overlaps anyway."""
+        return not self.plan.async_allreduce and not self.sp
+
     def dim(self, dim: Dim) -> Dim:
         tp = self.plan.tp
         if dim.name == "vocab":
@@ -619,7 +624,7 @@ class _Transform:
         final = self.final(index, gradient.name, linear.group)
         self.partial[gradient.name] = _Partial(linear.group, stored, final)
         if final and self.megatron:
-            self.finish(gradient.name, op, blocking=False)
+            self.finish(gradient.name, op, blocking=self.waits)
 
     def finish(self, name: str, op: Op, *, blocking: bool) -> None:
         """Reduce a complete partial sum into the gradient called ``name``."""
@@ -652,7 +657,7 @@ class _Transform:
         final = self.final(index, total.name, held.group)
         self.partial[total.name] = _Partial(held.group, stored, final)
         if final:
-            self.finish(total.name, op, blocking=not self.megatron)
+            self.finish(total.name, op, blocking=not self.megatron or self.waits)
 
     def row_backward(self, op: Op, linear: _Linear) -> None:
         """The gradient of a scattered output is gathered once, for both products."""

@@ -173,7 +173,7 @@ class Bounds:
         training, dtypes = scenario.training, dtypes_of(scenario)
         flash = scenario.cluster.gpu.compute_capability >= (8, 0)
         local = scenario.framework != "megatron" or scenario.megatron.transformer_impl == "local"
-        whole = (training.code, dtypes, training.micro_batch_size, training.attention, flash, local)
+        whole = (training.code, dtypes, training.micro_batch_size, training.attention, flash, local, scenario.megatron)
         key = (*whole, c.framework, c.tp, c.cp, training.recompute)
         found = self._plans.get(key)
         if found is not None:
@@ -182,7 +182,7 @@ class Bounds:
         if ledger is None:
             ledger = self._ledgers[whole] = describe(
                 scenario.model, training, parameter_dtype=dtypes.parameter, compute_dtype=dtypes.compute,
-                autocast=dtypes.autocast, flash=flash, local=local,
+                autocast=dtypes.autocast, flash=flash, local=local, megatron=scenario.megatron,
             )  # fmt: skip
         # three layers stand for all: blocks are one object
         ends = Ledger(

@@ -242,6 +242,12 @@ class MegatronSettings(_Frozen):
     accumulate_allreduce_grads_in_fp32: bool | None = None
     """None: for bf16, as Megatron turns it on."""
     gradient_accumulation_fusion: bool = True
+    apply_rope_fusion: bool = True
+    """False: rotary embedding op by op (``--no-rope-fusion``)."""
+    bias_swiglu_fusion: bool = True
+    """False: a gated activation op by op (``--no-bias-swiglu-fusion``)."""
+    async_tensor_model_parallel_allreduce: bool = True
+    """False: input gradients are summed over tp before the weight's gradient is multiplied, not beside it."""
     overlap_p2p_communication: bool = True
     """Of the interleaved schedule: exchanges run beside the next pass."""
     check_for_nan_in_grad: bool = True

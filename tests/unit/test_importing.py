@@ -106,8 +106,8 @@ def test_a_megatron_script_becomes_a_scenario():
 
 def test_what_is_not_understood_is_named_and_what_does_not_matter_is_not():
     assert read_megatron_args(SCRIPT).unread == ["--frobnicate"]
-    changes = "--num-layers 2 --vocab-size 100 --no-masked-softmax-fusion --hybrid-override-pattern M-M --lr 1e-4"
-    assert read_megatron_args(changes).unread == ["--no-masked-softmax-fusion", "--hybrid-override-pattern"]
+    changes = "--num-layers 2 --vocab-size 100 --no-bias-gelu-fusion --hybrid-override-pattern M-M --lr 1e-4"
+    assert read_megatron_args(changes).unread == ["--no-bias-gelu-fusion", "--hybrid-override-pattern"]
 
 
 def test_a_llama_in_megatron_has_gates_groups_and_virtual_stages():

@@ -9,6 +9,7 @@ from sim.ir.ledger import Ledger, Pointwise
 from sim.model.megatron import batches_of_a_block
 from sim.model.transformer import describe
 from sim.scenario.load import load_scenario_text
+from sim.scenario.schema import MegatronSettings
 
 
 def ledger_of(tp: int, micro_batch_size: int, precision: str = "fp16", *, fused_softmax: bool = True) -> Ledger:
@@ -25,7 +26,7 @@ def ledger_of(tp: int, micro_batch_size: int, precision: str = "fp16", *, fused_
     scenario = load_scenario_text(yaml.safe_dump(asked), "megatron.yaml")
     return describe(
         scenario.model, scenario.training, parameter_dtype="fp16", compute_dtype="fp16", autocast=False, local=True,
-        tp=tp, fused_softmax=fused_softmax,
+        tp=tp, megatron=MegatronSettings(masked_softmax_fusion=fused_softmax),
     )  # fmt: skip
 
 
