@@ -121,7 +121,8 @@ class Pointwise:
     """A kernel bound by memory: it reads ``reads``, writes ``writes`` and computes little.
 
     ``kind`` names the family whose measured bandwidth applies: ``elementwise``, ``norm``,
-    ``softmax``, ``reduce``, ``gather`` (embedding), ``scatter``, ``copy``, ``optimizer``.
+    ``softmax``, ``reduce``, ``gather`` (embedding), ``scatter``, ``copy``, ``transpose`` (written in another order than
+    it is read), ``optimizer``.
     """
 
     kind: str

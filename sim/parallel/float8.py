@@ -107,7 +107,7 @@ class _Float8:
         if self.rowwise:
             kernels: list[Kernel] = [Pointwise("norm", (source,), (low,), 4)]
             if columns:
-                kernels = [Pointwise("reduce", (source,), (), 2), Pointwise("copy", (source,), (low,), 2)]
+                kernels = [Pointwise("reduce", (source,), (), 2), Pointwise("transpose", (source,), (low,), 2)]
             self.emit(f"{into}.cast", kernels, (of,), low, like, of)
             return
         amax = f"{self.value(of)}.amax"
@@ -128,7 +128,7 @@ class _Float8:
         source = self.tensors[of]
         low = self.made(into, of)
         source = replace(source, dtype="fp8")
-        self.emit(f"{into}.transpose", [Pointwise("copy", (source,), (low,))], (of,), low, like, of)
+        self.emit(f"{into}.transpose", [Pointwise("transpose", (source,), (low,))], (of,), low, like, of)
 
     def gather(self, op: Op) -> None:
         """Cast, then gather what was cast."""

@@ -451,7 +451,7 @@ class _Part:
         flops = sum(kernel.flops_per_element for kernel in main)
         if writes or not sums:
             kinds = [kernel.kind for kernel in main]
-            kind = next((k for k in ("softmax", "norm") if k in kinds), "elementwise")
+            kind = next((k for k in ("transpose", "softmax", "norm") if k in kinds), "elementwise")
             if kinds and all(k in ("reduce", "gather", "scatter") for k in kinds):
                 kind = kinds[0]
             out.append(Pointwise(kind, external(main), tuple(writes), max(1, flops)))

@@ -113,7 +113,9 @@ def test_attention_grows_and_never_beats_the_peak(
 
 @MORE
 @given(
-    GPU, st.sampled_from(["elementwise", "norm", "softmax", "reduce", "gather", "scatter", "copy", "optimizer"]),
+    GPU, st.sampled_from(
+        ["elementwise", "norm", "softmax", "reduce", "gather", "scatter", "copy", "transpose", "optimizer"]
+    ),
     st.integers(0, 10**11), st.integers(0, 10**10),
 )  # fmt: skip
 def test_kernels_bound_by_memory_grow_and_never_beat_the_bandwidth(gpu: Any, kind: str, moved: int, more: int) -> None:
