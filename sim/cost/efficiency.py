@@ -5,9 +5,9 @@ the machine that stands for it: they are shares of its own peak, bandwidth and c
 A GPU that may draw less power for each FLOP/s than that machine cannot hold the clock either: its compute rate falls
 with the cube root of the ratio, as dynamic power goes with clock times voltage squared and voltage with clock.
 (A100 PCIe, 300 W, against SXM, 400 W: cube root 0.91; best measured 253 and 271 TFLOP/s: 0.93.) Where it is the same
-card under a power limit (``nvidia-smi -pl``), on Hopper and later, matmuls lose more: 0.74 to 0.80 at 500 of 700 W, as
-what memory and idle circuits draw does not shrink (``sim/catalog/measured/power.yaml``). Attention draws less than a
-matmul and keeps the cube root.
+card under a power limit (``nvidia-smi -pl``), on Hopper and later, it loses more: matmuls reach 0.74 to 0.85 at 500 of
+700 W, as what memory and idle circuits draw does not shrink (``sim/catalog/measured/power.yaml``). So does attention:
+FlashAttention-3 465 TFLOP/s on Meta's H100, 640 as its authors have it (meta-pytorch/tritonbench #141).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _near(value: float, other: float) -> bool:
 @dataclass(frozen=True, slots=True)
 class Source:
     """Whose measurements a GPU uses; ``same``: its own; ``power``: share of the clock that its power leaves;
-    ``limited``: share of it that a power limit leaves to matmuls."""
+    ``limited``: share of it that a power limit leaves to matmuls and attention."""
 
     name: str
     same: bool
@@ -124,7 +124,7 @@ def _power_factor(gpu: GpuFacts, peak: float, entry: Mapping[str, Any]) -> float
 
 
 def _limited(gpu: GpuFacts, peak: float, entry: Mapping[str, Any]) -> float:
-    """Share of the clock that a power limit leaves to matmuls on a card that is otherwise the one of ``entry``."""
+    """Share of the clock that a power limit leaves to a card that is otherwise the one of ``entry``."""
     ratio = gpu.power_w / units.parse_power(entry["power"])
     same_card = entry["num_sms"] == gpu.num_sms and _near(peak, _rate(entry))
     if not same_card or not 0 < ratio < 1 - _SIMILAR or gpu.compute_capability < _LIMITED_FROM:

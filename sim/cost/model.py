@@ -243,7 +243,7 @@ class CostModel:
             size(kernel.batch), size(kernel.heads), size(kernel.kv_heads), size(kernel.query), size(kernel.key),
             size(kernel.head_dim), kernel.causal, backward, machine, coefficients,
         )  # fmt: skip
-        return time_s / self._source.power, assumed
+        return time_s / min(self._source.power, self._source.limited), assumed
 
     def _pointwise(self, kernel: Pointwise, beside: Beside | None) -> tuple[float, str]:
         vector = self._vector if beside is None else left_of(self._vector, beside)
@@ -373,8 +373,8 @@ class CostModel:
             texts.append(text + kernels)
         if self._source.limited < 1:
             texts.append(
-                f"{self._gpu.name} under a power limit: clock of matmuls assumed at {self._source.limited:.0%}, "
-                "as H100, B200 and GB300 have it in bf16"
+                f"{self._gpu.name} under a power limit: clock of compute-bound kernels assumed at "
+                f"{self._source.limited:.0%}, as matmuls of H100, B200 and GB300 have it in bf16"
             )
         elif self._source.power < 1 and any(key[0] == "gemm" for key in self._by_value):
             texts.append(

@@ -172,8 +172,8 @@ def test_measured_gpus_are_recognised_by_their_figures_and_others_say_whose_shar
     assert "rtx-pro-6000" in other.assumptions()[0]
 
 
-def test_a_power_limit_lowers_the_clock_of_matmuls_as_measured() -> None:
-    """500 W instead of 700 W: ((5/7 - 0.3) / 0.7)^0.44 = 0.794. Attention draws less: (5/7)^(1/3) = 0.894."""
+def test_a_power_limit_lowers_the_clock_as_measured() -> None:
+    """500 W instead of 700 W: ((5/7 - 0.3) / 0.7)^0.44 = 0.794, not (5/7)^(1/3) = 0.894."""
     capped = dataclasses.replace(H100, power_w=500)
     source = efficiency.source_of(capped)
     assert source.limited == pytest.approx(((5 / 7 - 0.3) / 0.7) ** 0.44)
@@ -182,6 +182,7 @@ def test_a_power_limit_lowers_the_clock_of_matmuls_as_measured() -> None:
     cost = model(capped)
     slower = cost.kernel_s(gemm(8192, 8192, 8192), 0) / model().kernel_s(gemm(8192, 8192, 8192), 0)
     assert slower == pytest.approx(1 / source.limited, rel=0.01)
+    assert cost.kernel_s(attention(8192), 0) == pytest.approx(model().kernel_s(attention(8192), 0) / source.limited)
     assert any("power limit" in text for text in cost.assumptions())
 
 
