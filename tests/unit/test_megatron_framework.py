@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.ir.ledger import Gemm
-from sim.ir.program import Alloc, Collective, Compute, Program, World
+from sim.ir.program import Alloc, Collective, Compute, HostWait, Program, World
 from sim.model.transformer import describe
 from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
 from sim.parallel.frameworks.megatron_fsdp import bucket_elements
@@ -425,3 +425,36 @@ def test_a_precision_aware_optimizer_holds_what_bf16_lacks() -> None:
         assert state_bytes(program) == pytest.approx((4 + shared / 4) * count, rel=1e-3)
         step = [i for call in program.step for i in program.chunks[call.chunk]]
         assert not any(isinstance(i, Alloc) and i.storage.name.startswith("grad.") for i in step)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_host_reads_the_loss_after_each_forward(checked: bool, recompute: str) -> None:
+    """The last stage's forward ends with it; no other pass, recomputed or not, has any."""
+    settings = {"check_for_nan_in_grad": checked}
+    for program in world_of(asked({"pp": 2}, settings, num_gpus=2, recompute=recompute)).programs:
+        for name, chunk in program.chunks.items():
+            reads = [at for at, i in enumerate(chunk) if isinstance(i, HostWait) and i.event == "check loss for NaN"]
+            assert len(reads) == (checked and program.stage == 1 and name.startswith("forward"))
+            assert all(not isinstance(i, Compute) for at in reads for i in chunk[at:])
+
+
+def test_a_mask_comes_with_each_microbatch_of_the_first_and_the_last_stage() -> None:
+    """A byte for each of 64 * 64 pairs of tokens, while forward runs; none in between, and none if not asked for."""
+    parallelism = {"pp": 4}
+
+    def masks(**megatron: Any) -> list[int]:
+        world = world_of(asked(parallelism, megatron, num_layers=4))
+        return [
+            sum(
+                i.storage.num_bytes
+                for i in program.chunks[call.chunk]
+                if isinstance(i, Alloc) and "mask" in i.storage.name
+            )
+            for program in world.programs
+            for call in program.step
+            if "forward" in call.chunk and call.microbatch == 0 and "recv" not in call.chunk
+        ]
+
+    assert sorted(masks()) == [0, 0, 4096, 4096]
+    assert sorted(masks(create_attention_mask_in_dataloader=False)) == [0, 0, 0, 0]

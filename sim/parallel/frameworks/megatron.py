@@ -90,13 +90,14 @@ class MegatronStage:
     """A model chunk: its layers, and (layer, parameter) whose gradients another group shares.
 
     ``tied`` weights are held by another stage too; of ``partial`` ones each tensor-parallel rank has a part of the sum.
-    ``index`` is the stage's place in the model.
+    ``index`` is the stage's place in the model. ``mask_bytes`` are of the attention mask that comes with a microbatch.
     """
 
     layers: tuple[Layer, ...]
     tied: tuple[Key, ...] = ()
     partial: tuple[Key, ...] = ()
     index: int = 0
+    mask_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +350,9 @@ class MegatronChunk:
         return self.nccl.asynchronous("parameters", "all_gather", num_bytes, self.dtype, COMPUTE, event)
 
     def post_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
-        return ()
+        """The host reads the loss of each microbatch (``validate_result`` in ``loss_func`` of pretrain_gpt.py)."""
+        ends = self.stage.layers[layer].kind == "head" and not module and not recomputing
+        return host_sync("check loss for NaN") if ends and self.settings.check_for_nan_in_grad else ()
 
     def pre_backward(self, layer: int, module: str) -> Iterable[Instruction]:
         return ()
@@ -376,6 +379,15 @@ class MegatronChunk:
 
     def end_of_backward(self) -> Iterable[Instruction]:
         return ()
+
+    def through_forward(self) -> tuple[Storage, ...]:
+        """What ``forward_step`` holds while the model runs: a mask that causal kernels leave alone.
+
+        Source: pretrain_gpt.py (``get_batch``, ``forward_step``) and megatron/training/utils.py
+        (``get_batch_on_this_tp_rank``: on the first and the last stage of a pipeline).
+        """
+        num_bytes = self.stage.mask_bytes
+        return (Storage("batch.attention_mask", num_bytes, "activations"),) if num_bytes else ()
 
     def owner_of(self, layer: int, parameter: str) -> Key:
         """Return whose gradient it is: a tied weight's second use is reported for its owner."""

@@ -213,7 +213,8 @@ class FsdpChunk(MegatronChunk):
 
     def post_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
         unit = self.unit_of.get(layer)
-        return self._release(unit) if unit is not None and not module and not recomputing else ()
+        released = self._release(unit) if unit is not None and not module and not recomputing else ()
+        return (*released, *super().post_forward(layer, module, recomputing))
 
     def pre_backward(self, layer: int, module: str) -> Iterable[Instruction]:
         return self._unshard(layer, -1) if not module else ()
