@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -68,6 +68,8 @@ class Runner:
         self._address = address
         self._cluster = contextlib.ExitStack()
         self._connected = False
+        self._pending: dict[str, Any] = {}
+        """Simulations under way on this machine's cores, by key: futures."""
         self._known: dict[str, dict[str, Any]] = {}
         self.num_simulated = 0
         """Trials that were not in the cache."""
@@ -76,6 +78,9 @@ class Runner:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if any(not future.cancel() and not future.done() for future in self._pending.values()):
+            _executor(self._jobs).shutdown(wait=False, kill_workers=True)
+        self._pending.clear()
         self._cluster.close()
 
     @property
@@ -98,10 +103,9 @@ class Runner:
                 self._known[key] = found
             if key not in self._known:
                 new[key] = scenario
-        if new:
-            further = {key_of(scenario, folder): scenario for scenario in ahead[: max(0, self._jobs - len(new))]}
-            new.update((k, s) for k, s in further.items() if k not in self._known and not self._has(k))
-        for key, outcome in self._simulate(new, folder):
+        later = {key_of(scenario, folder): scenario for scenario in ahead[: self._jobs]} if new else {}
+        later = {key: one for key, one in later.items() if key not in self._known and not self._has(key)}
+        for key, outcome in self._simulate(new, later, folder):
             self._known[key] = json.loads(json.dumps(outcome))  # as it comes out of the cache
             self._write(key, outcome)
             self.num_simulated += 1
@@ -110,19 +114,45 @@ class Runner:
     def _has(self, key: str) -> bool:
         return self._dir is not None and self._path(key).exists()
 
-    def _simulate(self, new: dict[str, dict[str, Any]], folder: str) -> Any:
+    def _simulate(
+        self, new: dict[str, dict[str, Any]], later: dict[str, dict[str, Any]], folder: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what all of ``new`` come to, and what else is known by then."""
         if not new:
             return
-        if self._backend == "sequential" or (self._backend == "loky" and len(new) == 1):
+        if self._backend == "loky" and (self._pending or len(new) + len(later) > 1):
+            yield from self._on_cores(new, later, folder)
+            return
+        if self._backend in ("loky", "sequential"):
             for key, scenario in new.items():
                 yield key, trial(scenario, folder)
             return
+        new = {**new, **dict(list(later.items())[: max(0, self._jobs - len(new))])}
         from joblib import Parallel, delayed, parallel_config
 
         self._connect()
-        with parallel_config(self._backend, n_jobs=self._jobs if self._backend == "loky" else -1):
+        with parallel_config(self._backend, n_jobs=-1):
             parallel = Parallel(return_as="generator_unordered", batch_size=1)
             yield from parallel(delayed(_keyed)(key, scenario, folder) for key, scenario in new.items())
+
+    def _on_cores(
+        self, new: dict[str, dict[str, Any]], later: dict[str, dict[str, Any]], folder: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Simulate on this machine's cores, which go on with what may come next while the last of ``new`` runs."""
+        from concurrent.futures import FIRST_COMPLETED, wait
+
+        pending = self._pending
+        for key in [key for key in pending if key not in new and key not in later]:
+            if pending[key].cancel():
+                del pending[key]
+        executor = _executor(self._jobs)
+        for key, scenario in (*new.items(), *later.items()):
+            if key not in pending:
+                pending[key] = executor.submit(_keyed, key, scenario, folder)
+        while any(key in pending for key in new):
+            wait(pending.values(), return_when=FIRST_COMPLETED)
+            for key in [key for key, future in pending.items() if future.done()]:
+                yield pending.pop(key).result()
 
     def _connect(self) -> None:
         """Reach the cluster, once: joblib's back ends of Dask and Ray use the client that is current."""
@@ -170,9 +200,18 @@ class Runner:
         Path(name).replace(self._path(key))
 
 
+def _executor(jobs: int) -> Any:
+    """Return joblib's own processes, so many; they are kept from one wave to the next."""
+    from joblib.externals.loky import get_reusable_executor
+
+    return get_reusable_executor(max_workers=jobs, timeout=300)
+
+
 def _keyed(key: str, scenario: dict[str, Any], folder: str) -> tuple[str, dict[str, Any]]:
     """In a process of its own, which makes no cycles worth collecting between trials."""
-    gc.disable()
+    if gc.isenabled():
+        gc.disable()
+        gc.freeze()
     return key, trial(scenario, folder)
 
 

@@ -6,8 +6,8 @@ None of these can discard a candidate of the front, which is of those that keep 
 of an exhaustive search (tests/laws/test_planner_laws.py).
 
 Candidates are simulated in waves: the next wave is chosen from what all waves before it have shown, and its size does
-not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted. More
-processes than a wave has candidates work ahead on those that come next; what they find waits until it is asked for.
+not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted.
+Processes that a wave leaves idle work ahead on what comes next; what they find waits until it is asked for.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class _Waves:
             wave = self._wave(len(self.left) if exhaustive else size, [] if exhaustive else fresh)
             if not wave:
                 break
-            ahead = self.left[: max(0, self.runner.width - len(wave))]
+            ahead = self.left[: self.runner.width]
             outcomes = self.runner.run(
                 [scenario_of(plan, entry[1]) for entry in wave],
                 plan.folder,
