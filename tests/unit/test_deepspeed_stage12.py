@@ -157,3 +157,17 @@ def test_more_partitioning_never_holds_more_state() -> None:
     held = [live_bytes(Job(stage, 4, reduce_bucket_size=1).chunks) for stage in (0, 1, 2)]
     held.append(live_bytes(Job(3, 4, reduce_bucket_size=1, param_persistence_threshold=0).chunks))
     assert held == sorted(held, reverse=True)
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+def test_the_bf16_optimizer_holds_fp32_gradients_that_no_rank_shares(dp: int) -> None:
+    """2 bytes for parameters and for 16-bit gradients, 4 for fp32 ones, 12 / dp for master and moments."""
+    job = Job(1, dp, grad_accum_dtype="fp32", num_microbatches=2)
+    assert live_bytes(job.chunks) == (2 + 2 + 4) * P + 12 * P // dp
+
+
+def test_the_bf16_optimizer_reduces_all_gradients_in_fp32_once_a_batch() -> None:
+    job = Job(1, 2, grad_accum_dtype="fp32", num_microbatches=2)
+    (_, first), (_, last) = job.passes
+    assert not collectives(first)
+    assert [(i.kind, i.tensor_bytes) for i in last if isinstance(i, Collective)] == [("all_reduce", 4 * P)]

@@ -11,4 +11,5 @@ def warnings_of(scenario: Scenario) -> tuple[str, ...]:
         return ()
     from sim.parallel.frameworks.deepspeed import warnings
 
-    return warnings(scenario.deepspeed, scenario.training.precision in ("bf16", "fp16"))
+    precision = scenario.training.precision
+    return warnings(scenario.deepspeed, precision in ("bf16", "fp16"), precision == "bf16")

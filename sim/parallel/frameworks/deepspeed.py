@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sim.interop.deepspeed_config import DeepSpeedSettings
 from sim.ir.ledger import Layer
-from sim.parallel.frameworks.deepspeed_base import Stage0
+from sim.parallel.frameworks.deepspeed_base import Stage0, named_dtype
 from sim.parallel.frameworks.deepspeed_stage3 import Stage3
 from sim.parallel.frameworks.deepspeed_stage12 import Stage12
 from sim.parallel.frameworks.plan import Plan
@@ -27,7 +27,17 @@ def deepspeed(layers: Sequence[Layer], settings: DeepSpeedSettings, plan: Plan) 
 
             return Stage3Plus(layers, settings, plan)
         return Stage3(layers, settings, plan)
+    if accumulates_in_fp32(settings) and plan.parameter_dtype == "bf16":
+        from sim.parallel.frameworks.deepspeed_bf16 import Bf16Optimizer
+
+        return Bf16Optimizer(layers, settings, plan)
     return Stage12(layers, settings, plan)
+
+
+def accumulates_in_fp32(settings: DeepSpeedSettings) -> bool:
+    """Whether ZeRO 1 of bf16 parameters runs with ``BF16_Optimizer`` (engine.py, ``_do_optimizer_sanity_check``)."""
+    fp32 = named_dtype(settings.grad_accum_dtype) == "fp32"
+    return settings.stage == 1 and fp32 and settings.offload_optimizer == "none"
 
 
 def is_plus(settings: DeepSpeedSettings) -> bool:
@@ -37,19 +47,19 @@ def is_plus(settings: DeepSpeedSettings) -> bool:
     )
 
 
-def warnings(settings: DeepSpeedSettings, half: bool = True) -> tuple[str, ...]:
+def warnings(settings: DeepSpeedSettings, half: bool = True, bf16: bool = True) -> tuple[str, ...]:
     """Return what of these settings changes memory or time in reality and not here, in words.
 
-    ``half``: parameters are bf16 or fp16.
+    ``half``: parameters are bf16 or fp16; ``bf16`` which.
     """
     found = []
     if settings.round_robin_gradients and settings.stage in (1, 2):
         found.append("deepspeed: round_robin_gradients is not modelled; parameters keep the order of the model")
     if not settings.contiguous_gradients and settings.stage in (1, 2) and settings.offload_optimizer == "none":
         found.append("deepspeed: with contiguous_gradients false the gradients of a partition count as one copy")
-    fp32 = (settings.grad_accum_dtype or "") in ("fp32", "float32", "float")
-    if settings.stage == 1 and fp32 and half:
-        found.append("deepspeed: fp32 gradient accumulation in stage 1 is not modelled; gradients accumulate in 16 bit")
+    fp32 = settings.stage == 1 and named_dtype(settings.grad_accum_dtype) == "fp32"
+    if fp32 and half and not (bf16 and accumulates_in_fp32(settings)):
+        found.append("deepspeed: fp32 gradient accumulation in stage 1 is modelled for bf16 without offload alone")
     if is_plus(settings) and settings.offload_param == "cpu":
         found.append("deepspeed: with offload_param, what ZeRO++ gathers from is counted on the GPU and not copied")
     return tuple(found)
