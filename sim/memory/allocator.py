@@ -59,6 +59,15 @@ class AllocatorSettings:
     capacity_bytes: int | None = None
     allowed_bytes: int | None = None
 
+    @property
+    def collects(self) -> bool:
+        return self.allowed_bytes is not None and self.garbage_collection_threshold > 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether a request is served by the smallest free block that fits, whatever else there is."""
+        return not (self.expandable_segments or self.collects or self.max_split_size_bytes is not None)
+
 
 def round_size(num_bytes: int, divisions: int = 0) -> int:
     """Return the block size of a request: ``round_size`` and ``roundup_power2_next_division``.
@@ -157,8 +166,8 @@ class CachingAllocator:
     called with (bytes of the block, bytes missing), the two are kept in ``out_of_memory``, and there is no limit from
     then on. ``awaiting`` is a heap of (when ready, number, block): freed, but another stream still uses the block.
     ``trace``, if set to a list, receives (action, address, bytes, stream, name) of what PyTorch's own trace records,
-    but for alloc, free_requested and the free_completed of blocks that are free at once. ``plain``: none of the
-    settings is used that make it look further than at the smallest block that fits. ``at_address`` has every block.
+    but for alloc, free_requested and the free_completed of blocks that are free at once. ``at_address`` has every
+    block.
     """
 
     def __init__(self, settings: AllocatorSettings) -> None:
@@ -182,15 +191,15 @@ class CachingAllocator:
         self._allowed = UNLIMITED if settings.allowed_bytes is None else settings.allowed_bytes
         self._max_split = UNLIMITED if settings.max_split_size_bytes is None else settings.max_split_size_bytes
         self._expandable = settings.expandable_segments
-        self._collects = settings.allowed_bytes is not None and settings.garbage_collection_threshold > 0
+        self._collects = settings.collects
         self._calls = [0, 0]
-        self.plain = not (self._expandable or self._collects or self._max_split != UNLIMITED)
+        self._plain = settings.plain
         self._next_address = _FIRST_ADDRESS
         # Stands before the first and after the last block of a segment, so that no neighbour is None.
         self._edge = Block(0, 0, Pool("", True, False, 0), None)
         self._edge.state = ALLOCATED
 
-    def more(self, pool: Pool, size: int) -> Block:
+    def _more(self, pool: Pool, size: int) -> Block:
         """Return a block for a request that no free block serves; it is in no free list, and may be larger."""
         return self._find(pool, size) or self._grow(pool, size)
 
@@ -208,8 +217,8 @@ class CachingAllocator:
         """Return a block for a request of ``size`` bytes, already rounded: ``malloc`` and ``alloc_found_block``."""
         free = pool.free
         at = bisect_left(free, size << SHIFT)
-        found = self.plain and at < len(free)
-        block = self.at_address[free.pop(at) & ADDRESS_MASK] if found else self.more(pool, size)
+        found = self._plain and at < len(free)
+        block = self.at_address[free.pop(at) & ADDRESS_MASK] if found else self._more(pool, size)
         rest = block.size - size
         if rest > pool.keeps and size < pool.max_split:
             address = block.address + size

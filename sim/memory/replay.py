@@ -5,34 +5,26 @@ before: from there on everything repeats. Within a step the same holds for micro
 comes back to the same state, the rest of the run is skipped; likewise after ``MAX_QUIET`` of them that took no memory,
 as storages of several microbatches can change places for hundreds. Peaks are therefore those of the whole training.
 
-A program is first compiled: an allocation becomes (slot, block bytes, pool), a free becomes its slot, everything that
-does not concern memory is gone. The loop over these is what the speed of a replay depends on.
+A program is first compiled (sim/memory/script.py). Then it is played on one of two allocators that agree in every
+number: ``PlainAllocator``, which is fast, or ``CachingAllocator`` where a setting is used that the other does not know,
+or where somebody watches.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import length_hint
 from typing import Any
 
 from sim.ir.footprint import CATEGORIES, BlockEvent, Footprint, OutOfMemory, Sample, Segment
-from sim.ir.program import Alloc, Call, Chunk, Free, Mark, Program, Storage, UseOn, World
+from sim.ir.program import Call, Program, Storage, World
 from sim.ir.timeline import Position, Release, Timeline
-from sim.memory.allocator import (
-    ADDRESS_MASK,
-    ALLOCATED,
-    AWAITING,
-    SHIFT,
-    UNMAPPED,
-    AllocatorSettings,
-    Block,
-    CachingAllocator,
-    round_size,
-)
+from sim.memory.allocator import ALLOCATED, AWAITING, SMALL_BYTES, UNMAPPED, AllocatorSettings, Block, CachingAllocator
 from sim.memory.attribution import Owner, account, holders
+from sim.memory.plain import Most, PlainAllocator
 from sim.memory.runtime import NOTHING, Outside
+from sim.memory.script import CALL, MICROBATCH, OWN, SLOT_MASK, USE, Code, Compiler, Scripts, replaced
 
 MAX_STEPS = 3
 """Steps replayed at most: a state that has not come back by then is taken not to."""
@@ -45,116 +37,6 @@ MAX_SAMPLES = 2000
 """Points of the memory curve that are kept: the lowest and the highest of each of half as many stretches."""
 PINNED = "pinned"
 """The stream of host storages that ``CachingHostAllocator`` serves; any other is pageable memory."""
-
-# A slot is the number of a storage. Those of which each microbatch has its own carry a bit, the microbatch above it.
-_OWN = 1 << 24
-_MICROBATCH = 25
-_SLOT_MASK = _OWN - 1
-# A position as one number: index of the call in the high bits, index into the chunk in the low ones.
-_CALL = 24
-
-# Actions: an int is the slot to free, a tuple is an allocation, a list is one of these.
-_USE, _HOST_ALLOC, _HOST_FREE = range(3)
-_Action = int | tuple[int, int, int] | list[Any]
-
-
-@dataclass(slots=True)
-class _Code:
-    """A chunk as the allocator sees it.
-
-    ``positions``  index into the chunk, for each action
-    ``marks``      (index of the action from which on, phase, module)
-    ``gains``      what it leaves allocated: slot -> (storage, phase, module), None where an earlier chunk's mark rules
-    ``losses``     slots that it frees and does not allocate again
-    ``growth``     how many more storages are live afterwards
-    """
-
-    actions: list[_Action] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    marks: list[tuple[int, str, str]] = field(default_factory=list)
-    gains: dict[int, tuple[Storage, str | None, str]] = field(default_factory=dict)
-    losses: list[int] = field(default_factory=list)
-    growth: int = 0
-
-
-class _Compiler:
-    """Turns chunks into code. Slots and pools are numbered over all chunks that share storages."""
-
-    def __init__(self, divisions: int) -> None:
-        self.storages: list[Storage] = []
-        self.pools: list[tuple[str, int]] = []
-        self._divisions = divisions
-        self._slots: dict[int, int] = {}
-        self._allocations: dict[int, tuple[int, int, int]] = {}
-        self._pool_of: dict[tuple[str, bool], int] = {}
-
-    def _slot(self, storage: Storage) -> int:
-        slot = len(self.storages) | (_OWN if storage.per_microbatch else 0)
-        self._slots[id(storage)] = slot
-        self.storages.append(storage)
-        return slot
-
-    def _allocation(self, storage: Storage, slot: int) -> tuple[int, int, int]:
-        size = round_size(storage.num_bytes, self._divisions)
-        key = (storage.stream, size <= 2**20)
-        pool = self._pool_of.get(key)
-        if pool is None:
-            pool = self._pool_of[key] = len(self.pools)
-            self.pools.append((storage.stream, size))
-        action = self._allocations[slot] = (slot, size, pool)
-        return action
-
-    def compile(self, chunk: Chunk) -> _Code:  # noqa: PLR0912 (one loop over all there is, for speed)
-        slots, allocations = self._slots, self._allocations
-        code = _Code()
-        act, positions, gains = code.actions.append, code.positions, code.gains
-        lost: dict[int, None] = {}
-        phase: str | None = None
-        module = ""
-        for index, instruction in enumerate(chunk):
-            kind = instruction.__class__
-            if kind is Alloc:
-                storage = instruction.storage  # type: ignore[union-attr]
-                if not storage.num_bytes:
-                    continue  # torch allocates no block for an empty tensor
-                slot = slots.get(id(storage))
-                if slot is None:
-                    slot = self._slot(storage)
-                positions.append(index)
-                if storage.place == "gpu":
-                    act(allocations.get(slot) or self._allocation(storage, slot))
-                    gains[slot] = (storage, phase, module)
-                    code.growth += 1
-                else:
-                    act([_HOST_ALLOC, slot, storage])
-            elif kind is Free:
-                storage = instruction.storage  # type: ignore[union-attr]
-                if not storage.num_bytes:
-                    continue
-                slot = slots.get(id(storage))
-                if slot is None:
-                    slot = self._slot(storage)
-                positions.append(index)
-                if storage.place == "gpu":
-                    act(slot)
-                    if gains.pop(slot, None) is None:
-                        lost[slot] = None
-                    code.growth -= 1
-                else:
-                    act([_HOST_FREE, slot, storage])
-            elif kind is Mark:
-                phase, module = instruction.phase, instruction.module  # type: ignore[union-attr]
-                code.marks.append((len(positions), phase, module))
-            elif kind is UseOn:
-                storage, stream = instruction.storage, instruction.stream  # type: ignore[union-attr]
-                if storage.num_bytes and storage.place == "gpu" and stream != storage.stream:
-                    slot = slots.get(id(storage))
-                    if slot is None:
-                        slot = self._slot(storage)
-                    positions.append(index)
-                    act([_USE, slot, stream])
-        code.losses = list(lost)
-        return code
 
 
 class _Host:
@@ -186,6 +68,11 @@ class _Host:
         else:
             self.num_bytes -= storage.num_bytes
 
+    def replay(self, storages: Sequence[tuple[bool, Storage]]) -> None:
+        """Allocate (True) and free one after the other."""
+        for comes, storage in storages:
+            (self.alloc if comes else self.free)(storage)
+
     def state(self) -> tuple[object, ...]:
         return self.num_bytes, tuple(sorted(self.idle.items()))
 
@@ -205,29 +92,164 @@ class _Peak:
 _Ready = dict[int, dict[int, int]]
 
 
+class _General:
+    """``CachingAllocator`` under a replay: with any settings, and with somebody who may watch each action."""
+
+    def __init__(self, settings: AllocatorSettings, scripts: Scripts) -> None:
+        self.allocator = allocator = CachingAllocator(settings)
+        allocator.on_out_of_memory = self._note_out_of_memory
+        self.on_out_of_memory: Callable[[int, int, int], None] | None = None
+        self.watch: Callable[[Code, int, int, Block], None] | None = None
+        """Called after each action with the chunk's code, the action's index, and its block."""
+        self.live: dict[int, Block] = {}
+        self._scripts = scripts
+        self._pools: list[Any] = []
+        self._at: tuple[int, Iterator[int]] = 0, iter(())
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.allocator.allocated_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.allocator.reserved_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        return self.allocator.peak_reserved_bytes
+
+    @property
+    def num_alloc_retries(self) -> int:
+        return self.allocator.num_alloc_retries
+
+    @property
+    def peak_awaiting_bytes(self) -> int:
+        return self.allocator.peak_awaiting_bytes
+
+    def play(  # noqa: PLR0912 (one loop for all who ask)
+        self, code: Code, call: int, bits: int, ready: Mapping[int, int] | None
+    ) -> Most:
+        """Do what a chunk does. ``ready``: position of a free -> when its block may be used again."""
+        allocator, live, script, watch = self.allocator, self.live, code.script, self.watch
+        malloc, free, awaiting = allocator.malloc, allocator.free, allocator.awaiting
+        numbers = self._scripts.pools
+        if len(self._pools) < len(numbers):
+            self._pools = [allocator.pool(stream, 1 if small else SMALL_BYTES + 1) for stream, small in numbers]
+        pools = self._pools
+        positions, base = code.positions, call << CALL
+        held: list[Any] = [None] * len(code.slots)
+        for register, slot in zip(script.inputs, code.inputs, strict=True):
+            held[register] = live.pop(slot + bits if slot & OWN else slot)
+        sizes = script.sizes
+        peak = allocator.allocated_bytes
+        peak_at = -1
+        last = len(positions) - 1
+        iterator = iter(script.actions)
+        self._at = last, iterator
+        for action in iterator:
+            if action >= 0:
+                if awaiting:
+                    now = base | positions[last - length_hint(iterator)]
+                    if awaiting[0][0] <= now:
+                        allocator.process_events(now)
+                held[action] = block = malloc(pools[script.pools[action]], sizes[action])
+                if allocator.allocated_bytes > peak:
+                    peak = allocator.allocated_bytes
+                    peak_at = last - length_hint(iterator)
+            elif action > USE:
+                block = held[~action]
+                when = None
+                if block.used_elsewhere:
+                    when = None if ready is None else ready.get(positions[last - length_hint(iterator)])
+                    block.used_elsewhere = when is not None
+                if when is None:
+                    free(block)
+                else:
+                    allocator.free_later(block, when)
+            else:
+                block = held[USE - action]
+                block.used_elsewhere = True
+            if watch is not None:
+                watch(code, last - length_hint(iterator), action, block)
+        for register, slot in zip(script.outputs, code.outputs, strict=True):
+            live[slot + bits if slot & OWN else slot] = held[register]
+        return Most(peak, peak_at)
+
+    def shift(self, bits: int, num_calls: int) -> None:
+        """Go on as if so many microbatches and calls had been replayed, and had changed nothing else."""
+        if bits:
+            live = replaced(self.live, bits)
+            self.live.clear()
+            self.live.update(live)
+        awaiting = self.allocator.awaiting
+        awaiting[:] = [(at + (num_calls << CALL), nth, block) for at, nth, block in awaiting]  # the order stays
+
+    def look(self, call: int) -> tuple[object, dict[int, int]]:
+        """Return all that decides how later requests are served, from the view of a call: what is free, and where each
+        slot is."""
+        base = call << CALL
+        awaiting = sorted([(at - base, block.address) for at, _, block in self.allocator.awaiting])
+        live = {slot: -b.address if b.used_elsewhere else b.address for slot, b in self.live.items()}
+        return (self.allocator.state(), awaiting), live
+
+    def _note_out_of_memory(self, size: int, short_bytes: int) -> None:
+        last, iterator = self._at
+        if self.on_out_of_memory is not None:
+            self.on_out_of_memory(last - length_hint(iterator), size, short_bytes)
+
+
+@dataclass(slots=True)
+class _Look:  # noqa: PLW1641 (nobody hashes it)
+    """Everything that later behaviour depends on, at the call ``call`` for the microbatch whose bits are given."""
+
+    call: int
+    bits: int
+    free: object
+    live: dict[int, int]
+    host: tuple[object, ...]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same will follow, microbatches and positions relative to the two calls."""
+        assert isinstance(other, _Look)
+        if self.free != other.free or self.host != other.host:
+            return False
+        if self.bits == other.bits:
+            return self.live == other.live
+        bits, live = other.bits - self.bits, other.live
+        # what came last is what most likely differs
+        return len(live) == len(self.live) and all(
+            live.get(slot + bits if slot & OWN else slot) == block for slot, block in reversed(self.live.items())
+        )
+
+
 class _Replay:
     """One rank's allocator, and what is live in it."""
 
-    def __init__(self, program: Program, settings: AllocatorSettings, releases: Sequence[Release]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        settings: AllocatorSettings,
+        releases: Sequence[Release],
+        scripts: Scripts | None = None,
+        general: bool = False,
+    ) -> None:
         self.program = program
-        self.allocator = CachingAllocator(settings)
+        self.scripts = Scripts(settings.roundup_power2_divisions) if scripts is None else scripts
+        plain = not general and settings.plain
+        self.allocator = PlainAllocator(settings, self.scripts) if plain else _General(settings, self.scripts)
         self.allocator.on_out_of_memory = self._note_out_of_memory
         self.host = _Host()
-        self.live: dict[int, Block] = {}
         self.peaks: list[_Peak] = []
         # (code, microbatch bits) of each call replayed, or the microbatches that were skipped
-        self.executed: list[tuple[_Code, int] | int] = []
+        self.executed: list[tuple[Code, int] | int] = []
         self.out_of_memory: tuple[str, Position, int, int, int, int] | None = None
-        self._compiler = _Compiler(settings.roundup_power2_divisions)
-        self._codes: dict[str, _Code] = {}
-        self._pools: list[Any] = []
-        self._spare: list[Block] = []
-        """Blocks that were merged into others, to be used anew."""
+        self._compiler = Compiler(self.scripts)
+        self._codes: dict[str, Code] = {}
         self._repeated: dict[int, tuple[Sequence[Call], _Ready, dict[int, tuple[int, int, int]]]] = {}
         self._releases = releases
-        self._where: tuple[str, int, _Code, Iterator[_Action]] | None = None
+        self._where: tuple[str, int, Code] | None = None
         # states between the calls of the last run: index of the next call -> state, and which calls these were
-        self._checked: dict[int, object] = {}
+        self._checked: dict[int, _Look] = {}
         self._checked_calls: tuple[Sequence[Call], _Ready] | None = None
         self._may_end_early = True
 
@@ -239,28 +261,24 @@ class _Replay:
         first_ready = ready if program.first_step == program.step else _moved(ready, program.step, program.first_step)
         self._run("setup", program.setup, {})
         self._run("first", program.first_step, first_ready)
-        seen = {self._state(0)}
+        seen = [self._look(0)]
         for _ in range(MAX_STEPS - 1):
             if self._run("steady", program.step, ready):
                 break
-            state = self._state(0)
-            if state in seen:
+            look = self._look(0)
+            if look in seen:
                 break
-            seen.add(state)
+            seen.append(look)
 
-    def _code(self, name: str) -> _Code:
+    def _code(self, name: str) -> Code:
         code = self._codes.get(name)
         if code is None:
             code = self._codes[name] = self._compiler.compile(self.program.chunks[name])
-            pools = self._compiler.pools
-            self._pools += [self.allocator.pool(stream, size) for stream, size in pools[len(self._pools) :]]
         return code
 
     def _run(self, run: str, calls: Sequence[Call], ready: _Ready) -> bool:
         """Replay calls, skipping what repeats. Return whether it ended early, the rest being as last time."""
-        allocator = self.allocator
-        self._peak = _Peak(run, allocator.allocated_bytes, (0, 0), len(self.executed), -1)
-        allocator.peak_allocated_bytes = allocator.allocated_bytes
+        self._peak = _Peak(run, self.allocator.allocated_bytes, (0, 0), len(self.executed), -1)
         repeats = self._repeats(calls, ready)
         before = self._checked if self._checked_calls == (calls, ready) else {}
         self._checked, self._checked_calls = {}, (calls, ready)
@@ -274,11 +292,11 @@ class _Replay:
                 index += 1
             if self._may_end_early and next_check <= index < num_calls:
                 next_check = index + -(-num_calls // MAX_CHECKS)
-                state = self._checked[index] = self._state(0, index)
-                if before.get(index) == state:
+                look = self._checked[index] = self._look(0, index)
+                if index in before and before[index] == look:
                     self.peaks.append(self._peak)
                     return True
-        self._shift_awaiting(-num_calls)
+        self.allocator.shift(0, -num_calls)
         self.peaks.append(self._peak)
         return False
 
@@ -296,231 +314,74 @@ class _Replay:
         allocator = self.allocator
         period, count, step = repeat
         end = index + period * count
-        cheap_seen: set[tuple[int, ...]] = set()
-        seen: dict[object, int] = {}
+        seen: dict[tuple[int, ...], list[_Look]] = {}
         latest: tuple[int, ...] = ()
         quiet = 0
         while index < end:
             for call in range(index, index + period):
                 self._call(run, call, calls[call], ready)
             index += period
+            if index == end:
+                break
             # a state costs something to describe: only where it can have been there before
-            cheap = (allocator.allocated_bytes, allocator.reserved_bytes, len(self.live))
-            quiet = quiet + 1 if cheap == latest else 0
-            latest = cheap
-            if quiet >= MAX_QUIET and index < end and self._may_end_early:
+            glance = (allocator.allocated_bytes, allocator.reserved_bytes, len(allocator.live))
+            quiet = quiet + 1 if glance == latest else 0
+            latest = glance
+            if quiet >= MAX_QUIET and self._may_end_early:
                 self._skip((end - index) // period * step, end - index)
-                return end
-            if cheap in cheap_seen and index < end:
-                state = self._state(calls[index].microbatch, index)
-                if state in seen:
-                    cycle = index - seen[state]
-                    skipped = (end - index) // cycle * cycle
-                    self._skip(skipped // period * step, skipped)
-                    index += skipped
-                    seen.clear()
-                    cheap_seen.clear()
-                else:
-                    seen[state] = index
-            cheap_seen.add(cheap)
+                break
+            before = seen.get(glance)
+            if before is None:
+                seen[glance] = []
+                continue
+            look = self._look(calls[index].microbatch, index)
+            same = next((other for other in before if other == look), None)
+            if same is None:
+                before.append(look)
+                continue
+            cycle = index - same.call
+            skipped = (end - index) // cycle * cycle
+            self._skip(skipped // period * step, skipped)
+            index += skipped
+            seen = {}
         return end
 
-    def _state(self, microbatch: int, call: int = 0) -> tuple[object, ...]:
-        """Return everything that later behaviour depends on, microbatches and positions relative to those given."""
-        bits, base = microbatch << _MICROBATCH, call << _CALL
-        live = frozenset(
-            (slot - bits if slot & _OWN else slot, block.address, block.used_elsewhere)
-            for slot, block in self.live.items()
-        )
-        awaiting = tuple(sorted((at - base, block.address) for at, _, block in self.allocator.awaiting))
-        return self.allocator.state(), live, awaiting, self.host.state()
+    def _look(self, microbatch: int, call: int = 0) -> _Look:
+        free, live = self.allocator.look(call)
+        bits = microbatch << MICROBATCH
+        return _Look(call, bits, free, live, self.host.state())
 
     def _skip(self, num_microbatches: int, num_calls: int) -> None:
         """Go on as if the microbatches had been replayed: their storages are where those of the earlier ones were."""
-        bits = num_microbatches << _MICROBATCH
-        live = {slot + bits if slot & _OWN else slot: block for slot, block in self.live.items()}
-        self.live.clear()
-        self.live.update(live)
-        self._shift_awaiting(num_calls)
+        bits = num_microbatches << MICROBATCH
+        self.allocator.shift(bits, num_calls)
         self.executed.append(bits)
 
-    def _shift_awaiting(self, num_calls: int) -> None:
-        """Move the positions at which blocks become reusable; the order, and so the heap, stays."""
-        awaiting = self.allocator.awaiting
-        awaiting[:] = [(at + (num_calls << _CALL), number, block) for at, number, block in awaiting]
-
     def _call(self, run: str, index: int, call: Call, ready: _Ready) -> None:
-        code = self._code(call.chunk)
-        bits = call.microbatch << _MICROBATCH
-        num_live = len(self.live)
-        iterator = iter(code.actions)
-        self._where = (run, index, code, iterator)
+        code = self._codes.get(call.chunk) or self._code(call.chunk)
+        bits = call.microbatch << MICROBATCH
+        allocator = self.allocator
+        num_live = len(allocator.live)
+        self._where = (run, index, code)
         try:
-            self._replay_actions(iterator, code, index, bits, ready.get(index))
+            most = allocator.play(code, index, bits, ready.get(index))
         except KeyError as error:
-            storage = self._compiler.storages[error.args[0] & _SLOT_MASK]
+            storage = self._compiler.storages[error.args[0] & SLOT_MASK]
             raise AssertionError(f"chunk {call.chunk!r} frees {storage.name!r}, which is not allocated") from None
-        assert len(self.live) == num_live + code.growth, f"chunk {call.chunk!r} allocates what is already allocated"
+        assert len(allocator.live) == num_live + code.growth, (
+            f"chunk {call.chunk!r} allocates what is already allocated"
+        )
+        if most.allocated_bytes > self._peak.allocated_bytes:
+            position = (index, code.positions[most.action])
+            self._peak = _Peak(run, most.allocated_bytes, position, len(self.executed), most.action)
+        if code.host:
+            self.host.replay(code.host)
         self.executed.append((code, bits))
 
-    def _replay_actions(  # noqa: PLR0912, PLR0915 (the hot loop: calls would double its time)
-        self, iterator: Iterator[_Action], code: _Code, call: int, bits: int, ready: dict[int, int] | None
-    ) -> None:
-        """Replay the actions of one chunk.
-
-        It keeps no count. Where it needs to know how far it is, which is rare, it asks the iterator what is left.
-        ``CachingAllocator.malloc`` and ``free`` stand here once more, word for word but for what a plain allocator
-        never does, as calls would take as long as the work.
-        """
-        allocator = self.allocator
-        if not allocator.plain:
-            self._replay_by_call(iterator, code, call, bits, ready)
-            return
-        live, pools, awaiting, at_address = self.live, self._pools, allocator.awaiting, allocator.at_address
-        spare = self._spare
-        allocated, peak = allocator.allocated_bytes, allocator.peak_allocated_bytes
-        positions, base = code.positions, call << _CALL
-        last = len(positions) - 1
-        peak_at = -1
-        for action in iterator:
-            if action.__class__ is tuple:
-                slot, size, number = action
-                if awaiting:
-                    now = base | positions[last - length_hint(iterator)]
-                    if awaiting[0][0] <= now:
-                        allocator.allocated_bytes = allocated
-                        allocator.process_events(now)
-                        allocated = allocator.allocated_bytes
-                pool = pools[number]
-                free = pool.free
-                at = bisect_left(free, size << SHIFT)
-                if at < len(free):
-                    block = at_address[free.pop(at) & ADDRESS_MASK]
-                else:
-                    allocator.allocated_bytes = allocated
-                    block = allocator.more(pool, size)
-                    allocated = allocator.allocated_bytes
-                rest = block.size - size
-                if rest > pool.keeps:
-                    address = block.address + size
-                    if spare:
-                        remaining = spare.pop()
-                        remaining.address = address
-                        remaining.size = rest
-                        remaining.pool = pool
-                        remaining.state = 0
-                    else:
-                        remaining = Block(address, rest, pool, None)
-                    at_address[address] = remaining
-                    remaining.prev = block
-                    remaining.next = after = block.next
-                    after.prev = remaining
-                    block.next = remaining
-                    block.size = size
-                    remaining.key = key = rest << SHIFT | address
-                    insort(free, key)
-                    allocated += size
-                else:
-                    allocated += block.size
-                block.state = ALLOCATED
-                live[slot + bits if slot & _OWN else slot] = block
-                if allocated > peak:
-                    peak = allocated
-                    peak_at = last - length_hint(iterator)
-            elif action.__class__ is int:
-                block = live.pop(action + bits if action & _OWN else action)
-                if block.used_elsewhere:
-                    when = None if ready is None else ready.get(positions[last - length_hint(iterator)])
-                    if when is not None:
-                        allocator.allocated_bytes = allocated
-                        allocator.free_later(block, when)
-                        allocated = allocator.allocated_bytes
-                        continue
-                    block.used_elsewhere = False
-                size = block.size
-                allocated -= size
-                free = block.pool.free
-                after = block.next
-                if not after.state:
-                    del free[bisect_left(free, after.key)]
-                    del at_address[after.address]
-                    spare.append(after)
-                    size += after.size
-                    after = after.next
-                    block.next = after
-                    after.prev = block
-                before = block.prev
-                if not before.state:
-                    del free[bisect_left(free, before.key)]
-                    del at_address[block.address]
-                    spare.append(block)
-                    size += before.size
-                    before.next = after
-                    after.prev = before
-                    block = before
-                block.state = 0
-                block.size = size
-                block.key = key = size << SHIFT | block.address
-                insort(free, key)
-            else:
-                self._other(action, bits)  # type: ignore[arg-type]
-        allocator.allocated_bytes, allocator.peak_allocated_bytes = allocated, peak
-        if peak_at >= 0:
-            self._peak = _Peak(self._peak.run, peak, (call, positions[peak_at]), len(self.executed), peak_at)
-
-    def _replay_by_call(
-        self, iterator: Iterator[_Action], code: _Code, call: int, bits: int, ready: dict[int, int] | None
-    ) -> None:
-        """Replay the actions of one chunk, whatever the allocator's settings."""
-        allocator, live, pools = self.allocator, self.live, self._pools
-        malloc, free, awaiting = allocator.malloc, allocator.free, allocator.awaiting
-        peak = allocator.peak_allocated_bytes
-        positions, base = code.positions, call << _CALL
-        last = len(positions) - 1
-        peak_at = -1
-        for action in iterator:
-            if action.__class__ is tuple:
-                slot, size, pool = action
-                if awaiting:
-                    now = base | positions[last - length_hint(iterator)]
-                    if awaiting[0][0] <= now:
-                        allocator.process_events(now)
-                if slot & _OWN:
-                    slot += bits
-                live[slot] = malloc(pools[pool], size)
-                if allocator.peak_allocated_bytes > peak:
-                    peak = allocator.peak_allocated_bytes
-                    peak_at = last - length_hint(iterator)
-            elif action.__class__ is int:
-                slot = action + bits if action & _OWN else action
-                block = live.pop(slot)
-                if block.used_elsewhere:
-                    at = None if ready is None else ready.get(positions[last - length_hint(iterator)])
-                    if at is not None:
-                        allocator.free_later(block, at)
-                        continue
-                    block.used_elsewhere = False
-                free(block)
-            else:
-                self._other(action, bits)  # type: ignore[arg-type]
-        if peak_at >= 0:
-            self._peak = _Peak(self._peak.run, peak, (call, positions[peak_at]), len(self.executed), peak_at)
-
-    def _other(self, action: list[Any], bits: int) -> None:
-        kind, slot, what = action
-        if kind == _USE:
-            self.allocator.use_on(self.live[slot + bits if slot & _OWN else slot], what)
-        elif kind == _HOST_ALLOC:
-            self.host.alloc(what)
-        else:
-            self.host.free(what)
-
-    def _note_out_of_memory(self, size: int, short_bytes: int) -> None:
+    def _note_out_of_memory(self, at: int, size: int, short_bytes: int) -> None:
         assert self._where is not None
-        run, index, code, iterator = self._where
-        at = len(code.actions) - 1 - length_hint(iterator)
-        order = len(self.executed)
-        self.out_of_memory = (run, (index, code.positions[at]), order, at, size, short_bytes)
+        run, index, code = self._where
+        self.out_of_memory = (run, (index, code.positions[at]), len(self.executed), at, size, short_bytes)
 
     # --- the account -----------------------------------------------------------------------------
 
@@ -535,14 +396,14 @@ class _Replay:
         phase, module = "setup", ""
         for entry in self.executed[:order]:
             if isinstance(entry, int):
-                live = {slot + entry if slot & _OWN else slot: owner for slot, owner in live.items()}
+                live = {slot + entry if slot & OWN else slot: owner for slot, owner in live.items()}
                 continue
             code, bits = entry
             for slot in code.losses:
-                live.pop(slot + bits if slot & _OWN else slot, None)
+                live.pop(slot + bits if slot & OWN else slot, None)
             for slot, (storage, gained_phase, gained_module) in code.gains.items():
                 owner = (storage, phase, module) if gained_phase is None else (storage, gained_phase, gained_module)
-                live[slot + bits if slot & _OWN else slot] = owner
+                live[slot + bits if slot & OWN else slot] = owner
             if code.marks:
                 _, phase, module = code.marks[-1]
         if last_action < 0 or order >= len(self.executed):
@@ -551,17 +412,19 @@ class _Replay:
         assert not isinstance(entry, int)
         code, bits = entry
         storages = self._compiler.storages
-        marks = iter([*code.marks, (len(code.actions) + 1, "", "")])
+        actions = code.script.actions
+        marks = iter([*code.marks, (len(actions) + 1, "", "")])
         change, next_phase, next_module = next(marks)
-        for at, action in enumerate(code.actions[: last_action + 1]):
+        for at, action in enumerate(actions[: last_action + 1]):
             while at >= change:
                 phase, module = next_phase, next_module
                 change, next_phase, next_module = next(marks)
-            if isinstance(action, tuple):
-                slot = action[0]
-                live[slot + bits if slot & _OWN else slot] = (storages[slot & _SLOT_MASK], phase, module)
-            elif isinstance(action, int):
-                live.pop(action + bits if action & _OWN else action)
+            if action >= 0:
+                slot = code.slots[action]
+                live[slot + bits if slot & OWN else slot] = (storages[slot & SLOT_MASK], phase, module)
+            elif action > USE:
+                slot = code.slots[~action]
+                live.pop(slot + bits if slot & OWN else slot)
         return live, phase, module
 
     def footprint(self) -> Footprint:
@@ -612,18 +475,23 @@ class _Point:
 class _Observed(_Replay):
     """A replay that also writes down the curve of each step, and every event if ``record``. Slower, same results."""
 
+    allocator: _General
+
     def __init__(
         self, program: Program, settings: AllocatorSettings, releases: Sequence[Release], record: bool
     ) -> None:
-        super().__init__(program, settings, releases)
+        super().__init__(program, settings, releases, general=True)
         self.events: list[BlockEvent] = []
         self._record = record
         self._trace: list[tuple[str, int, int, str, str]] = []
-        self.allocator.trace = self._trace
+        self.allocator.allocator.trace = self._trace
+        self.allocator.watch = self._watch
         self._may_end_early = False  # so that the record ends where a step does
         self._totals = [0] * len(CATEGORIES)
         self._category = {name: index for index, name in enumerate(CATEGORIES)}
         self._phase, self._module = "setup", ""
+        self._marks: Iterator[tuple[int, str, str]] = iter(())
+        self._next_mark = (0, "", "")
         self._points: list[_Point] = []
         self.samples: dict[int, tuple[Sample, ...]] = {}
 
@@ -634,59 +502,44 @@ class _Observed(_Replay):
         self.samples[len(self.peaks) - 1] = _samples(self._points, before)
         return False
 
-    def _replay_actions(
-        self, iterator: Iterator[_Action], code: _Code, call: int, bits: int, ready: dict[int, int] | None
-    ) -> None:
-        allocator, live, trace = self.allocator, self.live, self._trace
-        storages = self._compiler.storages
-        assert self._where is not None
-        run = self._where[0]
-        marks = iter([*code.marks, (len(code.actions) + 1, "", "")])
-        change, next_phase, next_module = next(marks)
-        peak = allocator.peak_allocated_bytes
-        for at, action in enumerate(iterator):
-            while at >= change:
-                self._phase, self._module = next_phase, next_module
-                change, next_phase, next_module = next(marks)
-            if isinstance(action, list):
-                self._other(action, bits)
-                continue
-            position = (call, code.positions[at])
-            slot = action[0] if isinstance(action, tuple) else action
-            storage = storages[slot & _SLOT_MASK]
-            key = slot + bits if slot & _OWN else slot
-            category = self._category[storage.category]
-            if isinstance(action, tuple):
-                allocator.process_events(call << _CALL | code.positions[at])
-                block = allocator.malloc(self._pools[action[2]], action[1])
-                block.requested, block.name = storage.num_bytes, storage.name
-                live[key] = block
-                change_bytes = storage.num_bytes
-                trace.append(("alloc", block.address, storage.num_bytes, storage.stream, storage.name))
-                if allocator.peak_allocated_bytes > peak:
-                    peak = allocator.peak_allocated_bytes
-                    self._peak = _Peak(run, peak, position, len(self.executed), at)
-            else:
-                block = live.pop(key)
-                change_bytes = -storage.num_bytes
-                freed = (block.address, storage.num_bytes, storage.stream, storage.name)
-                ready_at = None if ready is None else ready.get(code.positions[at])
-                trace.append(("free_requested", *freed))
-                if block.used_elsewhere and ready_at is not None:
-                    allocator.free_later(block, ready_at)
-                else:
-                    block.used_elsewhere = False
-                    trace.append(("free_completed", *freed))
-                    allocator.free(block)
-            self._totals[category] += change_bytes
-            reserved = allocator.reserved_bytes
-            self._points.append(_Point(position, allocator.allocated_bytes, reserved, category, change_bytes))
-            if self._record:
-                where = (storage.category, self._module, self._phase, run, position)
-                self.events += [BlockEvent(*event[:5], *where) for event in trace]
-            trace.clear()
+    def _call(self, run: str, index: int, call: Call, ready: _Ready) -> None:
+        code = self._code(call.chunk)
+        self._marks = iter([*code.marks, (len(code.positions) + 1, "", "")])
+        self._next_mark = next(self._marks)
+        super()._call(run, index, call, ready)
         for _, phase, module in code.marks[-1:]:
             self._phase, self._module = phase, module
+
+    def _watch(self, code: Code, at: int, action: int, block: Block) -> None:
+        while at >= self._next_mark[0]:
+            _, self._phase, self._module = self._next_mark
+            self._next_mark = next(self._marks)
+        if action <= USE:
+            return
+        assert self._where is not None
+        run, call, _ = self._where
+        allocator, trace = self.allocator.allocator, self._trace
+        position = (call, code.positions[at])
+        slot = code.slots[action if action >= 0 else ~action]
+        storage = self._compiler.storages[slot & SLOT_MASK]
+        category = self._category[storage.category]
+        what = (block.address, storage.num_bytes, storage.stream, storage.name)
+        change_bytes = storage.num_bytes
+        if action >= 0:
+            block.requested, block.name = storage.num_bytes, storage.name
+            trace.append(("alloc", *what))
+        else:
+            change_bytes = -change_bytes
+            trace.append(("free_requested", *what))
+            if block.state != AWAITING:
+                trace.append(("free_completed", *what))
+        self._totals[category] += change_bytes
+        reserved = allocator.reserved_bytes
+        self._points.append(_Point(position, allocator.allocated_bytes, reserved, category, change_bytes))
+        if self._record:
+            where = (storage.category, self._module, self._phase, run, position)
+            self.events += [BlockEvent(*event[:5], *where) for event in trace]
+        trace.clear()
 
     def footprint(self) -> Footprint:
         peak = self.peak()
@@ -700,9 +553,9 @@ class _Observed(_Replay):
     def _segments(self) -> Iterator[Segment]:
         """Yield segments with their blocks; of an expandable one each backed stretch, as PyTorch's snapshot does."""
         names = {ALLOCATED: "active_allocated", AWAITING: "active_awaiting_free"}
-        for head in self.allocator.segments.values():
+        for head in self.allocator.allocator.segments.values():
             stretch: list[tuple[int, int, int, str, str]] = []
-            for block in [*self.allocator.blocks(head), None]:
+            for block in [*self.allocator.allocator.blocks(head), None]:
                 if block is not None and block.state != UNMAPPED:
                     state = names.get(block.state, "inactive")
                     used = block.state in names
@@ -743,7 +596,7 @@ def _ready(releases: Sequence[Release]) -> _Ready:
     found: _Ready = {}
     for release in releases:
         call, index = release.reusable_at
-        found.setdefault(release.freed_at[0], {})[release.freed_at[1]] = call << _CALL | index
+        found.setdefault(release.freed_at[0], {})[release.freed_at[1]] = call << CALL | index
     return found
 
 
@@ -762,7 +615,7 @@ def _moved(ready: _Ready, step: Sequence[Call], other: Sequence[Call]) -> _Ready
         counts[call] = nth = counts.get(call, -1) + 1
         target = where.get((call, nth))
         if target is not None and index in ready:
-            shift = (target - index) << _CALL
+            shift = (target - index) << CALL
             moved[target] = {at: reusable + shift for at, reusable in ready[index].items()}
     return moved
 
@@ -778,7 +631,7 @@ def _repeats(calls: Sequence[Call], ready: _Ready) -> dict[int, tuple[int, int, 
     keys: list[int] = []
     for index, call in enumerate(calls):
         releases = ready.get(index)
-        relative = None if not releases else tuple((at, when - (index << _CALL)) for at, when in releases.items())
+        relative = None if not releases else tuple((at, when - (index << CALL)) for at, when in releases.items())
         keys.append(names.setdefault((call.chunk, relative), len(names)))
     microbatches = [call.microbatch for call in calls]
     # next_other[i]: the next call of the same key for another microbatch
@@ -798,22 +651,22 @@ def _repeats(calls: Sequence[Call], ready: _Ready) -> dict[int, tuple[int, int, 
             if after < 0:
                 break
             period, step = after - index, microbatches[after] - microbatches[index]
-            count = 1
-            start = after
-            while keys[start : start + period] == keys[index:after] and _apart(microbatches, start, period, step):
-                count += 1
-                start += period
+            # where the call a period later is another one, or for a microbatch that is not so many later
+            end = after
+            while (
+                end < num_calls
+                and keys[end] == keys[end - period]
+                and microbatches[end] - microbatches[end - period] in (0, step)
+            ):
+                end += 1
+            count = (end - index) // period
             if count >= 4:
                 found[index] = (period, count, step)
-                index = start - 1
+                index += period * count - 1
                 break
             after = next_other[after]
         index += 1
     return found
-
-
-def _apart(microbatches: list[int], start: int, period: int, step: int) -> bool:
-    return all(microbatches[i] - microbatches[i - period] in {0, step} for i in range(start, start + period))
 
 
 # --- the public functions ----------------------------------------------------------------------------
@@ -826,13 +679,17 @@ def replay(
     record: bool = False,
     *,
     samples: bool = False,
+    scripts: Scripts | None = None,
 ) -> Footprint:
     """Return what a rank of ``program`` holds; nothing beside PyTorch's allocator yet (see :func:`beside`).
 
     ``releases`` are those of its representative. ``samples`` asks for the curve of the step of the peak; ``record`` for
-    that, every event of the allocator, and its segments at the end.
+    that, every event of the allocator, and its segments at the end. ``scripts``: those of the world, to be shared.
     """
-    run = _Observed(program, settings, releases, record) if record or samples else _Replay(program, settings, releases)
+    if record or samples:
+        run: _Replay = _Observed(program, settings, releases, record)
+    else:
+        run = _Replay(program, settings, releases, scripts)
     run.run()
     return run.footprint()
 
@@ -877,6 +734,7 @@ def footprints(
     for release in timeline.releases if timeline is not None else ():
         releases.setdefault(release.rank, []).append(release)
     known = {} if known is None else known
+    shared: dict[int, Scripts] = {}
     result = []
     for program in world.programs:
         chosen = settings if isinstance(settings, AllocatorSettings) else settings[program.rank]
@@ -886,7 +744,9 @@ def footprints(
         alike = known.setdefault((chunks, program.setup, program.first_step, program.step, when), [])
         footprint = next((found for used, found in alike if _same_replay(found, used, chosen)), None)
         if footprint is None:
-            footprint = replay(program, chosen, own, record, samples=samples)
+            divisions = chosen.roundup_power2_divisions
+            scripts = shared.setdefault(divisions, Scripts(divisions))
+            footprint = replay(program, chosen, own, record, samples=samples, scripts=scripts)
             alike.append((chosen, footprint))
         result.append(beside(footprint, program, outside.get(program.rank, NOTHING)))
     return tuple(result)
