@@ -3,7 +3,7 @@
 Source: deepspeed/runtime/bf16_optimizer.py, engine.py (``_do_optimizer_sanity_check``, ``buffered_allreduce_fallback``)
 and pipe/engine.py (``_exec_backward_pass``) of DeepSpeed 0.19.8.
 
-* ``data_types.grad_accum_dtype: fp32`` with stage 1, bf16 and no offload to the host: as Megatron-DeepSpeed's pipelines.
+* ``data_types.grad_accum_dtype: fp32`` with stage 1, bf16 and no offload to the host.
 * A flat fp32 buffer holds all gradients on every rank, from the start: 4 bytes a parameter that no rank shares.
 * The 16-bit gradients stay too: they are set to zero before each backward, and added to the fp32 ones after it
   (``immediate_grad_update`` is off by default).
