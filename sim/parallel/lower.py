@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from sim.cluster.symmetry import Places
 from sim.ir.ledger import DType, Layer, Ledger
-from sim.ir.program import Alloc, Call, Chunk, Collective, Instruction, Mark, Program, Storage, World
+from sim.ir.program import Alloc, Call, Chunk, Collective, Free, Instruction, Mark, Program, Storage, World
 from sim.parallel.cublas import workspaces
 from sim.parallel.emit import NO_RECOMPUTE, Emitter, Hooks
 from sim.parallel.frameworks.plan import Plan
@@ -99,6 +99,13 @@ class Loads(Protocol):
     """A framework whose host waits for the GPU before each forward."""
 
     def load(self) -> Iterable[Instruction]: ...
+
+
+@runtime_checkable
+class HoldsBatch(Protocol):
+    """A framework that holds tensors of a batch, which no layer reads, while a forward runs."""
+
+    def through_forward(self) -> tuple[Storage, ...]: ...
 
 
 @runtime_checkable
@@ -412,7 +419,10 @@ def _passes(
             if after is not None and after.end:
                 chunks[f"{prefix}end.{of}"] = (Mark("backward", "end"), *after.end)
             before = tuple(hooks.load()) if isinstance(hooks, Loads) else ()
-            chunks[f"{prefix}forward.{of}"] = (*before, *passes.forward)
+            batch = hooks.through_forward() if isinstance(hooks, HoldsBatch) else ()
+            if batch:
+                before = (*before, Mark("forward", "batch"), *map(Alloc, batch))
+            chunks[f"{prefix}forward.{of}"] = (*before, *passes.forward, *map(Free, batch))
             chunks[f"{prefix}backward.{of}"] = passes.backward
             if halves:
                 chunks[f"{prefix}weight_gradient.{of}"] = passes.weight_gradient
@@ -508,12 +518,17 @@ def _megatron(job: _Job, rank: int, stages: Sequence[Stage]) -> RankFramework:
         interleaved=scenario.parallelism.schedule == "interleaved" and job.num_chunks > 1,
         shards_parameters=scenario.megatron.use_megatron_fsdp and scenario.parallelism.zero == 3,
     )
+    training = scenario.training
+    mask = 0
+    if scenario.megatron.create_attention_mask_in_dataloader:
+        mask = training.micro_batch_size * training.sequence_length**2 // scenario.parallelism.cp
     of_rank = [
         MegatronStage(
             stage.layers,
             stage.tied,
             tuple((i, name) for i, layer in enumerate(stage.layers) for name in job.partial(layer)),
             stage.index,
+            mask if stage.index in (0, len(job.stages) - 1) else 0,
         )
         for stage in stages
     ]
