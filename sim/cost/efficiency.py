@@ -186,7 +186,8 @@ def attention_residuals(source: Source, kernel: str, backward: bool) -> Mapping[
     """Return the residuals of the fit whose coefficients an attention kernel takes: rows held out before curves."""
     other = read("attention_others.yaml").get(kernel)
     if other is not None:
-        return attention_residuals(source, other["of"], backward)
+        stated: Mapping[str, Any] = other["residuals"]
+        return stated
     for name in _KERNEL_OF[kernel]:
         for place in (source.name, *_ATTENTION_FALLBACK.get(source.name, ()), "a100-sxm"):
             stated = (read(_file("attention", place)) or {}).get(name, {}).get("residuals")
@@ -232,13 +233,15 @@ def sdpa_kernel(gpu: GpuFacts) -> tuple[str, str]:
     return "flash-2", ""
 
 
-def attention_coefficients(source: Source, kernel: str, backward: bool) -> tuple[AttentionCoefficients, str]:
+def attention_coefficients(
+    source: Source, kernel: str, backward: bool, head_dim: int = 128
+) -> tuple[AttentionCoefficients, str]:
     """Return the coefficients of an attention kernel, and in words what was assumed ("" if nothing)."""
     direction = "backward" if backward else "forward"
     other = read("attention_others.yaml").get(kernel)
     if other is not None:
         c, _ = attention_coefficients(source, other["of"], backward)
-        slower = float(other["slower"][direction])
+        slower = _by_head_dim({int(d): float(ways[direction]) for d, ways in other["slower"].items()}, head_dim)
         c = replace(c, peak_fraction=c.peak_fraction / slower, softmax_clocks=c.softmax_clocks * slower)
         return c, f"{slower:g} times slower than {other['of']}"
     wanted = _KERNEL_OF[kernel]
@@ -259,6 +262,13 @@ def attention_coefficients(source: Source, kernel: str, backward: bool) -> tuple
                 assumed.append(f"backward of {name} on {place} in proportion to forward")
             return AttentionCoefficients(**data[name][direction]), ", ".join(assumed)
     raise AssertionError(f"no coefficients for attention kernel {kernel}")
+
+
+def _by_head_dim(known: Mapping[int, float], head_dim: int) -> float:
+    """Return what is known of head sizes for another: in proportion between two, beyond them as the nearest."""
+    small, large = min(known), max(known)
+    place = min(max((head_dim - small) / (large - small), 0.0), 1.0)
+    return known[small] + place * (known[large] - known[small])
 
 
 _ATTENTION_FALLBACK: dict[str, tuple[str, ...]] = {

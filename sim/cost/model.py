@@ -76,7 +76,7 @@ class CostModel:
         self._vector = Machine(vector_flops, 4, gpu.num_sms, gpu.boost_clock_hz, gpu.memory_bytes_per_s, gpu.l2_bytes)
         self._machines: dict[str, Machine] = {}
         self._gemms: dict[str, tuple[GemmCoefficients, str]] = {}
-        self._attentions: dict[tuple[str, bool, str], tuple[AttentionCoefficients, str, Machine]] = {}
+        self._attentions: dict[tuple[str, bool, str, int], tuple[AttentionCoefficients, str, Machine]] = {}
         self._by_identity: dict[int, tuple[float, Kernel]] = {}
         self._by_value: dict[tuple[object, ...], float] = {}
         self._traffic: dict[tuple[object, ...], Traffic] = {}
@@ -224,10 +224,10 @@ class CostModel:
 
     def _attention(self, kernel: Attention, beside: Beside | None) -> tuple[float, str]:
         backward = kernel.direction == "backward"
-        key = (kernel.kernel, backward, kernel.dtype)
+        key = (kernel.kernel, backward, kernel.dtype, size(kernel.head_dim))
         if key not in self._attentions:
             name, chosen = efficiency.sdpa_kernel(self._gpu) if kernel.kernel == "sdpa" else (kernel.kernel, "")
-            coefficients, assumed = efficiency.attention_coefficients(self._source, name, backward)
+            coefficients, assumed = efficiency.attention_coefficients(self._source, name, backward, key[3])
             if chosen:
                 self._assume(chosen)
             if assumed:
