@@ -45,6 +45,7 @@ _FLAGS = {
     "overlap-param-gather": ("megatron.overlap_param_gather", True),
     "accumulate-allreduce-grads-in-fp32": ("megatron.accumulate_allreduce_grads_in_fp32", True),
     "fp8-param-gather": ("megatron.fp8_param_gather", True),
+    "use-precision-aware-optimizer": ("megatron.use_precision_aware_optimizer", True),
     "no-gradient-accumulation-fusion": ("megatron.gradient_accumulation_fusion", False),
     "no-rope-fusion": ("megatron.apply_rope_fusion", False),
     "no-bias-swiglu-fusion": ("megatron.bias_swiglu_fusion", False),
@@ -237,6 +238,9 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
         said.say("training.precision", precision, origin)
     if (optimizer := word("optimizer")) not in (None, "adam"):
         said.say("training.optimizer", optimizer, "--optimizer")
+    for name in ("exp-avg-dtype", "exp-avg-sq-dtype"):
+        if dtype := word(name):
+            said.say(f"megatron.{name.replace('-', '_')}", dtype, f"--{name}")
     _recompute(said, word, flag)
     attention = word("attention-backend")
     kernels = {"flash": "flash-2", "fused": "cudnn", "unfused": "math", "local": "math"}
