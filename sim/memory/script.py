@@ -85,11 +85,13 @@ class Compiler:
     """Turns the chunks of one program into code; slots are numbered over all of them."""
 
     def __init__(self, scripts: Scripts) -> None:
-        self.storages: list[Storage] = []
+        nothing = Storage("", 0, "buffers")
+        self.storages: list[Storage] = [nothing]
+        """By the number in a slot; 0 is nobody's, so that every slot is true."""
         self._scripts = scripts
         self._slots: dict[int, int] = {}
-        self._sizes: list[int] = []
-        self._pools: list[int] = []
+        self._sizes = [0]
+        self._pools = [0]
         """By slot: bytes of its block, and number of its pool."""
 
     def _slot(self, storage: Storage) -> int:
@@ -118,7 +120,7 @@ class Compiler:
         inputs: list[int] = []
         used: dict[int, None] = {}
         marks: list[tuple[int, str, str]] = []
-        gains: dict[int, tuple[Storage, str | None, str]] = {}
+        gained: dict[int, tuple[Storage, str | None, str]] = {}
         lost: dict[int, None] = {}
         host: list[tuple[bool, Storage]] = []
         growth = 0
@@ -126,60 +128,68 @@ class Compiler:
         module = ""
         for index, instruction in enumerate(chunk):
             kind = instruction.__class__
-            if kind is Alloc or kind is Free:
+            if kind is Alloc:
                 storage = instruction.storage  # type: ignore[union-attr]
                 if not storage.num_bytes:
                     continue  # torch allocates no block for an empty tensor
                 if storage.place != "gpu":
-                    host.append((kind is Alloc, storage))
+                    host.append((True, storage))
                     continue
-                name = id(storage)
-                register = registers.get(name)
+                register = registers.get(id(storage))
                 if register is None:
-                    register = registers[name] = len(slots)
-                    slot = known.get(name)
-                    slots.append(self._slot(storage) if slot is None else slot)
-                    if kind is Free:
-                        inputs.append(register)
-                slot = slots[register]
+                    register = registers[id(storage)] = len(slots)
+                    slots.append(known.get(id(storage)) or self._slot(storage))
                 place(index)
-                if kind is Alloc:
-                    act(register)
-                    gains[slot] = (storage, phase, module)
-                    growth += 1
-                else:
-                    act(~register)
-                    if gains.pop(slot, None) is None:
-                        lost[slot] = None
-                    growth -= 1
+                act(register)
+                gained[register] = (storage, phase, module)
+                growth += 1
+            elif kind is Free:
+                storage = instruction.storage  # type: ignore[union-attr]
+                if not storage.num_bytes:
+                    continue
+                if storage.place != "gpu":
+                    host.append((False, storage))
+                    continue
+                register = registers.get(id(storage))
+                if register is None:
+                    register = registers[id(storage)] = len(slots)
+                    slots.append(known.get(id(storage)) or self._slot(storage))
+                    inputs.append(register)
+                place(index)
+                act(~register)
+                if gained.pop(register, None) is None:
+                    lost[register] = None
+                growth -= 1
             elif kind is Mark:
                 phase, module = instruction.phase, instruction.module  # type: ignore[union-attr]
                 marks.append((len(positions), phase, module))
             elif kind is UseOn:
                 storage, stream = instruction.storage, instruction.stream  # type: ignore[union-attr]
                 if storage.num_bytes and storage.place == "gpu" and stream != storage.stream:
-                    name = id(storage)
-                    register = registers.get(name)
+                    register = registers.get(id(storage))
                     if register is None:
-                        register = registers[name] = len(slots)
-                        slot = known.get(name)
-                        slots.append(self._slot(storage) if slot is None else slot)
+                        register = registers[id(storage)] = len(slots)
+                        slots.append(known.get(id(storage)) or self._slot(storage))
                         inputs.append(register)
                     used[register] = None
                     place(index)
                     act(USE - register)
-        outputs = [register for register, slot in enumerate(slots) if slot in gains]
+        outputs = list(gained)
         if used:
-            outputs = sorted({*outputs, *(r for r in used if r in inputs and slots[r] not in lost)})
+            taken = set(inputs)
+            outputs += [
+                register for register in used if register in taken and register not in lost and register not in gained
+            ]
         numbers = [slot & SLOT_MASK for slot in slots]
         sizes, pools = self._sizes, self._pools
         script = self._scripts.script(
             tuple(actions), tuple([sizes[n] for n in numbers]), tuple([pools[n] for n in numbers]),
             tuple(inputs), tuple(outputs),
         )  # fmt: skip
+        gains = {slots[register]: what for register, what in gained.items()}
         return Code(
             script, slots, [slots[r] for r in inputs], [slots[r] for r in outputs],
-            positions, marks, gains, list(lost), growth, host,
+            positions, marks, gains, [slots[r] for r in lost], growth, host,
         )  # fmt: skip
 
 
