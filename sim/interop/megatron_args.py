@@ -223,6 +223,14 @@ def _dropout(said: Imported, word: Any) -> None:
             said.problems.append(_unknown_value(path, name, str(value)))
 
 
+def _optimizer(said: Imported, word: Any) -> None:
+    if (optimizer := word("optimizer")) not in (None, "adam"):
+        said.say("training.optimizer", optimizer, "--optimizer")
+    for name in ("exp-avg-dtype", "exp-avg-sq-dtype"):
+        if dtype := word(name):
+            said.say(f"megatron.{name.replace('-', '_')}", dtype, f"--{name}")
+
+
 def _training(said: Imported, word: Any, flag: Any) -> None:
     fp8 = word("fp8-format", "fp8")
     recipe = word("fp8-recipe")
@@ -236,11 +244,7 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
         said.say("training.precision", "nvfp4", "--fp4-format")
     else:
         said.say("training.precision", precision, origin)
-    if (optimizer := word("optimizer")) not in (None, "adam"):
-        said.say("training.optimizer", optimizer, "--optimizer")
-    for name in ("exp-avg-dtype", "exp-avg-sq-dtype"):
-        if dtype := word(name):
-            said.say(f"megatron.{name.replace('-', '_')}", dtype, f"--{name}")
+    _optimizer(said, word)
     _recompute(said, word, flag)
     attention = word("attention-backend")
     kernels = {"flash": "flash-2", "fused": "cudnn", "unfused": "math", "local": "math"}
@@ -248,6 +252,8 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
         said.say("training.attention", "flash-2", "--use-flash-attn")
     elif attention in kernels:
         said.say("training.attention", kernels[attention], "--attention-backend")
+        if attention == "flash":
+            said.say("megatron.attention_backend", "flash", "--attention-backend")
     clip = word("clip-grad")
     try:
         said.say("training.gradient_clipping", float(clip) if clip else 1.0, "--clip-grad" if clip else _DEFAULT)
