@@ -720,6 +720,33 @@ class _Resolver:
                     )
         return values
 
+    def _attention_backend(self, values: Mapping[str, Any]) -> None:
+        """Transformer Engine prefers cuDNN's kernel from Hopper on (``get_attention_backend``).
+
+        On Hopper FlashAttention-2 is common all the same, as launchers turn the other off (NVTE_FUSED_ATTN=0): there it
+        is taken at its word.
+        """
+        d = self.draft
+        if not all(d.knows(key) for key in ("attention", "gpu", "code", "precision")):
+            return
+        engine = d.code == "megatron" and values.get("transformer_impl") != "local"
+        if not engine:
+            return
+        blackwell = (10, 0) <= d.gpu.compute_capability < (12, 0)
+        if "training.attention" in self.sources:
+            fused = d.gpu.compute_capability >= (8, 0) and d.precision not in ("fp32", "tf32")
+            newest = d.gpu.vendor == "nvidia" and d.gpu.compute_capability >= (9, 0)
+            d.attention = ("cudnn" if newest else "flash-2") if fused else "math"
+            self.sources["training.attention"] = "Transformer Engine's choice for this GPU"
+            return
+        if blackwell and d.attention == "flash-2" and values.get("attention_backend", "auto") == "auto":
+            d.attention = "cudnn"
+            self.sources["training.attention"] = "Transformer Engine's choice on Blackwell"
+            self.warnings.append(
+                "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel on "
+                "Blackwell; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
+            )
+
     def _megatron_fsdp(self, values: dict[str, Any]) -> None:
         """ZeRO-2 and ZeRO-3 are Megatron-FSDP, which overlaps what its strategy shards (megatron_fsdp.py)."""
         d = self.draft
@@ -763,6 +790,7 @@ class _Resolver:
         if framework != "megatron":
             return
         self._megatron_fsdp(values)
+        self._attention_backend(values)
         sharded = values.get("use_distributed_optimizer")
         if d.knows("zero"):
             if sharded is None:

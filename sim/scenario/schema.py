@@ -265,6 +265,8 @@ class MegatronSettings(_Frozen):
     """Whether the first and the last blocks stay in 16 bit; how many, say the next two."""
     num_layers_at_start_in_bf16: int = Field(default=1, ge=0)
     num_layers_at_end_in_bf16: int = Field(default=1, ge=0)
+    attention_backend: Literal["auto", "flash"] = "auto"
+    """``auto``: on Blackwell Transformer Engine runs cuDNN's kernel where FlashAttention-2 is asked for."""
     use_megatron_fsdp: bool = False
     """Gradients, and with ``zero: 3`` parameters, sharded too: what ``parallelism.zero`` above 1 means."""
     suggested_communication_unit_size: PositiveInt | None = None

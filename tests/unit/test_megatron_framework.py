@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.ir.ledger import Gemm
-from sim.ir.program import Alloc, Collective, Compute, HostWait, Program, World
+from sim.ir.program import Alloc, Collective, Compute, Free, HostWait, Program, World
 from sim.model.transformer import describe
 from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
 from sim.parallel.frameworks.megatron_fsdp import bucket_elements
@@ -456,3 +456,44 @@ def test_a_mask_comes_with_each_microbatch_of_the_first_and_the_last_stage() -> 
 
     assert masks() == [{4096}, set(), set(), {4096}]
     assert not any(masks(create_attention_mask_in_dataloader=False))
+
+
+@pytest.mark.parametrize(
+    ("node", "attention", "backend", "runs"),
+    [
+        ("dgx-1", None, "auto", "math"),
+        ("dgx-a100-80gb", None, "auto", "flash-2"),
+        ("dgx-h100", None, "auto", "cudnn"),
+        ("dgx-h100", "flash-2", "auto", "flash-2"),
+        ("dgx-b200", "flash-2", "auto", "cudnn"),
+        ("dgx-b200", "flash-2", "flash", "flash-2"),
+        ("dgx-b200", "math", "auto", "math"),
+    ],
+)
+def test_transformer_engine_chooses_the_attention_kernel(
+    node: str, attention: str | None, backend: str, runs: str
+) -> None:
+    training = {"sequence_length": 1024, "micro_batch_size": 1, "precision": "fp16"}
+    text = {
+        "model": "llama-2-7b",
+        "cluster": {"node": node, "num_gpus": 1},
+        "framework": "megatron",
+        "megatron": {"attention_backend": backend},
+        "training": training if attention is None else {**training, "attention": attention},
+    }
+    scenario = load_scenario_text(yaml.safe_dump(text), "attention.yaml")
+    assert scenario.training.attention == runs
+    assert any("runs as cudnn" in w for w in scenario.warnings) == (attention == "flash-2" and runs == "cudnn")
+
+
+def test_1f1b_still_has_what_the_last_backward_took_and_gave() -> None:
+    """Rank 1 of 2: each gradient until the next is made, each input until the next forward is done; 3 microbatches."""
+    program = world_of(asked({"pp": 2}, num_microbatches=3)).programs[1]
+    seen = [
+        f"{'+' if isinstance(i, Alloc) else '-'}{i.storage.name}"
+        for call in program.step
+        for i in program.chunks[call.chunk]
+        if isinstance(i, (Alloc, Free)) and i.storage.name in ("input_tensor_grad", "input_tensor")
+    ]
+    turn = ["+input_tensor_grad", "+input_tensor", "-input_tensor", "-input_tensor_grad"]
+    assert seen == turn * 2
