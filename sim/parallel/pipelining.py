@@ -53,6 +53,7 @@ class Messages:
     ``lands``       what is received comes into one buffer, there from the start: activations are copied out of it,
                     gradients are used where they are
     ``batched``     what a turn sends, and receives for later turns, is one exchange after it, waited for as a whole
+    ``remembers``   the function that runs the passes still has what the last backward took and gave in its variables
     ``parts``       ranks of the axis "tp" over which a tensor is divided to be sent; who receives it gathers it
     """
 
@@ -64,9 +65,10 @@ class Messages:
     lands: bool = False
     batched: bool = False
     parts: int = 1
+    remembers: bool = False
 
 
-MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True)
+MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True, remembers=True)
 """``forward_backward_pipelining_without_interleaving`` (megatron/core/pipeline_parallel/schedules.py): sends and
 receives of a turn are one batch (``batch_p2p_comm``), ended by ``torch.cuda.synchronize()`` (``batch_p2p_sync``)."""
 MEGATRON_OVERLAP = Messages("turn", waits="next", host_waits=False, frees_sent=True)
@@ -189,7 +191,46 @@ class Exchange:
                 posted = index + 1
         for axis in list(self._pending):
             self._settle(groups[-1], axis)
+        if self.messages.remembers:
+            self._remember(groups, order)
         return [self._joined(group) for group in groups]
+
+    def _remember(self, groups: list[list[Call]], order: Order) -> None:
+        """Keep the gradient that a backward made until the next has made its own, and its input until a turn later.
+
+        In ``forward_backward_pipelining_without_interleaving`` they are in variables until these are assigned anew.
+        ``input_tensor_grad`` is by the next backward; ``output_tensor`` by the next forward, or where there is none by
+        the next backward's ``pop``: it has no bytes left, but its graph holds what the stage received, a leaf.
+        """
+        border = self.borders[0]
+        if border.grad_input is None or border.input is None or self.v > 1:
+            return
+        kept = {
+            "gradient": Storage("input_tensor_grad", border.grad_input.num_bytes, "activations"),
+            "input": Storage("input_tensor", border.input.num_bytes, "activations"),
+        }
+        has = dict.fromkeys(kept, False)
+
+        def turn(calls: list[Call], pass_: Pass, what: str, keep: bool, place: int | None = None) -> None:
+            if has[what] == keep:
+                return
+            has[what] = keep
+            name = f"{'keep' if keep else 'drop'}.{what}"
+            storage = kept[what]
+            if name not in self.chunks:
+                self.chunks[name] = (Alloc(storage) if keep else Free(storage),)
+            calls.insert(len(calls) if place is None else place, Call(name, pass_.microbatch))
+
+        last = max(index for index, pass_ in enumerate(order) if pass_.kind != "forward")
+        for index, (calls, pass_) in enumerate(zip(groups, order, strict=True)):
+            if pass_.kind == "forward":
+                turn(calls, pass_, "input", False)
+                continue
+            turn(calls, pass_, "input", False, 0)
+            turn(calls, pass_, "gradient", False)
+            if index != last:
+                turn(calls, pass_, "gradient", True)
+                turn(calls, pass_, "input", True)
 
     def _batched(self, order: Order, pass_name: Callable[[Pass], str]) -> list[list[Call]]:
         """Return the calls of interleaved 1F1B without overlap: a turn is a forward, a backward, or one of each.
