@@ -10,8 +10,8 @@ the stages before it, and its last gradient has to go back through them:
 with a virtual stage's share of f_i and b_i where ranks have several (Narayanan et al., "Efficient Large-Scale Language
 Model Training on GPU Clusters", SC 2021, section 2.2). What is gathered before the first forward and reduced from the
 last backward on takes what it takes of a node's NICs, and so does what is gathered and reduced for every microbatch.
-Host, launches, contention, kernels that collectives slow down, messages, and the optimizer's step are left out: they
-only add.
+Host, launches, contention, kernels that collectives other than tensor-parallel ones slow down, messages, and the
+optimizer's step are left out: they only add.
 
 Memory. Weights, main gradients and optimizer states of the fullest stage, what autograd keeps of the microbatches that
 are under way on it (1F1B: as many as stages from here to the end), and the CUDA context. Left out: what lives during a
@@ -29,9 +29,11 @@ from typing import Any
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost.model import CostModel, CostSettings
 from sim.cost.nccl import plan_collective
+from sim.engine.beside import durations_beside
 from sim.engine.network import flow_of
-from sim.ir.ledger import Layer, Ledger
+from sim.ir.ledger import Kernel, Layer, Ledger
 from sim.ir.program import COMPUTE, Collective, Compute, Record, Wait
+from sim.ir.traffic import Traffic
 from sim.model.transformer import describe
 from sim.parallel.emit import LayerPlan, plan_layer
 from sim.parallel.frameworks.flat import copy
@@ -43,7 +45,7 @@ from sim.planner.schema import Plan
 from sim.planner.space import Candidate, scenario_of
 from sim.scenario.load import load_scenario_mapping
 from sim.scenario.schema import ClusterSpec, Scenario
-from sim.units import TICKS_PER_S
+from sim.units import TICKS_PER_S, ticks
 
 SAFETY = 1 - 1e-6
 """Ticks are whole: sums of rounded times may fall short of the sum by so little."""
@@ -86,6 +88,7 @@ class Bounds:
         self._plans: dict[tuple[object, ...], tuple[tuple[Layer, LayerPlan], ...]] = {}
         self._costs: dict[tuple[int, int], tuple[CostModel, Cluster]] = {}
         self._alone: dict[tuple[object, ...], float] = {}
+        self._traffic: dict[tuple[object, ...], Traffic] = {}
 
     def bound(self, c: Candidate) -> Bound:
         """Return the bound of a candidate."""
@@ -230,19 +233,36 @@ class Bounds:
         return found
 
     def _times(self, c: Candidate, cost: CostModel, cluster: Cluster, steps: Iterable[Any]) -> tuple[float, float]:
-        """Return what a layer's pass takes where layers follow each other, and what of it kernels take."""
+        """Return what a layer's pass takes where layers follow each other, and what of it kernels take.
+
+        Kernels beside a tensor-parallel exchange are as much slower as the engine makes them. Whatever else runs takes
+        SMs too: no kernel gets further by any tick, so no exchange begins earlier, and what it slows down is no less.
+        """
         instructions = [step for step in steps if isinstance(step, Compute | Collective | Record | Wait)]
+        slower: Mapping[int, int] = {}
+        if c.tp > 1:
+
+            def alone(kernel: Kernel) -> int:
+                return ticks(cost.kernel_s(kernel, 0))
+
+            def traffic_of(message: Collective) -> Traffic | None:
+                return self._traffic_of(c, cluster, message) if message.axis == "tp" else None
+
+            slower = durations_beside((*instructions,) * 3, alone, traffic_of, cost, 0)
         clock: dict[str, float] = {}
         events: dict[str, float] = {}
         ends = []
         compute_s = 0.0
+        at = 0
         for repeat in range(3):
             for step in instructions:
                 if isinstance(step, Compute):
                     time_s = cost.kernel_s(step.kernel, 0)
-                    clock[step.stream] = clock.get(step.stream, 0.0) + time_s
                     if not repeat:
                         compute_s += time_s
+                    if at in slower:
+                        time_s = max(time_s, slower[at] / TICKS_PER_S)
+                    clock[step.stream] = clock.get(step.stream, 0.0) + time_s
                 elif isinstance(step, Collective):
                     time_s = self._alone_s(c, cluster, step)
                     clock[step.stream] = clock.get(step.stream, 0.0) + time_s
@@ -250,8 +270,9 @@ class Bounds:
                     events[step.event] = clock.get(step.stream, 0.0)
                 else:
                     clock[step.stream] = max(clock.get(step.stream, 0.0), events.get(step.event, 0.0))
+                at += 1
             ends.append(clock.get(COMPUTE, 0.0))
-        return ends[2] - ends[1], compute_s
+        return min(ends[2] - ends[1], ends[1] - ends[0]) if slower else ends[2] - ends[1], compute_s
 
     def _alone_s(self, c: Candidate, cluster: Cluster, collective: Collective) -> float:
         """Return the time of a tensor-parallel collective that shares its links with nothing else."""
@@ -260,10 +281,19 @@ class Bounds:
         key = (c.site, cluster.num_gpus, c.tp, collective.kind, collective.tensor_bytes)
         found = self._alone.get(key)
         if found is None:
-            groups = tuple(tuple(range(at, at + c.tp)) for at in range(0, cluster.num_gpus - c.tp + 1, c.tp))
-            traffic = plan_collective(cluster, groups, collective.kind, collective.tensor_bytes)
+            traffic = self._traffic_of(c, cluster, collective)
             flows = [flow_of(phase, cluster.links) for phase in traffic.phases]
             found = self._alone[key] = sum(flow.latency / TICKS_PER_S + flow.alone_s for flow in flows)
+        return found
+
+    def _traffic_of(self, c: Candidate, cluster: Cluster, collective: Collective) -> Traffic:
+        """Return what all tensor-parallel groups of the small cluster move together."""
+        key = (c.site, cluster.num_gpus, c.tp, collective.kind, collective.tensor_bytes)
+        found = self._traffic.get(key)
+        if found is None:
+            groups = tuple(tuple(range(at, at + c.tp)) for at in range(0, cluster.num_gpus - c.tp + 1, c.tp))
+            found = plan_collective(cluster, groups, collective.kind, collective.tensor_bytes)
+            self._traffic[key] = found
         return found
 
     def _nic_s(self, c: Candidate, ranks: int, num_bytes: float) -> float:
