@@ -59,6 +59,8 @@ class DeepSpeedSettings:
     communication_data_type: str | None = None
     gradient_clipping: float = 1.0
     """Largest norm; 0 is no clipping. DeepSpeed clips unless told not to (deepspeed/runtime/constants.py)."""
+    throughput_timer_waits: bool = True
+    """The host waits for the GPU before each forward (``timers.throughput``: ``enabled`` and ``synchronized``)."""
 
 
 Keys = dict[str, Any]
@@ -219,6 +221,11 @@ def read_deepspeed_config(
     name = "gradient_clipping"
     reading.gradient_clipping = one((*path, name), _CLIPPING, config.get(name))
 
+    throughput = section("timers").get("throughput")
+    if isinstance(throughput, Mapping):
+        for name in ("enabled", "synchronized"):
+            if one((*path, "timers", "throughput", name), _ENABLED, throughput.get(name)) is False:
+                reading.fields["throughput_timer_waits"] = False
     _read_precision(config, path, problems, reading, one, section)
     _read_optimizer(section("optimizer"), (*path, "optimizer"), problems, reading)
     data_types = section("data_types")

@@ -17,7 +17,9 @@ HIDDEN, VOCAB, SEQUENCE = 64, 256, 32
 PP, DP, MICROBATCHES = 4, 2, 6
 
 
-def world(zero: int, *, tied: bool = False, tp: int = 1, pp: int = PP, code: str = "torch") -> World:
+def world(
+    zero: int, *, tied: bool = False, tp: int = 1, pp: int = PP, code: str = "torch", settings: Any = None
+) -> World:
     asked: dict[str, Any] = {
         "model": {
             "num_hidden_layers": PP, "hidden_size": HIDDEN, "intermediate_size": 128, "num_attention_heads": 4,
@@ -30,6 +32,7 @@ def world(zero: int, *, tied: bool = False, tp: int = 1, pp: int = PP, code: str
             "sequence_length": SEQUENCE, "micro_batch_size": 1, "global_batch_size": MICROBATCHES * DP,
             "precision": "bf16", "code": code,
         },
+        **({"deepspeed": settings} if settings else {}),
     }  # fmt: skip
     scenario = load_scenario_text(yaml.safe_dump(asked), "pipe.yaml")
     ledger = describe(
@@ -100,8 +103,12 @@ def test_the_host_waits_where_a_batch_is_loaded(code: str) -> None:
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_without_a_pipeline_the_throughput_timer_waits_before_each_forward(zero: int) -> None:
+    """Unless ``timers.throughput`` says otherwise."""
     (program,) = world(zero, pp=1).programs
     assert waits(program, "forward.middle") == 1
+    for name in ("enabled", "synchronized"):
+        (program,) = world(zero, pp=1, settings={"timers": {"throughput": {name: False}}}).programs
+        assert waits(program, "forward.middle") == 0
 
 
 def test_tensor_parallel_ranks_send_parts_and_gather_them() -> None:

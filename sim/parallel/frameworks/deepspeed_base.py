@@ -64,7 +64,7 @@ class DeepSpeed:
         ``timers.throughput`` of the configuration is on, and synchronised, unless it says otherwise. It does so after
         ``step()`` of each microbatch, too: when the next one begins nothing has been issued since.
         """
-        return host_sync("throughput timer")
+        return host_sync("throughput timer") if self.settings.throughput_timer_waits else ()
 
     def pre_forward(self, layer: int, module: str, recomputing: bool) -> Iterable[Instruction]:
         return ()
