@@ -221,11 +221,7 @@ def read_deepspeed_config(
     name = "gradient_clipping"
     reading.gradient_clipping = one((*path, name), _CLIPPING, config.get(name))
 
-    throughput = section("timers").get("throughput")
-    if isinstance(throughput, Mapping):
-        for name in ("enabled", "synchronized"):
-            if one((*path, "timers", "throughput", name), _ENABLED, throughput.get(name)) is False:
-                reading.fields["throughput_timer_waits"] = False
+    _read_timers(section("timers").get("throughput"), (*path, "timers", "throughput"), reading, one)
     _read_precision(config, path, problems, reading, one, section)
     _read_optimizer(section("optimizer"), (*path, "optimizer"), problems, reading)
     data_types = section("data_types")
@@ -275,6 +271,12 @@ def _is_on(value: Any) -> bool:
 
 _One = Callable[[Path, Key, object], Any]
 _Section = Callable[[str], Mapping[str, Any]]
+
+
+def _read_timers(throughput: Any, path: Path, reading: DeepSpeedReading, one: _One) -> None:
+    for name in ("enabled", "synchronized") if isinstance(throughput, Mapping) else ():
+        if one((*path, name), _ENABLED, throughput.get(name)) is False:
+            reading.fields["throughput_timer_waits"] = False
 
 
 def _read_precision(
