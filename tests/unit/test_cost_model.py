@@ -294,3 +294,10 @@ def test_training_runs_at_the_clock_that_long_matmuls_settle_at() -> None:
     assert training - burst > 0.6 * 2 * 1024 * 4096 * 4096 / 5000e12
     source = efficiency.source_of(gpu("a100-sxm-80gb"))
     assert efficiency.sustained_droop(source, "bf16", 0.08) == 0.08
+
+
+def test_v100_runs_real_numbers_slower_than_zeros() -> None:
+    """DeepBench multiplies zeros (106 TFLOP/s); mli/transformers-benchmarks reaches 95 with 8192 x 8192 of randn."""
+    v100, kernel, flops = gpu("v100-sxm2-32gb"), gemm(8192, 8192, 8192, "fp16"), 2 * 8192**3
+    assert flops / model(v100, sustained=False).kernel_s(kernel, 0) == pytest.approx(106e12, rel=0.02)
+    assert flops / model(v100).kernel_s(kernel, 0) == pytest.approx(95e12, rel=0.02)
