@@ -5,6 +5,8 @@ Shapes: logits[batch, seq, vocab]; labels int64 [batch, seq].
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sim.ir.ledger import DTYPE_BYTES, Dim, Gemm, Kernel, Parameter, Pointwise, Shape, Tensor, size
 from sim.model.tape import Tape, Value, cast, pointwise, split
 
@@ -51,6 +53,26 @@ def cross_entropy(tape: Tape, logits: Value, labels: Tensor, *, code: str) -> Va
 
     tape.node(emit)
     return loss
+
+
+def metric(tape: Tape, logits: Tensor, labels: Tensor) -> None:
+    """A metric of the logits, the last op of a microbatch's backward: ``F.cross_entropy`` as autocast has it, in fp32.
+
+    The trainer holds the logits until then, which is counted here alone. Source: composer/metrics/nlp.py
+    (LanguageCrossEntropy, and LanguagePerplexity, which computes it again) and composer/trainer/trainer.py
+    (``_eval_train_metrics``, after ``microbatch_loss.backward``), on by default in llm-foundry (``use_train_metrics``).
+    """
+    upcast, log_probabilities = (replace(logits, name=f"metrics.{n}", dtype="fp32") for n in ("fp32", "log"))
+    total = Tensor("metrics.total", (), "fp32")
+    tape.back(
+        "metrics",
+        (
+            Pointwise("copy", (logits,), (upcast,)),
+            Pointwise("softmax", (upcast,), (log_probabilities,)),
+            Pointwise("reduce", (labels,), (total,)),
+        ),
+        scratch=(logits, upcast, log_probabilities, total),
+    )  # fmt: skip
 
 
 def vocab_cross_entropy(tape: Tape, logits: Value, labels: Tensor) -> Value:

@@ -21,6 +21,7 @@ from sim.model.loss import (
     fused_cross_entropy,
     kernel_cross_entropy,
     linear_cross_entropy,
+    metric,
 )
 from sim.model.mlp import Mlp, gated, plain
 from sim.model.names import Names, names_of
@@ -234,6 +235,9 @@ def _embedding(c: Context) -> Layer:
         x = add_positions(tape, x, where, name(3, "embedding"), promote(x.dtype, where.dtype))
     x = dropout(tape, "dropout", x, p, out="output", module="drop" if p else "")
     tape.finish_backward(None, x)
+    logits = Tensor("metrics.logits", (*d.rows, d.vocab), c.precision.low)
+    for _ in range(c.training.metrics):
+        metric(tape, logits, Tensor(LABELS, d.rows, "int64"))
     return layer(tape, "embedding", None, x.tensor, buffers=_buffers(c))
 
 

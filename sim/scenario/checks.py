@@ -424,6 +424,16 @@ def optimizer_steps_there(d: Draft) -> Iterator[Problem]:
             )
 
 
+def metrics_have_the_logits(d: Draft) -> Iterator[Problem]:
+    """They are computed by a rank that has the whole logits and the whole model (Composer has neither tp nor pp)."""
+    if d.metrics and (d.tp > 1 or d.pp > 1):
+        yield Problem(
+            ("training", "metrics"),
+            f"metrics {d.metrics} are simulated of whole logits on one stage, but tp is {d.tp} and pp {d.pp}",
+            "leave metrics out",
+        )
+
+
 def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
     """Megatron's head has its own losses; the ones in pieces are written for a whole vocabulary."""
     path = ("training", "loss")
@@ -774,6 +784,7 @@ RULES: tuple[Rule, ...] = (
     exchange_is_the_frameworks,
     optimizer_steps_there,
     loss_is_the_codes,
+    metrics_have_the_logits,
     context_parallelism_has_a_kernel,
     key_heads_divide,
     embeddings_stay_tied,

@@ -88,6 +88,7 @@ class Draft(_Partial):
     gradient_clipping: float
     compile: bool
     norms: str | None
+    metrics: int
     recompute_interval: int
     code: str
     loss: str

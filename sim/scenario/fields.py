@@ -199,6 +199,7 @@ TRAINING: dict[str, Key] = {
                    "a way to compute the loss",
                    "eager: fp32 logits; vocab-parallel: Megatron's; fused: gradient over the logits; "
                    "kernel: flash-attn's; in pieces."),
+    "metrics": integer(0, 100, 2, "Cross-entropies of the logits after each backward, beside the loss; Composer: 2."),
     "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
     "compile": boolean("Whether torch.compile fuses the model."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),

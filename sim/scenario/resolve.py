@@ -520,6 +520,7 @@ class _Resolver:
             self._code(values.get("code"))
             self._selective(framework)
         d.norms = values.get("norms")
+        d.metrics = values.get("metrics", 0)
         d.recompute_interval = values.get("recompute_interval", 1)
         if "loss" not in wrong and d.knows("code"):
             # compiling a model, or its blocks, leaves the loss function outside of it
@@ -1205,6 +1206,7 @@ def _scenario(
             code=cast("Any", d.code),
             loss=cast("Any", d.loss),
             norms=cast("Any", d.norms),
+            metrics=d.metrics,
             recompute_interval=d.recompute_interval,
         ),
         ddp=DdpSettings(**ddp),

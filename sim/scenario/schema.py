@@ -152,6 +152,8 @@ class Training(_Frozen):
     fused: the gradient over the logits (Transformer Engine, Liger); kernel: a gradient of
     its own without fp32 logits (flash-attn's CrossEntropyLoss, as in llm-foundry); chunked: torchtune's;
     linear-fused: projection and loss in one (Liger)."""
+    metrics: int = 0
+    """Cross-entropies that the trainer computes of each microbatch's logits after its backward, beside the loss."""
     norms: Literal["fused", "composed"] | None = None
     """fused: ``_fused_rms_norm`` (torch from 2.9 on), Liger's; composed: op by op in fp32, as torchtitan and nn.RMSNorm
     did before, and transformers does. None: composed in Hugging Face's code, else fused."""

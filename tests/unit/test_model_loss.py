@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sim.ir.ledger import Dim, DType, Tensor
+from sim.ir.ledger import Dim, DType, Pointwise, Tensor
 from sim.model.loss import (
     chunked_cross_entropy,
     compiled_vocab_cross_entropy,
@@ -12,6 +12,7 @@ from sim.model.loss import (
     fused_cross_entropy,
     kernel_cross_entropy,
     linear_cross_entropy,
+    metric,
     vocab_cross_entropy,
 )
 from sim.model.precision import Precision
@@ -128,3 +129,15 @@ def test_compiled_vocab_cross_entropy_makes_one_fp32_tensor_more_in_backward() -
     live = {t.name: t.num_bytes // 16000 for t in (*back.writes, *back.scratch)}
     assert live == {"grad:logits": 2, "loss.updated": 4}
     assert "softmax" in back.reads
+
+
+def test_a_metric_comes_after_backward_and_keeps_nothing() -> None:
+    """Logits in 16 bit, their fp32 copy and its log-softmax: 10 bytes a logit for a moment; 14 moved (2 + 4, 4 + 4)."""
+    tape = Tape(Precision.of("bf16", "bf16", autocast=False))
+    metric(tape, Tensor("metrics.logits", LOGITS, "bf16"), LABELS)
+    (op,) = tape.backward
+    assert (tape.forward, op.writes, op.reads) == ([], (), ())
+    number = 2 * 8 * 1000
+    assert sum(t.num_bytes for t in op.scratch) == 10 * number + 4
+    moved = sum(k.moved_bytes for k in op.kernels if isinstance(k, Pointwise))
+    assert moved == 14 * number + LABELS.num_bytes + 4
