@@ -244,4 +244,4 @@ def _deeper(keys: Mapping[Path, Said]) -> list[str]:
 def _line(indent: str, key: str, said: Said) -> str:
     value = yaml.safe_dump(said.value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("\n...\n")
     text = f"{indent}{key}: {value.strip()}"
-    return f"{text:<{_COMMENT_COLUMN}}# {said.origin}" if said.origin else text
+    return f"{text:<{_COMMENT_COLUMN - 1}} # {said.origin}" if said.origin else text

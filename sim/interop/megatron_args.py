@@ -264,9 +264,9 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
     if flag("cross-entropy-loss-fusion"):
         native = word("cross-entropy-fusion-impl") in (None, "native")
         said.say("training.loss", "vocab-parallel-compiled" if native else "fused", "--cross-entropy-loss-fusion")
-    if flag("no-create-attention-mask-in-dataloader"):
-        origin = "--no-create-attention-mask-in-dataloader"
-        said.say("megatron.create_attention_mask_in_dataloader", False, origin)
+    without = flag("no-create-attention-mask-in-dataloader")
+    origin = "--no-create-attention-mask-in-dataloader" if without else _DEFAULT
+    said.say("megatron.create_attention_mask_in_dataloader", not without, origin)
     if flag("no-masked-softmax-fusion"):
         said.say("megatron.masked_softmax_fusion", False, "--no-masked-softmax-fusion")
 

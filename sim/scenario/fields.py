@@ -280,7 +280,8 @@ MEGATRON: dict[str, Key] = {
     "transformer_impl": choice(("transformer_engine", "local"), "an implementation",
                                "Whose linear layers: Transformer Engine's, or Megatron's own."),
     "masked_softmax_fusion": boolean("Whether the softmax of attention math is one kernel."),
-    "create_attention_mask_in_dataloader": boolean("Whether a batch brings a mask: a byte for each pair of tokens."),
+    "create_attention_mask_in_dataloader": boolean("Whether a batch brings a mask: a byte for each pair of tokens;"
+                                                   " Megatron's own default is true, NeMo's false."),
     "fp8_recipe": choice(("delayed", "tensorwise", "blockwise"), "an FP8 recipe",
                          "Scales of fp8: of the steps before, of the tensor itself, of blocks."),
     "first_last_layers_bf16": boolean("Whether the first and the last blocks stay in 16 bit under fp8, mxfp8, nvfp4."),

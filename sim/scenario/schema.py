@@ -257,8 +257,9 @@ class MegatronSettings(_Frozen):
     """Whose linear layers the blocks have; Megatron's own keep no tensors between passes."""
     masked_softmax_fusion: bool = True
     """Whether unfused attention's softmax is one kernel, where there is one for its shape."""
-    create_attention_mask_in_dataloader: bool = True
-    """Whether a batch comes with a mask of bools, [batch, 1, seq, seq], which the kernels in use do not read."""
+    create_attention_mask_in_dataloader: bool = False
+    """Whether a batch comes with a mask of bools, [batch, 1, seq, seq], which the kernels in use do not read.
+    Megatron's own default is True; NeMo, Megatron-Bridge and launch scripts of long sequences turn it off."""
     bucket_size: PositiveInt | None = None
     """Elements of a gradient bucket (``ddp_bucket_size``); None: max(40e6, 1e6 dp)."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"

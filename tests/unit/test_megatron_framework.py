@@ -454,8 +454,8 @@ def test_a_mask_comes_with_each_microbatch_of_the_first_and_the_last_stage() -> 
         ]
         return [{num_bytes for rank, num_bytes in named if rank == stage} for stage in range(4)]
 
-    assert masks() == [{4096}, set(), set(), {4096}]
-    assert not any(masks(create_attention_mask_in_dataloader=False))
+    assert masks(create_attention_mask_in_dataloader=True) == [{4096}, set(), set(), {4096}]
+    assert not any(masks())
 
 
 @pytest.mark.parametrize(
