@@ -24,7 +24,7 @@ from sim.memory.allocator import (
     AllocatorSettings,
     segment_size,
 )
-from sim.memory.script import CALL, OWN, USE, Code, Scripts, replaced
+from sim.memory.script import CALL, OWN, USE, Code, Script, Scripts, replaced
 
 
 @dataclass(slots=True)
@@ -81,6 +81,8 @@ class PlainAllocator:
         self._limit = min(UNLIMITED if limit is None else limit for limit in limits)
         self._scripts = scripts
         self._pools: list[PlainPool] = []
+        self._bound: dict[Script, tuple[list[PlainPool], list[dict[int, list[int]]]]] = {}
+        """By script: the pool and its bins of each register."""
         self._starts: dict[int, int] = {}
         """Bytes of each free block, by the address where it starts; ``_ends``: by that where it ends."""
         self._ends: dict[int, int] = {}
@@ -100,11 +102,10 @@ class PlainAllocator:
         rare, it asks the iterator what is left.
         """
         script, live = code.script, self.live
-        numbers = self._scripts.pools
-        if len(self._pools) < len(numbers):
-            self._pools += [PlainPool(small) for _, small in list(numbers)[len(self._pools) :]]
-        own_pools = self._pools
-        pools = [own_pools[number] for number in script.pools]
+        bound = self._bound.get(script)
+        if bound is None:
+            bound = self._bound[script] = self._bind(script)
+        pools, bins_of = bound
         wanted, positions, base = script.sizes, code.positions, call << CALL
         held = [0] * len(wanted)
         if code.inputs:
@@ -118,17 +119,17 @@ class PlainAllocator:
         for action in iterator:
             if action >= 0:  # allocate
                 size = wanted[action]
-                pool = pools[action]
                 if awaiting:
                     now = base | positions[last - length_hint(iterator)]
                     while awaiting and awaiting[0][0] <= now:
                         self._complete()
-                found = pool.bins.get(size)
+                found = bins_of[action].get(size)
                 if found:
                     address = found.pop(0)
                     del starts[address], ends[address + size]
                 else:
-                    sizes, bins = pool.sizes, pool.bins
+                    pool, bins = pools[action], bins_of[action]
+                    sizes = pool.sizes
                     at = bisect_right(sizes, size)
                     while at < len(sizes) and not bins[sizes[at]]:
                         del bins[sizes.pop(at)]
@@ -172,8 +173,7 @@ class PlainAllocator:
                 if wider and address in wider:
                     size = wider.pop(address)
                 allocated -= size
-                pool = pools[register]
-                bins = pool.bins
+                bins = bins_of[register]
                 end = address + size
                 if end in starts:
                     width = starts.pop(end)
@@ -189,7 +189,7 @@ class PlainAllocator:
                 found = bins.get(size)
                 if found is None:
                     bins[size] = [address]
-                    insort(pool.sizes, size)
+                    insort(pools[register].sizes, size)
                 elif found:
                     insort(found, address)
                 else:
@@ -213,6 +213,13 @@ class PlainAllocator:
         awaiting = self.awaiting
         awaiting[:] = [(at + (num_calls << CALL), *rest) for at, *rest in awaiting]  # type: ignore[misc]  # order stays
 
+    def alone(self, slot: int, size: int) -> bool:
+        """Whether the block of a live slot, asked for with ``size``, is a whole segment."""
+        address = self.live[slot]
+        if address < 0:
+            address = ~address
+        return self._segments.get(address) == self._wider.get(address, size)
+
     def look(self, call: int) -> tuple[object, dict[int, int]]:
         """Return all that decides how later requests are served, from the view of a call: what is free, and where each
         slot is."""
@@ -221,6 +228,11 @@ class PlainAllocator:
         return (self.reserved_bytes, self._limit, self._starts.copy(), awaiting), self.live.copy()
 
     # --- away from the hot path ----------------------------------------------------------------
+
+    def _bind(self, script: Script) -> tuple[list[PlainPool], list[dict[int, list[int]]]]:
+        self._pools += [PlainPool(small) for _, small in list(self._scripts.pools)[len(self._pools) :]]
+        pools = [self._pools[number] for number in script.pools]
+        return pools, [pool.bins for pool in pools]
 
     def _grow(self, pool: PlainPool, size: int, at: int) -> int:
         """Have a segment for a request that no free block serves, return its bytes: ``CachingAllocator``'s ladder."""

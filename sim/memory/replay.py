@@ -2,8 +2,8 @@
 
 Setup is replayed once, then the first step, then later steps until the allocator ends one in a state it has been in
 before: from there on everything repeats. Within a step the same holds for microbatches: once a run of identical calls
-comes back to the same state, the rest of the run is skipped; likewise after ``MAX_QUIET`` of them that took no memory,
-as storages of several microbatches can change places for hundreds. Peaks are therefore those of the whole training.
+comes back to the same state, the rest of the run is skipped; likewise after so many that took no memory (``QUIET``), as
+storages of several microbatches can change places for hundreds. Peaks are therefore those of the whole training.
 
 A program is first compiled (sim/memory/script.py). Then it is played on one of two allocators that agree in every
 number: ``PlainAllocator``, which is fast, or ``CachingAllocator`` where a setting is used that the other does not know,
@@ -30,9 +30,16 @@ MAX_STEPS = 3
 """Steps replayed at most: a state that has not come back by then is taken not to."""
 MAX_CHECKS = 6
 """Places within a step at which its state is compared with the step before: from equal ones on, equal things follow."""
-MAX_QUIET = 64
-"""Equal groups of calls in a row that neither take memory nor end in a state that was there before: the rest of them is
-taken not to take any either. Storages of several microbatches can change places for hundreds of groups."""
+QUIET, MAX_QUIET = 8, 64
+"""Equal groups of calls in a row that neither take memory nor end in a state that was there before, after which the
+rest is taken not to take any either: ``MAX_QUIET``, or as soon as ``QUIET`` more than there are microbatches in flight
+where all that outlives a group fills segments of its own.
+
+Blocks of several microbatches can change places for hundreds of groups, so that no state comes back. Where each is a
+whole segment, their places differ in nothing but the address: a request finds one of the same size, with nothing
+beside it, and a group does to one what the group before did to another. Elsewhere it is no law: of 3,000 random
+programs on split segments two took memory again after 64 quiet groups, twelve after ``QUIET`` and those in flight.
+"""
 MAX_SAMPLES = 2000
 """Points of the memory curve that are kept: the lowest and the highest of each of half as many stretches."""
 PINNED = "pinned"
@@ -184,6 +191,11 @@ class _General:
         awaiting = self.allocator.awaiting
         awaiting[:] = [(at + (num_calls << CALL), nth, block) for at, nth, block in awaiting]  # the order stays
 
+    def alone(self, slot: int, size: int) -> bool:
+        """Whether the block of a live slot, asked for with ``size``, is a whole segment."""
+        block = self.live[slot]
+        return block.prev is block.next  # both are the edge
+
     def look(self, call: int) -> tuple[object, dict[int, int]]:
         """Return all that decides how later requests are served, from the view of a call: what is free, and where each
         slot is."""
@@ -316,7 +328,7 @@ class _Replay:
         end = index + period * count
         seen: dict[tuple[int, ...], list[_Look]] = {}
         latest: tuple[int, ...] = ()
-        quiet = 0
+        quiet, enough = 0, MAX_QUIET
         while index < end:
             for call in range(index, index + period):
                 self._call(run, call, calls[call], ready)
@@ -327,7 +339,11 @@ class _Replay:
             glance = (allocator.allocated_bytes, allocator.reserved_bytes, len(allocator.live))
             quiet = quiet + 1 if glance == latest else 0
             latest = glance
-            if quiet >= MAX_QUIET and self._may_end_early:
+            if quiet == QUIET:
+                kept = [slot for slot in allocator.live if slot & OWN]
+                if all(allocator.alone(slot, self._compiler.sizes[slot & SLOT_MASK]) for slot in kept):
+                    enough = min(QUIET + len({slot >> MICROBATCH for slot in kept}), MAX_QUIET)
+            if quiet >= enough and self._may_end_early:
                 self._skip((end - index) // period * step, end - index)
                 break
             before = seen.get(glance)

@@ -90,9 +90,9 @@ class Compiler:
         """By the number in a slot; 0 is nobody's, so that every slot is true."""
         self._scripts = scripts
         self._slots: dict[int, int] = {}
-        self._sizes = [0]
+        self.sizes = [0]
         self._pools = [0]
-        """By slot: bytes of its block, and number of its pool."""
+        """By the number in a slot: bytes of its block, and number of its pool."""
 
     def _slot(self, storage: Storage) -> int:
         storages, scripts = self.storages, self._scripts
@@ -106,7 +106,7 @@ class Compiler:
         number = scripts.pools.get(pool)
         if number is None:
             number = scripts.pools[pool] = len(scripts.pools)
-        self._sizes.append(size)
+        self.sizes.append(size)
         self._pools.append(number)
         return slot
 
@@ -181,7 +181,7 @@ class Compiler:
                 register for register in used if register in taken and register not in lost and register not in gained
             ]
         numbers = [slot & SLOT_MASK for slot in slots]
-        sizes, pools = self._sizes, self._pools
+        sizes, pools = self.sizes, self._pools
         script = self._scripts.script(
             tuple(actions), tuple([sizes[n] for n in numbers]), tuple([pools[n] for n in numbers]),
             tuple(inputs), tuple(outputs),

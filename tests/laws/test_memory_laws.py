@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.ir.footprint import CATEGORIES
-from sim.ir.program import Alloc, Call, Free, Mark, Program, Storage
+from sim.ir.program import Alloc, Call, Chunk, Free, Mark, Program, Storage
 from sim.memory.allocator import (
     ALLOCATED,
     AWAITING,
@@ -25,7 +25,7 @@ from sim.memory.allocator import (
     CachingAllocator,
     round_size,
 )
-from sim.memory.replay import replay
+from sim.memory.replay import _Replay, replay
 
 MIB = 2**20
 
@@ -476,6 +476,63 @@ def test_skipping_equal_microbatches_changes_no_peak(program: Program, settings:
     assert short.peak_position == long.peak_position
     assert short.at_peak == long.at_peak
     assert short.num_alloc_retries == long.num_alloc_retries or settings.capacity_bytes is not None
+
+
+segments = st.one_of(st.integers(5, 30).map(lambda n: n * 2 * MIB), st.integers(5, 8).map(lambda n: n * 2 * MIB))
+
+
+@st.composite
+def pipelines(draw: st.DrawFn) -> Program:
+    """Microbatches, some in flight; what they keep fills segments, what comes and goes is of any size."""
+
+    def some(name: str, bytes_: st.SearchStrategy[int], least: int = 0) -> list[Storage]:
+        found = draw(st.lists(bytes_, min_size=least, max_size=5))
+        return [Storage(f"{name}{i}", size, "activations", True) for i, size in enumerate(found)]
+
+    kept, ours, theirs = some("kept", segments, 1), some("ours", sizes), some("theirs", sizes)
+    received, gradient = some("received", segments), some("gradient", segments)
+    forward: Chunk = (
+        *map(Alloc, received),
+        *map(Alloc, ours),
+        *map(Alloc, kept),
+        *map(Free, ours),
+        *map(Free, received),
+    )
+    freed = draw(st.permutations(kept))
+    backward: Chunk = (*map(Alloc, gradient), *map(Alloc, theirs), *map(Free, freed), *map(Free, (*theirs, *gradient)))
+    in_flight = draw(st.integers(1, 6))
+    calls = [Call("forward", m) for m in range(in_flight)]
+    chunks: dict[str, Chunk] = {"forward": forward, "backward": backward}
+    for m in range(in_flight, 50):
+        calls += [Call("forward", m), Call("backward", m - in_flight)]
+    calls += [Call("backward", m) for m in range(50 - in_flight, 50)]
+    return Program((0,), 0, chunks, (), tuple(calls), tuple(calls))
+
+
+@given(pipelines())
+def test_quiet_microbatches_stay_quiet_where_what_they_keep_fills_segments(program: Program) -> None:
+    """Nothing is skipped in the second replay, as each call has a name of its own (``QUIET``)."""
+    calls = tuple(Call(f"{call.chunk}.{i}", call.microbatch) for i, call in enumerate(program.step))
+    chunks = {call.chunk: program.chunks[call.chunk.partition(".")[0]] for call in calls}
+    short = replay(program, AllocatorSettings())
+    long = replay(Program((0,), 0, chunks, (), calls, calls), AllocatorSettings())
+    assert (short.peak_allocated_bytes, short.peak_reserved_bytes) == (
+        long.peak_allocated_bytes,
+        long.peak_reserved_bytes,
+    )
+    assert (short.peak_position, short.at_peak) == (long.peak_position, long.at_peak)
+
+
+@given(programs(), configurations)
+def test_both_allocators_agree(program: Program, settings: AllocatorSettings) -> None:
+    """``PlainAllocator`` and ``CachingAllocator``, in every number, with what rounding and limits there are."""
+    plain = AllocatorSettings(
+        roundup_power2_divisions=settings.roundup_power2_divisions, capacity_bytes=settings.capacity_bytes
+    )
+    runs = [_Replay(program, plain, (), general=general) for general in (False, True)]
+    for run in runs:
+        run.run()
+    assert runs[0].footprint() == runs[1].footprint()
 
 
 @pytest.mark.parametrize("expandable", [False, True])
