@@ -69,6 +69,9 @@ BACKWARD_HIGH = (1.0, 2.0, 40000.0, 1.0, 0.95, 1.6e-5)
 """The floor is of one kernel; backward has two small ones beside it (dot of o and its gradient, cast of dq)."""
 SCALED = np.array([1, 1, 1, 0, 0, 0], bool)
 """Coefficients whose ratio of backward to forward is carried over to GPUs without a measured backward."""
+ALSO_OF = {"h200-sxm": "h100-sxm"}
+"""Rows of one machine that count for another of the same chip, as attention is not bound by memory: cuDNN 9.19's
+beside the plots of 9.0."""
 NAMES = ("batch", "heads", "kv_heads", "sequence", "head_dim", "causal")
 
 
@@ -129,7 +132,8 @@ def looped(gpu: str, kernel: str) -> dict[str, Loop]:
         power = 1.0
         for row in table:
             source = efficiency.source_of(load.gpu(row["gpu"]))
-            if (source.name, row["kernel"], row["pass"]) == (gpu, kernel, direction):
+            names = (source.name, ALSO_OF.get(source.name))
+            if gpu in names and (row["kernel"], row["pass"]) == (kernel, direction):
                 mine.append(row)
                 power = source.power
         if mine:
