@@ -3,11 +3,13 @@
 1. ``sim run scenarios/70b_zero3.yaml`` beside a bare import of what it stands on, interleaved, so that a busy machine
    weighs on both.
 2. The large scenarios of the library, from YAML to report, remedies included where they do not fit.
-3. Synthetic worlds of the size of the largest real jobs: engine only.
-4. Whole processes by the number of GPUs, by data parallelism at a fixed tensor and pipeline size; and by the number of
+3. The parts of a run that are told by engine and by memory, and memory / engine: the share that memory may take is 1.
+4. Synthetic worlds of the size of the largest real jobs: engine only.
+5. Whole processes by the number of GPUs, by data parallelism at a fixed tensor and pipeline size; and by the number of
    microbatches.
 
-Times are of the CPU (user and system), medians in 1 and once elsewhere; memory is the peak of the process.
+Times are of the CPU (user and system), medians in 1, the least of some in 3, and once elsewhere; memory is the peak of
+the process.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.worlds import LLAMA_405B, ONE_TRILLION, build
+from sim import pipeline
 from sim.catalog import load
 from sim.cluster.topology import build_cluster
 from sim.cost.model import CostModel
@@ -37,6 +42,7 @@ BARE = ("-c", "import numpy, pydantic, simpy, networkx")
 LARGEST = "scenarios/405b_16k_h100.yaml"
 LARGE = ("405b_16k_h100", "gpt_1t_a100", "gpt3_175b_a100")
 RUN = ("-m", "sim", "run", "scenarios/70b_zero3.yaml")
+PARTS = ("70b_zero3", "gpt3_175b_a100", "gpt_1t_a100", "405b_16k_h100")
 
 
 def spent(arguments: tuple[str, ...]) -> tuple[float, float, int]:
@@ -64,6 +70,38 @@ def scenarios() -> None:
     for name in LARGE:
         wall, cpu, peak = spent(("-m", "sim", "run", f"scenarios/{name}.yaml"))
         print(f"{f'sim run scenarios/{name}.yaml':46}{wall:8.2f}s{cpu:8.2f}s{peak / 2**20:7.0f} MiB")
+
+
+def parts_of(name: str) -> None:
+    """Simulate one scenario in this process; print the seconds of CPU that engine and memory took as JSON."""
+    gc.disable()
+    took: dict[str, float] = {}
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            begun = time.process_time()
+            found = function(*args, **options)
+            took[part] = took.get(part, 0.0) + time.process_time() - begun
+            return found
+
+        return call
+
+    vars(pipeline)["run"] = timed("engine", pipeline.run)  # type: ignore[attr-defined]
+    vars(pipeline)["footprints"] = timed("memory", pipeline.footprints)  # type: ignore[attr-defined]
+    pipeline.simulate(load_scenario(ROOT / f"scenarios/{name}.yaml"))
+    print(json.dumps(took))
+
+
+def parts(times: int) -> None:
+    print(f"\n{'CPU, least of ' + str(times):46}{'engine':>9}{'memory':>9}{'memory / engine':>18}")
+    for name in PARTS:
+        arguments = [sys.executable, "-m", "benchmarks.run", "--parts-of", name]
+        found = [
+            json.loads(subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+            for _ in range(times)
+        ]
+        engine, memory = (min(took[part] for took in found) for part in ("engine", "memory"))
+        print(f"{f'scenarios/{name}.yaml':46}{engine:8.3f}s{memory:8.3f}s{memory / engine:18.2f}")
 
 
 def by_gpus() -> None:
@@ -129,12 +167,21 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--world", choices=("405b", "1t"))
     parser.add_argument("--dp", type=int, default=0)
+    parser.add_argument("--parts", action="store_true", help="only what engine and memory take")
+    parser.add_argument("--parts-of", metavar="SCENARIO", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.world:
         synthetic(given.world, given.dp)
         return
+    if given.parts_of:
+        parts_of(given.parts_of)
+        return
+    if given.parts:
+        parts(given.times)
+        return
     against_imports(given.times)
     scenarios()
+    parts(given.times)
     print(f"\n{'world':>8}{'GPUs':>10}{'classes':>9}{'CPU':>10}{'peak':>13}{'a step':>11}")
     told("405b")
     told("1t")

@@ -426,9 +426,9 @@ def programs(draw: st.DrawFn) -> Program:
     temporary = draw(st.lists(storages, max_size=6))
     kept_first = draw(st.permutations(range(len(kept))))
     setup = tuple(Alloc(Storage(s.name, s.num_bytes, s.category)) for s in state)
-    forward = (Mark("forward", "layer"), *map(Alloc, kept), *map(Alloc, temporary), *map(Free, temporary))
+    forward: Chunk = (Mark("forward", "layer"), *map(Alloc, kept), *map(Alloc, temporary), *map(Free, temporary))
     scratch = [Storage(s.name, s.num_bytes, s.category, True) for s in temporary]
-    backward = (
+    backward: Chunk = (
         Mark("backward", "layer"),
         *map(Alloc, scratch),
         *(Free(kept[i]) for i in kept_first),
@@ -442,7 +442,7 @@ def programs(draw: st.DrawFn) -> Program:
             calls.append(Call("forward", microbatch))
         if microbatch >= ahead:
             calls.append(Call("backward", microbatch - ahead))
-    chunks = {"setup": setup, "forward": forward, "backward": backward}
+    chunks: dict[str, Chunk] = {"setup": setup, "forward": forward, "backward": backward}
     return Program((0,), 0, chunks, (Call("setup"),), tuple(calls), tuple(calls))
 
 
