@@ -103,7 +103,7 @@ class Runner:
                 self._known[key] = found
             if key not in self._known:
                 new[key] = scenario
-        later = {key_of(scenario, folder): scenario for scenario in ahead[: self._jobs]} if new else {}
+        later = {key_of(scenario, folder): scenario for scenario in ahead[: 2 * self._jobs]} if new else {}
         later = {key: one for key, one in later.items() if key not in self._known and not self._has(key)}
         for key, outcome in self._simulate(new, later, folder):
             self._known[key] = json.loads(json.dumps(outcome))  # as it comes out of the cache

@@ -164,7 +164,7 @@ class _Waves:
             wave = self._wave(len(self.left) if exhaustive else size, [] if exhaustive else fresh)
             if not wave:
                 break
-            ahead = self.left[: self.runner.width]
+            ahead = self.left[: 2 * self.runner.width]
             outcomes = self.runner.run(
                 [scenario_of(plan, entry[1]) for entry in wave],
                 plan.folder,
