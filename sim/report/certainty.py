@@ -41,11 +41,15 @@ class TimePart:
 
 @dataclass(frozen=True, slots=True)
 class TimeConfidence:
-    """The band of a step's time, and its parts, what drives it first."""
+    """The band of a step's time, and its parts, what drives it first.
+
+    ``deviation``: standard deviation of the logarithm that the parts bring.
+    """
 
     low_s: float
     high_s: float
     parts: tuple[TimePart, ...]
+    deviation: float = 0.0
 
 
 @dataclass(slots=True)
@@ -100,7 +104,8 @@ def time_confidence(
     grown = step_s / known_s if known_s else 0.0  # the bubble waits for the same work
     shared_s = grown * sum(family.residual.shared * family.time_s for family in families.values())
     own_s = grown * sqrt(sum(family.residual.own**2 * family.squares for family in families.values()))
-    width = NINE_IN_TEN * sqrt(shared_s**2 + own_s**2) / step_s if step_s else 0.0
+    deviation = sqrt(shared_s**2 + own_s**2) / step_s if step_s else 0.0
+    width = NINE_IN_TEN * deviation
     found = [
         TimePart(
             name,
@@ -112,7 +117,7 @@ def time_confidence(
         if family.time_s
     ]
     found.sort(key=lambda part: (-part.deviation_s, part.name))
-    return TimeConfidence(step_s * exp(-width), step_s * exp(width), tuple(found))
+    return TimeConfidence(step_s * exp(-width), step_s * exp(width), tuple(found), deviation)
 
 
 def _by_family(kernels: Kernels, rank: int, cost: CostModel, residuals: Residuals) -> dict[str, _Family]:

@@ -177,6 +177,7 @@ def _time_confidence(found: TimeConfidence | None) -> dict[str, Any]:
         return {}
     return {
         "band_s": [found.low_s, found.high_s],
+        "band_deviation": found.deviation,
         "band_coverage": COVERAGE,
         "band_parts": {
             part.name: {"time_s": part.time_s, "deviation_s": part.deviation_s, "source": part.source}

@@ -45,6 +45,11 @@ class Prediction:
     """Memory of each class of ranks, as the report has it."""
     band_s: tuple[float, float] | None = None
     """The band beside the step time."""
+    deviation: float = 0.0
+    """Standard deviation of the logarithm that the step's parts bring to the band."""
+    num_nodes: int = 1
+    stages: int = 1
+    probability_fits: float | None = None
     exposed_s: tuple[tuple[str, str, float], ...] = ()
     """Exposed time of each (kind, axis), the longest first."""
     assumed: tuple[str, ...] = ()
@@ -171,6 +176,10 @@ def _predicted(scenario: Scenario) -> Prediction:
         ranks=tuple(memory["ranks"]),
         parts_s={part: step[f"{part}_s"] for part in step["ticks"] if part != "time"},
         band_s=tuple(step["band_s"]) if "band_s" in step else None,
+        deviation=step.get("band_deviation", 0.0),
+        num_nodes=scenario.cluster.num_nodes,
+        stages=scenario.parallelism.pp,
+        probability_fits=memory.get("probability_fits"),
         exposed_s=tuple((total["kind"], total["axis"], total["exposed_s"]) for total in content["communication"]),
         assumed=tuple(content["warnings"]),
     )

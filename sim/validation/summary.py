@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sim.validation.predict import Comparison, Failed, Validation
+from sim.validation.predict import Comparison, Failed, Validation, above_peak
 from sim.validation.runs import QUANTITIES
 
 
@@ -131,9 +131,11 @@ def result(validation: Validation) -> dict[str, Any]:
                 "error": row.error,
                 "file": row.run.file,
                 "predicted_fits": row.prediction.values["fits"],
+                "probability_fits": row.prediction.probability_fits,
             }
             for row in comparisons
         ],
+        "times": [_time(error, row) for error, row in time_errors(comparisons)],
         "at_peak": [
             {
                 "id": run.id,
@@ -155,6 +157,27 @@ def result(validation: Validation) -> dict[str, Any]:
         "summary_by_file": {source: _plain(summaries) for source, summaries in by_source(comparisons).items()},
         "sources_alike": sources_alike(comparisons),
         "assumptions": list(validation.assumptions),
+    }
+
+
+def _time(error: float, row: Comparison) -> dict[str, Any]:
+    """Return a run's step time beside what it may depend on by how much it is off."""
+    p = row.prediction
+    step_s = float(p.values["step_time_s"])
+    return {
+        "id": row.run.id,
+        "source": row.source,
+        "measured_s": step_s / (1 + error),
+        "predicted_s": step_s,
+        "band_s": p.band_s,
+        "parts_deviation": p.deviation,
+        "above_peak": above_peak(row),
+        "gpu": p.gpu,
+        "num_gpus": p.num_gpus,
+        "num_nodes": p.num_nodes,
+        "stages": p.stages,
+        "strategy": p.strategy,
+        "parts_s": p.parts_s,
     }
 
 
