@@ -110,11 +110,12 @@ class Bounds:
             own = m * sum(forward[s] + backward[s] for s in stages)
             gathered_s, reduced_s = self._at_the_ends_s(c, sum(parameters[s] for s in stages))
             last = backward[stages[-1]] if c.schedule in _RETURNING else 0.0
-            own += max(0.0, gathered_s / len(stages) - forward[stages[0]]) if c.vpp == 1 else 0.0
-            own += max(0.0, reduced_s / len(stages) - last) if c.schedule in _RETURNING and not before_s else 0.0
+            late_s = max(0.0, gathered_s / len(stages) - forward[stages[0]])
+            own += late_s if c.vpp == 1 or not rank else 0.0
+            own += max(0.0, reduced_s / len(stages) - last) if c.schedule in _RETURNING and not rank else 0.0
             time_s = max(time_s, before_s + own)
             if c.schedule in _RETURNING:
-                before_s += forward[rank] + backward[rank]
+                before_s += forward[rank] + backward[rank] + (late_s if c.vpp > 1 and not rank else 0.0)
             elif c.schedule not in _IN_A_V:
                 before_s += forward[rank]
         compute_s = m * sum(compute) / c.pp
