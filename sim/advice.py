@@ -18,6 +18,7 @@ from sim.scenario.schema import Scenario
 from sim.units import format_bytes
 
 MAX_REMEDIES = 5
+EXPANDED = ("allocator.expandable_segments=true",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,27 @@ def remedies_for(
     first, until it fits. If nothing does, the last entry is how far all of them together get (``fits`` is False).
     ``step`` is called with the words of each trial before it runs.
     """
+    asked = list(changes(simulation.scenario))
+    # what only spares fragmentation is not enough where tensors alone are too much; together with others it may be
+    vain = [change for change in asked if change[1] == EXPANDED and _tensors_alone_exceed(simulation)]
     tried = [
-        remedy for change in changes(simulation.scenario) if (remedy := _try(file, overrides, change, step, simulation))
+        remedy for change in asked if change not in vain and (remedy := _try(file, overrides, change, step, simulation))
     ]
     enough = [remedy for remedy in tried if remedy.fits]
     if not enough:
+        tried += [remedy for change in vain if (remedy := _try(file, overrides, change, step, simulation))]
         enough = _together(file, overrides, tried, step, simulation)
     return tuple(map(_with_host, sorted(enough, key=lambda r: (-r.tokens_per_s, r.words))[:MAX_REMEDIES]))
+
+
+def _tensors_alone_exceed(simulation: Simulation) -> bool:
+    """Whether the tensors of some rank at its peak, and what its process holds beside, are more than the GPU has."""
+    outside = ("cuda_context", "nccl", "libraries")
+    return any(
+        held.peak_allocated_bytes - held.at_peak["rounding"] + sum(held.beside[name] for name in outside)
+        > simulation.scenario.cluster.gpu.total_memory_bytes
+        for held in simulation.footprints
+    )
 
 
 def _with_host(remedy: Remedy) -> Remedy:
@@ -120,7 +135,7 @@ def changes(scenario: Scenario) -> Iterator[Change]:
     """Yield the changes worth trying, cheapest for the user first."""
     training, parallelism, cluster = scenario.training, scenario.parallelism, scenario.cluster
     if not scenario.allocator.expandable_segments:
-        yield "let the allocator expand its segments", ("allocator.expandable_segments=true",)
+        yield "let the allocator expand its segments", EXPANDED
     if training.recompute == "none":
         yield "recompute activations", ("training.recompute=full",)
     half = training.micro_batch_size // 2
