@@ -59,6 +59,12 @@ class DeepSpeedSettings:
     communication_data_type: str | None = None
     gradient_clipping: float = 1.0
     """Largest norm; 0 is no clipping. DeepSpeed clips unless told not to (deepspeed/runtime/constants.py)."""
+    partition_activations: bool = False
+    """Of ``activation_checkpointing``: inputs of checkpoints are kept in parts on the tensor-parallel ranks."""
+    cpu_checkpointing: bool = False
+    contiguous_memory_optimization: bool = False
+    number_checkpoints: int | None = None
+    synchronize_checkpoint_boundary: bool = False
     throughput_timer_waits: bool = True
     """The host waits for the GPU before each forward (``timers.throughput``: ``enabled`` and ``synchronized``)."""
 
@@ -91,6 +97,15 @@ _ZERO: dict[str, tuple[str, Key]] = {
 for _name in ("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
               "max_live_parameters", "max_reuse_distance"):  # fmt: skip
     _ZERO[_name] = _ZERO[f"stage3_{_name}"]  # pydantic accepts the field's name beside its alias
+
+_CHECKPOINTS: dict[str, Key] = {
+    "partition_activations": boolean(),
+    "cpu_checkpointing": boolean(),
+    "contiguous_memory_optimization": boolean(),
+    "number_checkpoints": integer(1, 10**6, 32),
+    "synchronize_checkpoint_boundary": boolean(),
+}
+"""Keys of ``activation_checkpointing`` (deepspeed/runtime/activation_checkpointing/config.py) and how they are read."""
 
 _ZERO_SILENT = frozenset((
     "load_from_fp32_weights", "elastic_checkpoint", "stage3_gather_16bit_weights_on_model_save",
@@ -126,7 +141,6 @@ _SILENT = frozenset((
     "datastates_ckpt", "monitor_config", "train_steps", "checkpoint_config",
 ))  # fmt: skip
 _NOT_MODELLED = {
-    "activation_checkpointing": "recompute is what training.recompute says, whatever stands here",
     "amp": "Apex would keep copies of its own",
     "torch_autocast": "parameters would stay fp32 and be cast where they are used",
     "compression_training": "weights would be quantised or pruned",
@@ -222,6 +236,7 @@ def read_deepspeed_config(
     reading.gradient_clipping = one((*path, name), _CLIPPING, config.get(name))
 
     _read_timers(section("timers").get("throughput"), (*path, "timers", "throughput"), reading, one)
+    _read_checkpoints(section("activation_checkpointing"), (*path, "activation_checkpointing"), reading, one)
     _read_precision(config, path, problems, reading, one, section)
     _read_optimizer(section("optimizer"), (*path, "optimizer"), problems, reading)
     data_types = section("data_types")
@@ -248,6 +263,7 @@ def read_deepspeed_config(
     known = {
         "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
         "optimizer", "bf16", "bfloat16", "fp16", "data_types", "communication_data_type", "zero_optimization",
+        "activation_checkpointing",
     }  # fmt: skip
     for key, value in config.items():
         if key in known or key in _SILENT:
@@ -277,6 +293,21 @@ def _read_timers(throughput: Any, path: Path, reading: DeepSpeedReading, one: _O
     for name in ("enabled", "synchronized") if isinstance(throughput, Mapping) else ():
         if one((*path, name), _ENABLED, throughput.get(name)) is False:
             reading.fields["throughput_timer_waits"] = False
+
+
+def _read_checkpoints(given: Mapping[str, Any], path: Path, reading: DeepSpeedReading, one: _One) -> None:
+    for key, value in given.items():
+        at = (*path, key)
+        if key in _CHECKPOINTS:
+            if (read := one(at, _CHECKPOINTS[key], value)) is not None:
+                reading.fields[key] = read
+        elif key == "profile":
+            if value is True:
+                reading.warnings.append(f"{dotted(at)} is not modelled: the host would wait around each checkpoint")
+        else:
+            remedy = suggest(key, [*_CHECKPOINTS, "profile"], most=0)
+            hint = f"; {remedy}" if remedy.startswith("did") else ""
+            reading.warnings.append(f"DeepSpeed has no key {dotted(at)}{hint}")
 
 
 def _read_precision(
@@ -430,6 +461,8 @@ def write_deepspeed_config(settings: DeepSpeedSettings) -> dict[str, Any]:
     }  # fmt: skip
     zero["offload_param"] = {"device": settings.offload_param, "pin_memory": settings.offload_param_pin_memory}
     config: dict[str, Any] = {"gradient_clipping": settings.gradient_clipping, "zero_optimization": zero}
+    if kept := {key: getattr(settings, key) for key in _CHECKPOINTS if getattr(settings, key)}:
+        config["activation_checkpointing"] = kept
     if settings.grad_accum_dtype:
         config["data_types"] = {"grad_accum_dtype": settings.grad_accum_dtype}
     if settings.communication_data_type:

@@ -36,6 +36,7 @@ _WHOLE = {
     "training.global_batch_size": ("global-batch-size",),
     "megatron.bucket_size": ("ddp-bucket-size",),
     "megatron.suggested_communication_unit_size": ("suggested-communication-unit-size",),
+    "megatron.cpu_offloading_num_layers": ("cpu-offloading-num-layers",),
 }
 """Path of the scenario -> options of one whole number."""
 _FLAGS = {
@@ -52,6 +53,7 @@ _FLAGS = {
     "no-overlap-p2p-communication": ("megatron.overlap_p2p_communication", False),
     "no-check-for-nan-in-loss-and-grad": ("megatron.check_for_nan_in_grad", False),
     "disable-bias-linear": ("model.bias", False),
+    "distribute-saved-activations": ("megatron.distribute_saved_activations", True),
 }
 _VOCABULARIES = {"GPT2BPETokenizer": 50257, "GPTSentencePieceTokenizer": None, "Llama2Tokenizer": 32000}
 """Tokenizers whose vocabulary is always the same (megatron/training/tokenizer/tokenizer.py)."""

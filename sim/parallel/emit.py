@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from sim.ir.ledger import DTYPE_BYTES, Attention, Dim, DType, Gemm, Layer, Op, Pointwise, Tensor
 from sim.ir.program import (
@@ -40,6 +40,9 @@ from sim.ir.program import (
     Storage,
     Wait,
 )
+
+if TYPE_CHECKING:
+    from sim.parallel.offload import Elsewhere
 
 
 class Hooks(Protocol):
@@ -525,15 +528,17 @@ class Emitter:
         retained: bool = False,
         held: tuple[str, ...] = (),
         inside: tuple[bool, bool] = (False, False),
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """``fused``, ``main_dtype``, ``retained``, ``held`` as in :func:`plan_layer`; ``inside``: whether stages come
-        before, after."""
+        before, after. ``elsewhere`` rewrites passes where saved tensors do not stay on the GPU."""
         self.layers = tuple(layers)
         self.batch_inputs = tuple(batch_inputs)
         self.names = layer_names(self.layers)
         self._recompute = recompute
         self._fused = {id(layer): fused(layer) for layer in self.layers}
         self._retained, self._held, self._main_dtype = retained, held, main_dtype
+        self._elsewhere = elsewhere
         self._split_plans: tuple[LayerPlan, ...] = ()
         self.gradient_dtype = gradient_dtype
         self.plans = self._plans(split=False)
@@ -587,15 +592,17 @@ class Emitter:
         inputs = [Storage(f"batch.{t.name}", t.num_bytes, "activations", True) for t in self.batch_inputs]
         tables = self._tables(plans)
         forward: list[Instruction] = [Mark("forward", "batch"), *(Alloc(s) for s in inputs)]
+        forward_starts: list[int] = []
         for index in range(len(self.layers)):
             forward.append(Mark("forward", self.names[index]))
+            forward_starts.append(len(forward))
             self._replay(forward, plans[index].forward, plans[index].slots, tables[index], index, hooks)
-        if any(f".{_CACHED}" in slot.name for plan in {id(p): p for p in plans}.values() for slot in plan.slots):
-            forward = _until_autocast_ends(forward)
         backward: list[Instruction] = []
         self._waiting: dict[tuple[int, str], Storage] = {}
+        backward_starts: list[int] = []
         for index in reversed(range(len(self.layers))):
             backward.append(Mark("backward", self.names[index]))
+            backward_starts.append(len(backward))
             self._replay(backward, plans[index].backward, plans[index].slots, tables[index], index, hooks)
         weights: list[Instruction] = []
         if split:
@@ -603,6 +610,16 @@ class Emitter:
                 weights.append(Mark("backward", self.names[index]))
                 steps, slots = plans[index].weight_gradient, plans[index].slots
                 self._replay(weights, steps, slots, tables[index], index, hooks)
+        if self._elsewhere is not None:
+            from sim.parallel.offload import Written
+
+            entered = [table[_INPUT] for table in tables]
+            starts = forward_starts, backward_starts[::-1]
+            written = Written(self.layers, forward, backward, weights, *starts, len(backward), entered)
+            self._elsewhere.rewrite(written)
+            forward, backward, weights = written.forward, written.backward, written.weights
+        if any(f".{_CACHED}" in slot.name for plan in {id(p): p for p in plans}.values() for slot in plan.slots):
+            forward = _until_autocast_ends(forward)
         assert not self._waiting, f"gradients of tied parameters never met: {sorted(self._waiting)}"
         last = weights if split else backward
         last.append(Mark("backward", "end"))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sim.parallel.frameworks.deepspeed_base import Stage0
     from sim.parallel.frameworks.deepspeed_stage3 import Stage3
     from sim.parallel.frameworks.deepspeed_stage12 import Stage12
+    from sim.parallel.offload import Elsewhere
 
 
 class Framework(Hooks, Protocol):
@@ -299,7 +300,10 @@ def _messages(scenario: Scenario, chunks: int) -> Messages:
         overlaps = chunks > 1 and scenario.megatron.overlap_p2p_communication
         if not simple:
             return MEGATRON_ORDERED
-        return MEGATRON_OVERLAP if overlaps else MEGATRON_INTERLEAVED if chunks > 1 else MEGATRON
+        messages = MEGATRON_OVERLAP if overlaps else MEGATRON_INTERLEAVED if chunks > 1 else MEGATRON
+        # a sequence that is divided already is sent as it is
+        divided = scenario.megatron.scatter_gather_tensors_in_pipeline and not scenario.parallelism.sp
+        return replace(messages, parts=scenario.parallelism.tp) if divided else messages
     if scenario.framework != "deepspeed":
         return TORCH
     # a sequence that is divided already is sent as it is (``pipe_partitioned`` and ``grad_partitioned`` turned off)
@@ -386,6 +390,42 @@ def _emitter(job: _Job, stage: Stage) -> Emitter:
         # the last stage's outputs wait for their backward in ``fwd_cache`` (torch/distributed/pipelining/stage.py)
         held=("logits",) if job.messages.buffers and len(job.stages) > 1 else (),
         inside=(stage.index > 0, stage.index < len(job.stages) - 1),
+        elsewhere=_elsewhere(job.scenario),
+    )
+
+
+def _elsewhere(scenario: Scenario) -> Elsewhere | None:
+    """Return what keeps saved tensors elsewhere than whole on the GPU, if anything does."""
+    megatron, deepspeed = scenario.megatron, scenario.deepspeed
+    parts, full = scenario.parallelism.tp, scenario.training.recompute == "full"
+    interval = scenario.training.recompute_interval
+    if scenario.framework == "megatron":
+        if megatron.cpu_offloading_num_layers and megatron.cpu_offloading_activations:
+            from sim.parallel.offload import LayerOffload
+
+            return LayerOffload(megatron.cpu_offloading_num_layers)
+        if megatron.distribute_saved_activations and full:
+            from sim.parallel.offload import Checkpoints
+
+            return Checkpoints(True, False, parts, megatron=True, interval=interval)
+        return None
+    if not full or scenario.training.checkpoint != "deepspeed":
+        return None
+    if not (
+        deepspeed.partition_activations or deepspeed.cpu_checkpointing or deepspeed.synchronize_checkpoint_boundary
+    ):
+        return None
+    from sim.parallel.offload import Checkpoints
+
+    # in a pipeline places are told apart by microbatch here, so each is made when it is needed
+    at_once = deepspeed.contiguous_memory_optimization and scenario.parallelism.pp == 1
+    return Checkpoints(
+        deepspeed.partition_activations,
+        deepspeed.cpu_checkpointing,
+        parts,
+        deepspeed.number_checkpoints if at_once else None,
+        deepspeed.synchronize_checkpoint_boundary,
+        interval=interval,
     )
 
 
@@ -437,7 +477,7 @@ def _passes(
         end = name(pass_).replace(pass_.kind, "end")
         if pass_.kind in ("backward", "weight_gradient") and end in chunks:
             group.append(Call(end, pass_.microbatch))
-    aligned = exchange.messages in (MEGATRON_OVERLAP, MEGATRON_INTERLEAVED)
+    aligned = replace(exchange.messages, parts=1) in (MEGATRON_OVERLAP, MEGATRON_INTERLEAVED)
     when = aligned_fetches(order, len(emitters), exchange.rank) if aligned else fetches(order, len(emitters))
     for number, index in when.items():
         if f"{prefix}unshard.{number}" in chunks:

@@ -716,6 +716,38 @@ def offload_needs_stage(d: Draft) -> Iterator[Problem]:
         )
 
 
+def checkpoints_are_somewhere(d: Draft) -> Iterator[Problem]:
+    """What ``configure`` in deepspeed/runtime/activation_checkpointing/checkpointing.py asserts, and what would run out."""
+    path = ("training", "checkpoint")
+    if d.checkpoint == "deepspeed" and d.framework != "deepspeed":
+        yield Problem(path, f"checkpoint deepspeed, but framework is {d.framework}", "leave checkpoint out")
+        return
+    given = d.deepspeed.fields if d.framework == "deepspeed" and d.deepspeed else {}
+    if not given.get("contiguous_memory_optimization"):
+        return
+    name = "contiguous_memory_optimization"
+    number = given.get("number_checkpoints")
+    blocks = -(-d.model.num_hidden_layers // d.pp) // d.recompute_interval
+    if not given.get("partition_activations"):
+        yield Problem(
+            ("deepspeed",),
+            f"DeepSpeed's {name} needs partition_activations",
+            "write partition_activations: true beside it",
+        )
+    elif number is None:
+        yield Problem(
+            ("deepspeed",),
+            f"DeepSpeed's {name} needs number_checkpoints",
+            f"write number_checkpoints: {blocks} beside it",
+        )
+    elif number < blocks and d.recompute == "full":
+        yield Problem(
+            ("deepspeed",),
+            f"number_checkpoints = {number} places are too few for {blocks} recomputed blocks",
+            f"write number_checkpoints: {blocks}",
+        )
+
+
 def secondary_partitions_divide(d: Draft) -> Iterator[Problem]:
     """deepspeed/utils/groups.py, ``_create_zero_param_parallel_group``: equal groups of all ranks."""
     size = d.deepspeed.fields.get("zero_hpz_partition_size", 1) if d.framework == "deepspeed" and d.deepspeed else 1
@@ -796,6 +828,7 @@ RULES: tuple[Rule, ...] = (
     framework_has_zero,
     framework_has_axes,
     offload_needs_stage,
+    checkpoints_are_somewhere,
     secondary_partitions_divide,
     faults_are_somewhere,
 )

@@ -91,6 +91,7 @@ class Draft(_Partial):
     metrics: int
     recompute_interval: int
     code: str
+    checkpoint: str
     loss: str
     deepspeed: DeepSpeedReading | None
     faults: Any

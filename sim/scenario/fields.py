@@ -200,6 +200,9 @@ TRAINING: dict[str, Key] = {
                    "eager: fp32 logits; vocab-parallel: Megatron's; fused: gradient over the logits; "
                    "kernel: flash-attn's; in pieces."),
     "metrics": integer(0, 100, 2, "Cross-entropies of the logits after each backward, beside the loss; Composer: 2."),
+    "checkpoint": choice(("torch", "deepspeed"), "a checkpoint function",
+                         "Whose runs blocks again; DeepSpeed's goes by its activation_checkpointing, and is the one of"
+                         " code: megatron there."),
     "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
     "compile": boolean("Whether torch.compile fuses the model."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),
@@ -245,6 +248,7 @@ FSDP2: dict[str, Key] = {
     "cpu_offload": boolean("CPUOffloadPolicy: shards, gradients and states in pinned memory of the host."),
     "optimizer_implementation": choice(_IMPLEMENTATIONS, "an implementation", "Of torch's optimizer."),
     "float8_recipe": choice(("tensorwise", "rowwise"), "a recipe of torchao", "Scales of fp8: a tensor's or a row's."),
+    "async_tensor_parallel": boolean("Whether tp's exchanges run in pieces beside products (needs compile and sp)."),
     "float8_all_gather": boolean("Whether weights of linears are gathered in 8 bits, their scales computed ahead."),
 }  # fmt: skip
 
@@ -275,6 +279,8 @@ MEGATRON: dict[str, Key] = {
     "bias_swiglu_fusion": boolean("Whether a gated activation is one kernel, or op by op."),
     "async_tensor_model_parallel_allreduce": boolean("Whether tp sums input gradients beside the weight's product."),
     "overlap_p2p_communication": boolean("Whether the interleaved schedule's messages run beside passes."),
+    "scatter_gather_tensors_in_pipeline": boolean("Whether tp ranks send parts of messages (2021-23, without sp)."),
+    "tp_comm_overlap": boolean("Whether tp's exchanges run in pieces beside those of the products (needs sp)."),
     "check_for_nan_in_grad": boolean("Whether gradients and each microbatch's loss are looked over."),
     "bucket_size": integer(1, 10**12, 40_000_000, "Elements of a gradient bucket."),
     "transformer_impl": choice(("transformer_engine", "local"), "an implementation",
@@ -296,6 +302,10 @@ MEGATRON: dict[str, Key] = {
     "use_precision_aware_optimizer": boolean("Whether the master is what bf16 parameters lack, gradients not copied."),
     "exp_avg_dtype": choice(("fp32", "bf16", "fp16", "fp8"), "a dtype", "Of the first moment, if so."),
     "exp_avg_sq_dtype": choice(("fp32", "bf16", "fp16", "fp8"), "a dtype", "Of the second moment, if so."),
+    "cpu_offloading_num_layers": integer(0, 10**4, 20, "Blocks whose saved tensors Transformer Engine keeps on the"
+                                                       " host: the first ones."),
+    "cpu_offloading_activations": boolean("Whether these blocks' saved tensors go there at all."),
+    "distribute_saved_activations": boolean("Whether recomputed blocks' inputs are kept in parts over tp."),
 }  # fmt: skip
 
 ALLOCATOR: dict[str, Key] = {

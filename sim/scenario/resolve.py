@@ -522,6 +522,11 @@ class _Resolver:
         d.norms = values.get("norms")
         d.metrics = values.get("metrics", 0)
         d.recompute_interval = values.get("recompute_interval", 1)
+        if "checkpoint" not in wrong and d.knows("code"):
+            ours = framework == "deepspeed" and d.code == "megatron"
+            d.checkpoint = values.get("checkpoint", "deepspeed" if ours else "torch")
+            if "checkpoint" not in values:
+                self.sources["training.checkpoint"] = "what the model's code calls"
         if "loss" not in wrong and d.knows("code"):
             # compiling a model, or its blocks, leaves the loss function outside of it
             d.loss = values.get("loss", "vocab-parallel" if d.code == "megatron" else "eager")
@@ -817,6 +822,7 @@ class _Resolver:
             for name in ("fp8_param_gather", "use_precision_aware_optimizer")
             if values.get(name) and d.knows("zero") and not d.zero
         )
+        self._kept_elsewhere(values)
         if not values.get("overlap_param_gather"):
             return
         if d.knows("zero") and not d.zero:
@@ -835,6 +841,32 @@ class _Resolver:
                     "write megatron.overlap_grad_reduce: true",
                 )
             )
+
+    def _kept_elsewhere(self, values: dict[str, Any]) -> None:
+        """What Megatron refuses of saved tensors on the host and over tp (transformer_config.py, arguments.py)."""
+        d = self.draft
+        name, given = "cpu_offloading_num_layers", values.get("cpu_offloading_num_layers", 0)
+        path = ("megatron", name)
+        if given and d.knows("pp") and d.pp > 1:
+            what = f"megatron.{name} does not go with pp {d.pp}: Megatron has no offloading in a pipeline"
+            self.problems.append(Problem(path, what, f"leave {name} out, or write parallelism.pp: 1"))
+        if given and d.knows("recompute") and d.recompute != "none":
+            what = f"megatron.{name} does not go with recompute {d.recompute}: Megatron does one or the other"
+            self.problems.append(Problem(path, what, f"leave {name} out, or write training.recompute: none"))
+        if given and d.knows("model") and d.model.knows("num_hidden_layers") and given >= d.model.num_hidden_layers:
+            what = f"megatron.{name} = {given}, but the model has {d.model.num_hidden_layers}, of which the last stays"
+            self.problems.append(Problem(path, what, f"write at most {d.model.num_hidden_layers - 1}"))
+        if not values.get("distribute_saved_activations") or not d.knows("tp", "recompute", "sp"):
+            return
+        for wrong, what, remedy in (
+            (d.tp == 1, "tp is 1", "write parallelism.tp, or leave it out"),
+            (d.recompute != "full", f"recompute is {d.recompute}", "write training.recompute: full"),
+            (d.sp, "sp divides them already", "leave one of the two out"),
+        ):
+            if wrong:
+                path = ("megatron", "distribute_saved_activations")
+                self.problems.append(Problem(path, f"megatron.distribute_saved_activations, but {what}", remedy))
+                return
 
     def fsdp(self, values: dict[str, Any], framework: str | None) -> None:
         """Shard groups divide the data-parallel ranks; what reshards keeps slices over a part of a group."""
@@ -889,6 +921,10 @@ class _Resolver:
             )
         if resolved:
             return
+        if (asked := _kept_elsewhere(d)) and (d.checkpoint != "deepspeed" or d.recompute != "full"):
+            why = "recompute is not full" if d.recompute != "full" else f"code {d.code} calls torch's checkpoint"
+            remedy = "" if d.recompute != "full" else "; training.checkpoint: deepspeed says otherwise"
+            self.warnings.append(f"activation_checkpointing.{asked} changes nothing: {why}{remedy}")
         if m.position == "rope" and m.given_positions and d.sequence_length > m.max_position_embeddings:
             self.warnings.append(
                 f"sequence_length {d.sequence_length} is beyond the {m.max_position_embeddings} positions that the "
@@ -903,6 +939,12 @@ class _Resolver:
                 f"model.head_dim {m.head_dim} x {m.num_attention_heads} heads is not hidden_size {m.hidden_size}; "
                 "taken as written"
             )
+
+
+def _kept_elsewhere(d: Draft) -> str:
+    """Return the setting of ``activation_checkpointing`` by which inputs do not stay on the GPU whole; "" if none."""
+    given = d.deepspeed.fields if d.framework == "deepspeed" and d.deepspeed else {}
+    return next((name for name in ("partition_activations", "cpu_checkpointing") if given.get(name)), "")
 
 
 def _is_path(text: str) -> bool:
@@ -1208,6 +1250,7 @@ def _scenario(
             norms=cast("Any", d.norms),
             metrics=d.metrics,
             recompute_interval=d.recompute_interval,
+            checkpoint=cast("Any", d.checkpoint),
         ),
         ddp=DdpSettings(**ddp),
         deepspeed=settings,

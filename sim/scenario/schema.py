@@ -154,6 +154,8 @@ class Training(_Frozen):
     linear-fused: projection and loss in one (Liger)."""
     metrics: int = 0
     """Cross-entropies that the trainer computes of each microbatch's logits after its backward, beside the loss."""
+    checkpoint: Literal["torch", "deepspeed"] = "torch"
+    """Whose checkpoint function runs blocks again: DeepSpeed's goes by ``activation_checkpointing`` of its config."""
     norms: Literal["fused", "composed"] | None = None
     """fused: ``_fused_rms_norm`` (torch from 2.9 on), Liger's; composed: op by op in fp32, as torchtitan and nn.RMSNorm
     did before, and transformers does. None: composed in Hugging Face's code, else fused."""
@@ -203,6 +205,8 @@ class Fsdp2Settings(_Frozen):
     optimizer_implementation: OptimizerImplementation = "foreach"
     float8_recipe: Literal["tensorwise", "rowwise"] = "tensorwise"
     """torchao's scales of ``precision: fp8``: one a tensor, or one a row."""
+    async_tensor_parallel: bool = False
+    """``torch._inductor.config._micro_pipeline_tp``: tp's exchanges in pieces beside pieces of the products."""
     float8_all_gather: bool = False
     """torchao's ``enable_fsdp_float8_all_gather``, with ``precompute_float8_dynamic_scale_for_fsdp``."""
 
@@ -252,6 +256,10 @@ class MegatronSettings(_Frozen):
     """False: input gradients are summed over tp before the weight's gradient is multiplied, not beside it."""
     overlap_p2p_communication: bool = True
     """Of the interleaved schedule: exchanges run beside the next pass."""
+    scatter_gather_tensors_in_pipeline: bool = False
+    """Of 2021 to 2023, without ``sp``: a tp rank sends its part of a message, which the receivers gather."""
+    tp_comm_overlap: bool = False
+    """Transformer Engine's user buffers: tensor-parallel exchanges in pieces beside pieces of the products."""
     check_for_nan_in_grad: bool = True
     transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
     """Whose linear layers the blocks have; Megatron's own keep no tensors between passes."""
@@ -281,6 +289,12 @@ class MegatronSettings(_Frozen):
     exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """Of that optimizer's states."""
+    cpu_offloading_num_layers: int = Field(default=0, ge=0)
+    """Of so many blocks, the first ones, Transformer Engine keeps what backward needs on the host."""
+    cpu_offloading_activations: bool = True
+    """False: of them nothing (weights, the other choice, stay on the GPU since Transformer Engine 2.10)."""
+    distribute_saved_activations: bool = False
+    """Inputs of recomputed blocks are kept in parts on the tensor-parallel ranks."""
 
 
 class AllocatorConfig(_Frozen):
