@@ -93,13 +93,16 @@ def quantise_ledger(ledger: Ledger, recipe: Recipe, *, cached_weights: bool, in_
 
 def linears(layer: Layer) -> dict[str, str]:
     """Return the modules whose forward is one matrix product with a weight, and that weight's name."""
-    return {
-        op.module: f"{op.module}.weight"
-        for op in layer.forward
-        if op.name == op.module
+    return {op.module: f"{op.module}.weight" for op in layer.forward if _is_linear(op)}
+
+
+def _is_linear(op: Op) -> bool:
+    """Return whether an op is its module's product; a norm of that module that runs op by op has its name too."""
+    return (
+        op.name == op.module
         and f"{op.module}.weight" in op.parameters
         and any(kernel.__class__ is Gemm for kernel in op.kernels)
-    }
+    )
 
 
 def quantise(layer: Layer, recipe: Recipe, *, cached_weights: bool) -> Layer:
@@ -198,7 +201,7 @@ class _Quantise:
             for name in op.reads:
                 readers.setdefault(name, []).append(op.name)
         for op in layer.forward:
-            if op.module in modules and op.name == op.module:
+            if _is_linear(op):
                 read = op.reads[0]
                 gather = gathers.get(read)
                 gathered = gather is not None and gather.exchange is not None and gather.exchange.kind == "all_gather"
@@ -210,7 +213,7 @@ class _Quantise:
             is_norm = op.kernels and isinstance(op.kernels[0], Pointwise) and op.kernels[0].kind == "norm"
             if op.exchange is not None and op.writes and op.writes[0].name in sources and op.reads[0] in wanted:
                 self._gather(op)
-            elif op.name == op.module and op.module in modules:
+            elif _is_linear(op):
                 source = sources[op.reads[0]]
                 if source not in done and source not in {t.name for o in self.out for t in o.writes}:
                     self._ready(source, op, source in sources, known=False)  # the layer's own input

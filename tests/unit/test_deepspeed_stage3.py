@@ -151,3 +151,19 @@ def test_a_memory_efficient_linear_hands_over_its_weight_before_its_bias(efficie
     )  # fmt: skip
     reduced = [size // 2 for kind, size in collectives(job.passes[0][1]) if kind == "reduce_scatter"]
     assert reduced[: 2 + efficient] == ([V * H, 2 * H, weight] if efficient else [V * H, 3 * H])
+
+
+def test_a_bias_beside_a_tied_weight_does_not_wait_for_it() -> None:
+    """The head's weight comes with the embedding's, at the end of backward; its bias when the head's backward is."""
+    embedding, block, head = gpt(1, tied=True)
+    bias = replace(head.parameters[-1], name="head.bias", shape=(Dim("numel", V),))
+    weight = replace(head.parameters[-1], shape=(Dim("rows", V), Dim("columns", H)))
+    product = replace(head.forward[-1], parameters=("head.weight", "head.bias"))
+    grads = replace(head.backward[0], gradients=("head.bias", "head.weight"))
+    biased = replace(
+        head, parameters=(*head.parameters[:-1], weight, bias), forward=(*head.forward[:-1], product),
+        backward=(grads, *head.backward[1:]),
+    )  # fmt: skip
+    job = Job(3, layers=(embedding, block, biased), memory_efficient_linear=True)
+    scattered = sum(size // 2 for kind, size in collectives(job.passes[0][1]) if kind == "reduce_scatter")
+    assert scattered == sum(p.num_elements for layer in (embedding, block, biased) for p in layer.parameters) - V * H

@@ -33,10 +33,10 @@ RECIPES = {
 }
 
 
-def block(model: ModelConfig = LLAMA, code: str = "megatron") -> Layer:
+def block(model: ModelConfig = LLAMA, code: str = "megatron", norms: str | None = None) -> Layer:
     training = Training(
         sequence_length=TOKENS, micro_batch_size=1, global_batch_size=1, precision="bf16", attention="flash-2",
-        code=code,  # type: ignore[arg-type]
+        code=code, norms=norms,  # type: ignore[arg-type]
     )  # fmt: skip
     ledger = describe(model, training, parameter_dtype="bf16", compute_dtype="bf16", autocast=False)
     return ledger.layers[1]
@@ -59,14 +59,16 @@ def op(layer: Layer, name: str) -> Op:
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize(
+    ("model", "norms"), [(LLAMA, None), (LLAMA, "composed"), (GPT, None)], ids=["llama", "composed", "gpt"]
+)
 @pytest.mark.parametrize("plan", [ShardPlan(), ShardPlan(tp=2), ShardPlan(tp=2, sp=True)], ids=["tp1", "tp2", "sp"])
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "each_pass"])
 def test_all_products_are_low_and_everything_lives_and_dies(
-    recipe: Recipe, model: ModelConfig, plan: ShardPlan, cached: bool
+    recipe: Recipe, model: ModelConfig, norms: str | None, plan: ShardPlan, cached: bool
 ) -> None:
     """Four linears, three products each; the plan of the layer's life finds every tensor that an op reads."""
-    layer = quantise(shard(block(model), plan), recipe, cached_weights=cached)
+    layer = quantise(shard(block(model, norms=norms), plan), recipe, cached_weights=cached)
     assert [k.dtype for _, k in gemms(layer)] == [recipe.gemm] * 12
     for recompute in ("none", "selective", "full"):
         made = plan_layer(layer, Recompute(recompute), "bf16")

@@ -101,13 +101,21 @@ class _Handle:
 
 
 def _biased_linears(layers: Sequence[Layer]) -> frozenset[_Place]:
-    """Return the modules that own a bias beside a weight of two dimensions or more."""
+    """Return the modules that own a bias beside a weight of two dimensions or more.
+
+    A tied weight's gradient waits for that of its other use, and the bias does not wait for it.
+    """
     found: set[_Place] = set()
     known: dict[int, tuple[str, ...]] = {}
     for index, layer in enumerate(layers):
         modules = known.get(id(layer))
         if modules is None:
-            matrices = {p.module for p in layer.parameters if p.name.endswith(".weight") and len(p.shape) > 1}
+            tied = {own for own, _, _ in layer.tied}
+            matrices = {
+                p.module
+                for p in layer.parameters
+                if p.name.endswith(".weight") and len(p.shape) > 1 and p.name not in tied
+            }
             modules = known[id(layer)] = tuple(
                 p.module for p in layer.parameters if p.name.endswith(".bias") and p.module in matrices
             )
