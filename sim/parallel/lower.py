@@ -401,9 +401,11 @@ def _elsewhere(scenario: Scenario) -> Elsewhere | None:
     interval = scenario.training.recompute_interval
     if scenario.framework == "megatron":
         if megatron.cpu_offloading_num_layers and megatron.cpu_offloading_activations:
-            from sim.parallel.offload import LayerOffload
+            from sim.parallel.offload import LayerOffload, LegacyLayerOffload
 
-            return LayerOffload(megatron.cpu_offloading_num_layers)
+            return (LegacyLayerOffload if megatron.nvte_cpu_offload_v1 else LayerOffload)(
+                megatron.cpu_offloading_num_layers
+            )
         if megatron.distribute_saved_activations and full:
             from sim.parallel.offload import Checkpoints
 

@@ -13,6 +13,11 @@ that autograd saved go before their time, and others come for them in backward.
   and into memory of the compute stream, before the backward of block N - 1 - K + i.
 * What came back lives until the next block's backward begins (``release_all_memory``), and the pinned copies with it.
 
+:class:`LegacyLayerOffload` is what Transformer Engine had before and runs with ``NVTE_CPU_OFFLOAD_V1=1``
+(transformer_engine/pytorch/cpu_offload_v1.py): one block's copies after the other's, spread over the forward of all
+blocks; where one block's are to be done both streams wait for each other, its tensors go, and the next one's copies
+start. Backward takes the same places in reverse, with a stream of its own; what came back goes as soon as it is read.
+
 :class:`Checkpoints` is ``CheckpointFunction`` of deepspeed/runtime/activation_checkpointing/checkpointing.py (0.19.8),
 and of megatron/core/tensor_parallel/random.py with ``distribute_saved_activations``: what becomes of a checkpoint's
 input.
@@ -26,7 +31,7 @@ input.
   brings it back when it is needed, not before.
 * Megatron takes its part after the forward, and gathers into memory that nothing has filled.
 
-Left out: inputs that two pipelined microbatches have in that engine at once (it keeps one of all, here one of each).
+Left out: reloading into two buffers (``cpu_offloading_double_buffering``, which the newer code ignores); inputs that two pipelined microbatches have in that engine at once (it keeps one of all, here one of each).
 """
 
 from __future__ import annotations
@@ -53,6 +58,8 @@ from sim.ir.program import (
 
 OFFLOAD_STREAM = "offload"
 """Of both directions (``OffloadSynchronizer.offload_stream``; ``_ActivationOffloadEngine.s1``)."""
+RELOAD_STREAM = "reload"
+"""Of copies back where they have their own (``h2d_stream``)."""
 LEAST_ELEMENTS = 256 * 1024
 """``_check_if_offload``: smaller tensors stay on the GPU."""
 
@@ -128,10 +135,11 @@ class LayerOffload:
     num_layers: int
 
     def rewrite(self, written: Written) -> None:
+        """Put copies behind a block's forward, and what they make room for before later ones."""
         blocks = _blocks(written.layers)
         total, count = len(blocks), min(self.num_layers, len(blocks) - 1)
         forward, backward = _Edits(), _Edits()
-        moved = _saved(written, blocks[:count])
+        moved = _saved(written, blocks[:count], LEAST_ELEMENTS)
         for number, tensors in enumerate(moved):
             ready, out = _made(written, blocks[number], tensors, number)
             for place, event in ready.items():
@@ -151,7 +159,55 @@ class LayerOffload:
         written.backward = backward.applied(written.backward)
 
 
-def _saved(written: Written, blocks: Sequence[int]) -> list[list[Storage]]:
+@dataclass(frozen=True, slots=True)
+class LegacyLayerOffload:
+    """The same as Transformer Engine did it before 2.10, with a stream for each direction."""
+
+    num_layers: int
+
+    def rewrite(self, written: Written) -> None:
+        """``synchronize_on_group_commit_forward`` behind a block, ``on_group_commit_backward`` before its backward."""
+        blocks = _blocks(written.layers)
+        total, count = len(blocks), min(self.num_layers, len(blocks) - 1)
+        forward, backward = _Edits(), _Edits()
+        moved = _saved(written, blocks[:count], 0)
+        hosts = [[_host(tensor, pinned=True) for tensor in tensors] for tensors in moved]
+        last = windows(total, count)
+        for number, tensors in enumerate(moved):
+            copies = [Copy("offload", "device_to_host", t.num_bytes, OFFLOAD_STREAM) for t in tensors]
+            queued = [step for pair in zip(map(Alloc, hosts[number]), copies, strict=True) for step in pair]
+            # the first block's copies start when it is done, any other's when those before are
+            start = forward.at(written.forward_end(blocks[last[number - 1] if number else 0]))
+            start += [*(() if number else _behind(OFFLOAD_STREAM, COMPUTE)), *queued]
+            end = forward.at(written.forward_end(blocks[last[number]]))
+            end += [*_behind(OFFLOAD_STREAM, COMPUTE), *_behind(COMPUTE, OFFLOAD_STREAM), *map(Free, tensors)]
+            back = [_again(t) for t in tensors]
+            before = backward.at(written.backward_starts[blocks[last[number]]])
+            before += [*_behind(RELOAD_STREAM, COMPUTE), *_behind(COMPUTE, RELOAD_STREAM)]
+            for tensor, host in zip(back, hosts[number], strict=True):
+                before += [Alloc(tensor), Copy("reload", "host_to_device", tensor.num_bytes, RELOAD_STREAM), Free(host)]
+            backward.instead.update({id(t): again for t, again in zip(tensors, back, strict=True)})
+        backward.at(written.backward_starts[blocks[0]]).extend(_behind(COMPUTE, RELOAD_STREAM))
+        written.forward = forward.applied(written.forward)
+        written.backward = backward.applied(written.backward)
+
+
+def windows(num_layers: int, num_offloaded: int) -> list[int]:
+    """Return the block behind which each offloaded block's copies are waited for (``layer_window_map``).
+
+    >>> windows(8, 3)
+    [2, 5, 7]
+    """
+    share, over = divmod(num_layers, num_offloaded)
+    return [share * (i + 1) - 1 + min(i + 1, over) for i in range(num_offloaded)]
+
+
+def _behind(stream: str, other: str) -> tuple[Instruction, ...]:
+    event = f"{stream} behind {other}"
+    return Record(event, other), Wait(event, stream)
+
+
+def _saved(written: Written, blocks: Sequence[int], least: int) -> list[list[Storage]]:
     """Return what of each block autograd keeps from forward to backward and is large enough, in the order of making."""
     made = {id(i.storage): place for place, i in enumerate(written.forward) if isinstance(i, Alloc)}
     sizes: dict[int, dict[str, int]] = {}
@@ -169,7 +225,7 @@ def _saved(written: Written, blocks: Sequence[int]) -> list[list[Storage]]:
         ]
         entered = written.inputs[index]
         elements = layer.input.num_elements if layer.input is not None else 0
-        large = [s for s in freed if (elements if s is entered else names.get(s.name, 0)) >= LEAST_ELEMENTS]
+        large = [s for s in freed if (elements if s is entered else names.get(s.name, 0)) >= least]
         found.append(sorted(large, key=lambda storage: made[id(storage)]))
     return found
 

@@ -305,6 +305,7 @@ MEGATRON: dict[str, Key] = {
     "cpu_offloading_num_layers": integer(0, 10**4, 20, "Blocks whose saved tensors Transformer Engine keeps on the"
                                                        " host: the first ones."),
     "cpu_offloading_activations": boolean("Whether these blocks' saved tensors go there at all."),
+    "nvte_cpu_offload_v1": boolean("Whether it is done as before Transformer Engine 2.10 (NVTE_CPU_OFFLOAD_V1)."),
     "distribute_saved_activations": boolean("Whether recomputed blocks' inputs are kept in parts over tp."),
 }  # fmt: skip
 

@@ -293,6 +293,8 @@ class MegatronSettings(_Frozen):
     """Of so many blocks, the first ones, Transformer Engine keeps what backward needs on the host."""
     cpu_offloading_activations: bool = True
     """False: of them nothing (weights, the other choice, stay on the GPU since Transformer Engine 2.10)."""
+    nvte_cpu_offload_v1: bool = False
+    """Whether that is Transformer Engine's way before 2.10, as the environment's ``NVTE_CPU_OFFLOAD_V1`` asks for."""
     distribute_saved_activations: bool = False
     """Inputs of recomputed blocks are kept in parts on the tensor-parallel ranks."""
 
