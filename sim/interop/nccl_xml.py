@@ -162,7 +162,8 @@ class _Builder:
         bus = pci.values.get("busid", "").lower()
         if not bus:
             self.findings.append(Finding(self.file, pci.line, "a <pci> without busid", 'write busid="0000:07:00.0"'))
-        elif bus in self.by_bus:
+            return
+        if bus in self.by_bus:
             self.findings.append(Finding(self.file, pci.line, f"busid {bus} is there twice", "one <pci> a device"))
         kind = self._kind(pci)
         label = bus
@@ -189,10 +190,10 @@ class _Builder:
             return "nic"
         if pci.of("pci") or code.startswith("0x06"):
             return "pcie-switch"
-        if not code:
+        if not code and pci in self.unclassed:
             # NCCL asks the machine; here the first power of two of them are taken for GPUs.
             return "gpu" if self.unclassed.index(pci) < 1 << (len(self.unclassed).bit_length() - 1) else "nic"
-        problem = f"class {code!r} is neither a GPU, a NIC nor a bridge"
+        problem = f"class {code!r} is neither a GPU, a NIC nor a bridge" if code else "a <pci> without class"
         self.findings.append(Finding(self.file, pci.line, problem, "0x030200, 0x020700 (or 0x020000), or 0x060400"))
         return "pcie-switch"
 

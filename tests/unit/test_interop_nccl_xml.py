@@ -114,6 +114,15 @@ def test_graphs_of_a_dump() -> None:
             "topo.xml:2: class '0x0c0300' is neither a GPU, a NIC nor a bridge",
         ]),
         ('<!DOCTYPE x [<!ENTITY a "b">]><system/>', ["topo.xml:1: entities are not used here"]),
+        (
+            '<system version="1"><cpu numaid="0"><pci busid="0000:01:00.0" class="0x060400"><pci/>'
+            '<pci busid="0000:02:00.0"/></pci></cpu></system>',
+            [
+                "topo.xml:1: there is no GPU in it",
+                "topo.xml:1: a <pci> without busid",
+                "topo.xml:1: a <pci> without class",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_broken_files(text: str, lines: list[str]) -> None:
