@@ -118,9 +118,9 @@ def test_graphs_of_a_dump() -> None:
             '<system version="1"><cpu numaid="0"><pci busid="0000:01:00.0" class="0x060400"><pci/>'
             '<pci busid="0000:02:00.0"/></pci></cpu></system>',
             [
-                "topo.xml:1: there is no GPU in it",
                 "topo.xml:1: a <pci> without busid",
                 "topo.xml:1: a <pci> without class",
+                "topo.xml:1: there is no GPU in it",
             ],
         ),
     ],
