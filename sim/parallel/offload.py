@@ -31,7 +31,8 @@ input.
   brings it back when it is needed, not before.
 * Megatron takes its part after the forward, and gathers into memory that nothing has filled.
 
-Left out: reloading into two buffers (``cpu_offloading_double_buffering``, which the newer code ignores); inputs that two pipelined microbatches have in that engine at once (it keeps one of all, here one of each).
+Left out: reloading into two buffers (``cpu_offloading_double_buffering``, which the newer code ignores); the inputs of
+several pipelined microbatches in DeepSpeed's engine at once (it keeps one of all, here one of each).
 """
 
 from __future__ import annotations

@@ -115,13 +115,25 @@ def test_what_is_not_modelled_says_what_it_would_do() -> None:
     warnings = read(
         {"zero_optimization": {"stage": 3, "mics_shard_size": 8, "mics_hierarchical_params_gather": False},
          "amp": {"enabled": False}, "bf16": {"enabled": True, "bf16_optimizer_states": True},
-         "activation_checkpointing": {"cpu_checkpointing": True}}
+         "activation_checkpointing": {"cpu_checkpointing": True, "profile": True, "partition_activation": True}}
     ).warnings  # fmt: skip
     assert warnings == [
+        "activation_checkpointing.profile is not modelled: the host would wait around each checkpoint",
+        "DeepSpeed has no key activation_checkpointing.partition_activation; did you mean partition_activations?",
         "bf16.bf16_optimizer_states is not modelled: Adam's moments would take half the memory",
         "zero_optimization.mics_shard_size is not modelled: DeepSpeed has removed MiCS; zero_hpz_partition_size keeps "
         "gathers inside the node",
-        "activation_checkpointing is not modelled: recompute is what training.recompute says, whatever stands here",
+    ]
+
+
+def test_settings_of_checkpoints_are_read_and_written() -> None:
+    given = {"cpu_checkpointing": True, "number_checkpoints": None, "profile": False}
+    reading = read({"activation_checkpointing": given})
+    assert (reading.fields, reading.warnings) == ({"cpu_checkpointing": True}, [])
+    settings = settings_of(reading, 3, 1.0)
+    assert write_deepspeed_config(settings)["activation_checkpointing"] == {"cpu_checkpointing": True}
+    assert mistakes({"activation_checkpointing": {"number_checkpoints": 0}}) == [
+        "activation_checkpointing.number_checkpoints: 0 is too small"
     ]
 
 
