@@ -5,8 +5,8 @@ machine than the one that was measured, other coefficients that stand in, an ass
 single shape is off by itself (the residuals of the fit on rows that it did not see). A fit states the error within
 which nine in ten of its rows are; its standard deviation is that of a normal distribution with the same nine in ten.
 
-What is not in the fits' own files stands in ``sim/catalog/measured/residuals.yaml``, with sources. Combined in
-``sim/report/certainty.py``.
+What is not in the fits' own files stands in ``sim/catalog/measured/residuals.yaml``, with sources; what whole runs were
+off beyond all of this in ``whole_runs.yaml``. Combined in ``sim/report/certainty.py``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,23 @@ class Residual:
     shared: float
     own: float
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRuns:
+    """By how much published runs were shorter and longer than their parts explain: logarithms, and the source."""
+
+    below: float
+    above: float
+    source: str
+
+
+def whole_runs() -> WholeRuns:
+    """Return what ``sim/catalog/measured/whole_runs.yaml`` holds for any run."""
+    data = efficiency.read("whole_runs.yaml")
+    found = data["beyond_parts"]
+    words = f"{data['runs']} published runs of {data['sources']} sources, each weighing the same ({data['date']})"
+    return WholeRuns(float(found["below"]), float(found["above"]), words)
 
 
 def _value(name: str) -> float:

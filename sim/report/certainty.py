@@ -6,22 +6,25 @@ all alike); a bubble waits for the same work on other ranks and grows with it.
 
     shared = sum over families of shared_f t_f          what is off by one cause adds up, and all causes the same way
     own    = root of sum over shapes of (own_f t_s)^2   shapes are off by themselves: some compensate others
-    log-normal band = step exp(-+ 1.645 root(shared^2 + own^2) / step)
+    parts = 1.645 root(shared^2 + own^2) / step
+    band = step exp(-root(parts^2 + below^2)) to step exp(root(parts^2 + above^2))
 
-``shared_f`` and ``own_f``: ``sim/cost/residuals.py``. Nothing here is fitted to a training run. Leaves out: what the
-step does not contain (data loading, stragglers, congestion, a busy host), an attention kernel or a framework's setting
-that is another one in the real run, and what is hidden now and would be exposed if it took longer. So the band is what
-the parts are known to; docs/usage.md says how many published runs it holds.
+``shared_f`` and ``own_f``: ``sim/cost/residuals.py``. Nothing of the parts is fitted to a training run. They leave out
+what the step does not contain (data loading, stragglers, congestion, a busy host), an attention kernel or a framework's
+setting that is another one in the real run, and what is hidden now and would be exposed if it took longer. ``below``
+and ``above`` are by how much whole published runs were shorter and longer than their parts explain
+(``sim/validation/band.py``); they are not alike, as most of that makes a run longer. The estimate stays where the
+mechanism has it: nothing is corrected by them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp, hypot, sqrt
 
 from sim.cost.model import CostModel
-from sim.cost.residuals import NINE_IN_TEN, Residual, Residuals
+from sim.cost.residuals import NINE_IN_TEN, Residual, Residuals, WholeRuns, whole_runs
 from sim.ir.program import Copy, HostCompute, Program, World
 from sim.report.metrics import CommunicationTotal, Kernels
 
@@ -43,13 +46,17 @@ class TimePart:
 class TimeConfidence:
     """The band of a step's time, and its parts, what drives it first.
 
-    ``deviation``: standard deviation of the logarithm that the parts bring.
+    ``parts_low_s`` and ``parts_high_s`` are by the parts alone, ``deviation`` the standard deviation of the logarithm
+    that they bring; ``whole`` is what is beyond them.
     """
 
     low_s: float
     high_s: float
     parts: tuple[TimePart, ...]
-    deviation: float = 0.0
+    deviation: float
+    parts_low_s: float
+    parts_high_s: float
+    whole: WholeRuns
 
 
 @dataclass(slots=True)
@@ -105,7 +112,7 @@ def time_confidence(
     shared_s = grown * sum(family.residual.shared * family.time_s for family in families.values())
     own_s = grown * sqrt(sum(family.residual.own**2 * family.squares for family in families.values()))
     deviation = sqrt(shared_s**2 + own_s**2) / step_s if step_s else 0.0
-    width = NINE_IN_TEN * deviation
+    width, whole = NINE_IN_TEN * deviation, whole_runs()
     found = [
         TimePart(
             name,
@@ -117,7 +124,15 @@ def time_confidence(
         if family.time_s
     ]
     found.sort(key=lambda part: (-part.deviation_s, part.name))
-    return TimeConfidence(step_s * exp(-width), step_s * exp(width), tuple(found), deviation)
+    return TimeConfidence(
+        low_s=step_s * exp(-hypot(width, whole.below)),
+        high_s=step_s * exp(hypot(width, whole.above)),
+        parts=tuple(found),
+        deviation=deviation,
+        parts_low_s=step_s * exp(-width),
+        parts_high_s=step_s * exp(width),
+        whole=whole,
+    )
 
 
 def _by_family(kernels: Kernels, rank: int, cost: CostModel, residuals: Residuals) -> dict[str, _Family]:

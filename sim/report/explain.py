@@ -10,6 +10,7 @@ from typing import Any
 from sim.catalog import load
 from sim.catalog.schema import Fact
 from sim.cost import efficiency
+from sim.cost.residuals import whole_runs
 from sim.errors import Finding
 from sim.report.catalog import fact_rows
 from sim.report.layout import Cell, Line, Screen, fold, paragraphs, title
@@ -59,6 +60,9 @@ def _time() -> Iterator[dict[str, Any]]:
     """Yield what the band beside the time rests on beside the fits' own residuals (sim/report/certainty.py)."""
     for name, fact in _measured("residuals.yaml").items():
         yield {"key": name.replace("_", " "), "value": fact["value"], "from": f"{fact['kind']}: {fact['source']}"}
+    whole = whole_runs()
+    words = f"measured: log(measured / predicted) of {whole.source}; sim/catalog/measured/whole_runs.yaml"
+    yield {"key": "whole runs beyond the parts: shorter, longer", "value": [whole.below, whole.above], "from": words}
 
 
 def _memory(scenario: Scenario) -> Iterator[dict[str, Any]]:

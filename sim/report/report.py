@@ -177,7 +177,9 @@ def _time_confidence(found: TimeConfidence | None) -> dict[str, Any]:
         return {}
     return {
         "band_s": [found.low_s, found.high_s],
+        "band_by_parts_s": [found.parts_low_s, found.parts_high_s],
         "band_deviation": found.deviation,
+        "band_whole_runs": {"below": found.whole.below, "above": found.whole.above, "source": found.whole.source},
         "band_coverage": COVERAGE,
         "band_parts": {
             part.name: {"time_s": part.time_s, "deviation_s": part.deviation_s, "source": part.source}

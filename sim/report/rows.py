@@ -132,12 +132,13 @@ def band_words(found: Confidence) -> str:
 
 
 def time_band_words(found: TimeConfidence) -> str:
-    """Return the band of a step's time and what drives it: "9 like runs of 10 would take between 3.9 s and 4.4 s"."""
+    """Return the band of a step's time: "9 like runs of 10 would take between 3.9 s and 5.4 s, ..."."""
     words = (
         f"{round(10 * COVERAGE)} like runs of 10 would take between {format_duration(found.low_s)} and "
-        f"{format_duration(found.high_s)}, by what is known of the parts"
+        f"{format_duration(found.high_s)}, as published runs did; by its parts alone between "
+        f"{format_duration(found.parts_low_s)} and {format_duration(found.parts_high_s)}"
     )
-    return f"{words}: most by {found.parts[0].name}" if found.parts else words
+    return f"{words}, most by {found.parts[0].name}" if found.parts else words
 
 
 def account(footprint: Footprint) -> Iterator[AccountRow]:

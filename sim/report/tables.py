@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import exp
 
 from sim.ir.footprint import Footprint
 from sim.report.certainty import TimeConfidence
@@ -180,5 +181,11 @@ def _certainty(found: TimeConfidence, time_s: float, width: int) -> Iterator[Lin
         for part in found.parts
     ]
     yield from grid([header, *rows], "lrrrr", width)
+    alone = f"{format_duration(found.parts_low_s)} to {format_duration(found.parts_high_s)}"
+    beyond = (
+        f"by these parts alone {alone}; whole runs beyond them {1 - exp(-found.whole.below):.0%} shorter to "
+        f"{exp(found.whole.above) - 1:.0%} longer: {found.whole.source}"
+    )
+    yield from (((line, "dim"),) for line in fold(beyond, width, 2, hang=2))
     for part in found.parts[:MAX_SOURCES]:
         yield from (((line, "dim"),) for line in fold(f"{part.name}: {part.source}", width, 2, hang=2))

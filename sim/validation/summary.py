@@ -135,7 +135,7 @@ def result(validation: Validation) -> dict[str, Any]:
             }
             for row in comparisons
         ],
-        "times": [_time(error, row) for error, row in time_errors(comparisons)],
+        "times": [time_row(error, row) for error, row in time_errors(comparisons)],
         "at_peak": [
             {
                 "id": run.id,
@@ -160,7 +160,7 @@ def result(validation: Validation) -> dict[str, Any]:
     }
 
 
-def _time(error: float, row: Comparison) -> dict[str, Any]:
+def time_row(error: float, row: Comparison) -> dict[str, Any]:
     """Return a run's step time beside what it may depend on by how much it is off."""
     p = row.prediction
     step_s = float(p.values["step_time_s"])

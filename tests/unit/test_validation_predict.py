@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import log
 
 import pytest
 
 from sim.pipeline import simulate
 from sim.scenario.load import load_scenario_mapping
 from sim.validation import predict as module
+from sim.validation.band import points_of
 from sim.validation.predict import Failure, Prediction, predict, select, validate
 from sim.validation.results import points, reason, results_markdown
 from sim.validation.runs import Run, RunsFile
@@ -201,7 +203,17 @@ def test_reasons_are_read_off_the_breakdown():
 def test_the_page_counts_the_runs_in_the_band():
     low, high = TRUTH["step"]["band_s"]
     runs = [run(f"r{i}", {"step_time_s": t}) for i, t in enumerate((low * 0.99, low * 1.01, high * 0.99, high * 1.01))]
-    assert "It holds 50% of 4 runs" in results_markdown(validate([file(*runs)], 1), "sim validate a.yaml")
+    page = results_markdown(validate([file(*runs)], 1), "sim validate a.yaml")
+    assert "It holds 50% of 4 runs, each source weighing the same 50%; by the parts alone" in page
+    assert "left out" in page.split("## The band of the time")[1].split("##")[0]
+
+
+def test_the_json_has_the_times_that_the_band_is_derived_from():
+    rate = TRUTH["step"]["tokens_per_s_per_gpu"]
+    found = validate([file(run("a", {"step_time_s": 2 * STEP}), run("b", {"tokens_per_s_per_gpu": rate * 4}))], 1)
+    points = points_of(result(found)["times"])
+    assert [point.log_ratio for point in points] == [pytest.approx(log(2)), pytest.approx(-log(4))]
+    assert {point.deviation for point in points} == {TRUTH["step"]["band_deviation"]}
 
 
 def test_points_are_step_times_whatever_was_measured():
