@@ -522,6 +522,8 @@ class _Resolver:
         d.norms = values.get("norms")
         d.metrics = values.get("metrics", 0)
         d.recompute_interval = values.get("recompute_interval", 1)
+        if d.recompute_interval > 1 and d.knows("recompute") and d.recompute == "none":
+            self.warnings.append(f"recompute_interval {d.recompute_interval} changes nothing: recompute is none")
         if "checkpoint" not in wrong and d.knows("code"):
             ours = framework == "deepspeed" and d.code == "megatron"
             d.checkpoint = values.get("checkpoint", "deepspeed" if ours else "torch")
@@ -823,6 +825,8 @@ class _Resolver:
             if values.get(name) and d.knows("zero") and not d.zero
         )
         self._kept_elsewhere(values)
+        self._megatron_states(values)
+        self._megatron_low(values)
         if not values.get("overlap_param_gather"):
             return
         if d.knows("zero") and not d.zero:
@@ -868,11 +872,68 @@ class _Resolver:
                 self.problems.append(Problem(path, f"megatron.distribute_saved_activations, but {what}", remedy))
                 return
 
+    def _megatron_states(self, values: Mapping[str, Any]) -> None:
+        """``__post_init__`` of megatron/core/optimizer/optimizer_config.py: whose states may be of few bits."""
+        d = self.draft
+        if not values.get("use_precision_aware_optimizer"):
+            self.problems.extend(
+                Problem(
+                    ("megatron", name),
+                    f"megatron.{name} is {values[name]}, but Megatron's usual optimizer keeps its states in fp32",
+                    "write megatron.use_precision_aware_optimizer: true, or leave it out",
+                )
+                for name in ("exp_avg_dtype", "exp_avg_sq_dtype")
+                if values.get(name, "fp32") != "fp32"
+            )
+        elif d.knows("optimizer") and d.optimizer not in ("adam", "adamw"):
+            self.problems.append(
+                Problem(
+                    ("megatron", "use_precision_aware_optimizer"),
+                    f"megatron.use_precision_aware_optimizer is of Adam, but the optimizer is {d.optimizer}",
+                    "write optimizer: adam, or leave it out",
+                )
+            )
+
+    def _megatron_low(self, values: Mapping[str, Any]) -> None:
+        """``__post_init__`` of megatron/core/transformer/transformer_config.py: which layers may stay in 16 bit."""
+        d, names = self.draft, ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        if not d.knows("precision"):
+            return
+        idle = [name for name in names if values.get(name) and not values.get("first_last_layers_bf16")]
+        why = "first_last_layers_bf16 is false"
+        if d.precision not in _EIGHT_BIT:
+            wanted = ("fp8_param_gather", "first_last_layers_bf16", *names)
+            idle, why = [name for name in wanted if values.get(name)], f"precision is {d.precision}"
+        self.warnings.extend(f"megatron.{name} {_plain(values[name])} changes nothing: {why}" for name in idle)
+        if d.precision not in _EIGHT_BIT or not values.get("first_last_layers_bf16"):
+            return
+        if d.precision == "fp8" and values.get("fp8_recipe", "delayed") == "delayed":
+            self.problems.append(
+                Problem(
+                    ("megatron", "first_last_layers_bf16"),
+                    "megatron.first_last_layers_bf16 does not go with fp8_recipe delayed: all layers share its scales",
+                    "write megatron.fp8_recipe: tensorwise or blockwise, or leave it out",
+                )
+            )
+        if not (d.knows("model", "pp") and d.model.knows("num_hidden_layers")):
+            return
+        most = d.model.num_hidden_layers // d.pp
+        self.problems.extend(
+            Problem(
+                ("megatron", name),
+                f"megatron.{name} = {values[name]} is more than the {most} layers of a stage",
+                f"write at most {most}",
+            )
+            for name in names
+            if values.get(name, 0) > most
+        )
+
     def fsdp(self, values: dict[str, Any], framework: str | None) -> None:
         """Shard groups divide the data-parallel ranks; what reshards keeps slices over a part of a group."""
         d = self.draft
         if framework not in ("fsdp1", "fsdp2") or not d.knows("dp"):
             return
+        self._float8(values)
         shard = values.get("shard_size")
         if shard is not None and d.dp % shard:
             self.problems.append(
@@ -903,6 +964,26 @@ class _Resolver:
                     f"write true, false, or a divisor of {ranks} between 1 and it",
                 )
             )
+
+    def _float8(self, values: Mapping[str, Any]) -> None:
+        """torchao's Float8LinearConfig gathers in 8 bits with a scale a tensor alone (torchao/float8/config.py)."""
+        d = self.draft
+        if not values.get("float8_all_gather"):
+            return
+        if values.get("float8_recipe") == "rowwise":
+            self.problems.append(
+                Problem(
+                    ("fsdp2", "float8_all_gather"),
+                    "fsdp2.float8_all_gather goes with a scale a tensor alone, not with float8_recipe rowwise",
+                    "write float8_recipe: tensorwise, or leave float8_all_gather out",
+                )
+            )
+        if not d.knows("precision", "code"):
+            return
+        if d.precision != "fp8":
+            self.warnings.append(f"fsdp2.float8_all_gather true changes nothing: precision is {d.precision}")
+        elif d.code != "torch":
+            self.warnings.append(f"fsdp2.float8_all_gather true changes nothing: it is torchao's, and code is {d.code}")
 
     # --- afterwards --------------------------------------------------------------------------
 

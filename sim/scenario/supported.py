@@ -39,11 +39,23 @@ def offload(d: Draft) -> Iterator[Problem]:
             )
 
 
+def low_precision_of_shards(d: Draft) -> Iterator[Problem]:
+    """DTensor keeps gathered inputs whole: of quantised ones only torchao's scales a tensor are known."""
+    low, torchao = d.precision in ("fp8", "mxfp8", "nvfp4"), d.precision == "fp8" and d.code == "torch"
+    if d.framework == "fsdp2" and d.tp > 1 and d.sp and low and not torchao:
+        yield Problem(
+            ("training", "precision"),
+            f"precision {d.precision} with code {d.code} and fsdp2's sequence parallelism is not simulated yet",
+            "write precision: fp8 and code: torch; or sp: false; or framework: megatron",
+        )
+
+
 NOT_YET: tuple[Rule, ...] = (
     experts_axis,
     compiled,
     experts,
     offload,
+    low_precision_of_shards,
 )
 
 
