@@ -285,7 +285,7 @@ def sdpa_math(
     dropped = dropout(tape, f"{module}.dropout", probabilities, p, out=f"{name}.dropped", module=module, region=REGION)
     v = for_bmm(tape, module, "value", v)
     context = matmul_values(tape, f"{module}.{REGION}", dropped, v, f"{out}.heads", module=module)
-    result = cast(tape, f"{module}.cast", context, dtype, out=f"{out}.low", module=module, region=REGION)
+    result = cast(tape, f"{module}.cast", context, dtype, out=f"{out}.cast", module=module, region=REGION)
     return contiguous(tape, f"{module}.contiguous", result, out, module=module)
 
 

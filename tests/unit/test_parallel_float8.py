@@ -66,6 +66,16 @@ def test_all_products_are_low_and_lives_close(
     assert allocs == sorted(slot for verb, slot, _ in steps if verb == "free" and slot not in given | {0, 2})
 
 
+@pytest.mark.parametrize("kernel", ["math", "flash-2"])
+def test_no_tensor_is_written_twice(kernel: str) -> None:
+    """What attention casts to 16 bit and what is made of its result in 8 are two tensors."""
+    training = TRAINING.model_copy(update={"attention": kernel})
+    ledger = describe(LLAMA, training, parameter_dtype="bf16", compute_dtype="bf16", autocast=False)
+    layer = float8(ledger.layers[1], "tensorwise", gathered_low=False, shared=False)
+    made = [t.name for op in layer.forward for t in (*op.writes, *op.keeps)]
+    assert len(made) == len(set(made))
+
+
 def test_eager_keeps_sixteen_bit_inputs() -> None:
     """Float8Linear saves its input as it came, so no fewer bytes than in 16 bit."""
     assert kept(of()) == kept(LEDGER.layers[1])
