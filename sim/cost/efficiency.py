@@ -24,9 +24,19 @@ from sim.cost.attention import AttentionCoefficients
 from sim.cost.gemm import Alignment, GemmCoefficients
 
 MEASURED = Path(__file__).parents[1] / "catalog" / "measured"
-ALIGNMENT = Alignment(four_bytes=0.685, two_bytes=0.5)
+ALIGNMENT = Alignment(eight_bytes=0.685, four_bytes=0.685, two_bytes=0.5)
 """4 bytes: n = 10922 against 10944 with k = 4096 on H100, 272.7 and 398.4 TFLOP/s (stas00/ml-engineering @744d01e1,
-model sizes); 2 bytes: assumed. A property of the library's fallback kernels, the same on all GPUs."""
+model sizes); 8 bytes: no worse; 2 bytes: assumed. A property of the library's fallback kernels, alike on all GPUs."""
+BATCHED_ALIGNMENT = {
+    "fp16": Alignment(eight_bytes=0.29, four_bytes=0.061, two_bytes=0.061),
+    "bf16": Alignment(eight_bytes=0.061, four_bytes=0.061, two_bytes=0.061),
+}
+"""Batched products on Ampere, those of attention: 384 times [1024, 1024] by [1024, 140] (rows of 280 bytes) at 53.9
+TFLOP/s in fp16 and 12.2 in bf16, where 512 times n = 128 reach 132.5 in both (pytorch/pytorch #83272, CUDA 11.6). The
+shares are those with which :func:`sim.cost.gemm.gemm_s` gives these two times on A100. Rows at multiples of 4 or 2
+bytes are assumed to get the slower of the two kernels, which loads single elements."""
+_BATCHED_MEASURED_ON = 8
+"""Major compute capability of the GPU of that measurement; others keep :data:`ALIGNMENT`."""
 _SIMILAR = 0.03
 _LIMITED_FROM = (9, 0)
 """Compute capability from which power limits were measured."""
@@ -209,6 +219,13 @@ def sustained_droop(source: Source, dtype: str, droop: float) -> float:
     name = {"fp16": "bf16", "mxfp8": "fp8", "nvfp4": "fp8"}.get(dtype, dtype)
     entry = read("sustained.yaml").get(source.name, {}).get(name)
     return droop if entry is None else float(entry["droop"])
+
+
+def alignment_of(gpu: GpuFacts, dtype: str, batch: int) -> Alignment:
+    """Return what is left of the rate of ``batch`` products of ``dtype`` whose rows are not aligned."""
+    if batch > 1 and gpu.vendor == "nvidia" and gpu.compute_capability[0] == _BATCHED_MEASURED_ON:
+        return BATCHED_ALIGNMENT.get(dtype, ALIGNMENT)
+    return ALIGNMENT
 
 
 def exposed_accumulation(source: Source) -> float:

@@ -79,8 +79,10 @@ class GemmCoefficients:
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Rates of matmuls whose rows do not start at multiples of 16 bytes, as a share of aligned ones."""
+    """Rates of matmuls whose rows do not start at multiples of 16 bytes, as a share of aligned ones, by what they are
+    multiples of."""
 
+    eight_bytes: float
     four_bytes: float
     two_bytes: float
 
@@ -98,6 +100,8 @@ def alignment_factor(one: int, other: int, element_bytes: float, alignment: Alig
     row = min(length * each & -(length * each) for length in (one, other)) // 2
     if row >= 16:
         return 1.0
+    if row >= 8:
+        return alignment.eight_bytes
     return alignment.four_bytes if row >= 4 else alignment.two_bytes
 
 

@@ -212,7 +212,8 @@ class CostModel:
         m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)
         over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
         rows = (m, n) if over_tokens else (n, k)
-        factor = alignment_factor(*rows, machine.element_bytes, efficiency.ALIGNMENT)
+        alignment = efficiency.alignment_of(self._gpu, dtype, batch)
+        factor = alignment_factor(*rows, machine.element_bytes, alignment)
         if self._source.limited == 1.0:
             factor *= self._source.power
         time_s = gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained)

@@ -107,6 +107,18 @@ def test_rows_that_are_not_aligned_lose_the_wide_loads() -> None:
     assert model().kernel_s(padded, 0) == pytest.approx(model().kernel_s(odd_tokens, 0), rel=0.01)
 
 
+def test_batched_products_of_rows_that_are_not_aligned_run_at_the_measured_rates_on_ampere() -> None:
+    """384 times [1024, 1024] by [1024, 140] on A100: 53.89 TFLOP/s in fp16, 12.21 in bf16 (pytorch/pytorch #83272)."""
+    ampere = gpu("a100-sxm-40gb")
+    for dtype, measured in (("fp16", 53.89), ("bf16", 12.21)):
+        coefficients, _ = efficiency.gemm_coefficients(efficiency.source_of(ampere), dtype)
+        factor = alignment_factor(140, 1024, 2, efficiency.alignment_of(ampere, dtype, 384))
+        time_s = gemm_s(1024, 140, 1024, 384, machine_of(ampere, dtype), coefficients, factor)
+        assert 2 * 384 * 1024 * 1024 * 140 / time_s == pytest.approx(measured * 1e12, rel=0.01)
+        assert efficiency.alignment_of(ampere, dtype, 1) == efficiency.ALIGNMENT
+    assert efficiency.alignment_of(gpu("h100-sxm-80gb"), "bf16", 384) == efficiency.ALIGNMENT
+
+
 @pytest.mark.parametrize(("kernel", "expected"), [("flash-2", 335), ("sdpa", 335), ("flash-3", 616)])
 def test_causal_attention_forward_as_its_authors_plot_it(kernel: str, expected: float) -> None:
     """TFLOP/s at 16k tokens, 16 heads of 128, H100: flash-attention @0251105a, assets."""
