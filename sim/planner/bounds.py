@@ -8,10 +8,12 @@ the stages before it, and its last gradient has to go back through them:
     T  >=  max over s  of  sum over i < s of f_i  +  M (f_s + b_s)  +  sum over i < s of b_i
 
 with a virtual stage's share of f_i and b_i where ranks have several (Narayanan et al., "Efficient Large-Scale Language
-Model Training on GPU Clusters", SC 2021, section 2.2). What is gathered before the first forward and reduced from the
-last backward on takes what it takes of a node's NICs, and so does what is gathered and reduced for every microbatch.
-Host, launches, contention, kernels that collectives other than tensor-parallel ones slow down, messages, and the
-optimizer's step are left out: they only add.
+Model Training on GPU Clusters", SC 2021, section 2.2). Megatron's messages between nodes take at least what all ranks
+of a node, which send at one time, put on its NICs: each that a rank waits for between two passes adds that, and so
+does each from rank to rank before its first pass and after its last (``_messages_s``). What is gathered before the
+first forward and reduced from the last backward on takes what it takes of a node's NICs, and so does what is gathered
+and reduced for every microbatch. Host, launches, other contention, kernels that collectives other than tensor-parallel
+ones slow down, messages within a node, and the optimizer's step are left out: they only add.
 
 Memory. Weights, main gradients and optimizer states of the fullest stage, what autograd keeps of the microbatches that
 are under way on it (1F1B: as many as stages from here to the end), and the CUDA context. Left out: what lives during a
@@ -106,8 +108,10 @@ class Bounds:
         ranks = _ranks(c, num_stages)
         m = c.num_microbatches
         time_s, before_s = 0.0, 0.0
+        message_s = self._message_s(c)
         for rank, stages in enumerate(ranks):
             own = m * sum(forward[s] + backward[s] for s in stages)
+            own += _messages_s(c, rank, message_s, max(forward[s] + backward[s] for s in stages))
             gathered_s, reduced_s = self._at_the_ends_s(c, sum(parameters[s] for s in stages))
             last = backward[stages[-1]] if c.schedule in _RETURNING else 0.0
             late_s = max(0.0, gathered_s / len(stages) - forward[stages[0]])
@@ -115,7 +119,7 @@ class Bounds:
             own += max(0.0, reduced_s / len(stages) - last) if c.schedule in _RETURNING and not rank else 0.0
             time_s = max(time_s, before_s + own)
             if c.schedule in _RETURNING:
-                before_s += forward[rank] + backward[rank] + (late_s if c.vpp > 1 and not rank else 0.0)
+                before_s += 2 * message_s + forward[rank] + backward[rank] + (late_s if c.vpp > 1 and not rank else 0.0)
             elif c.schedule not in _IN_A_V:
                 before_s += forward[rank]
         compute_s = m * sum(compute) / c.pp
@@ -311,6 +315,23 @@ class Bounds:
         rate = site.network.nic_bytes_per_s * site.network.nics_per_node / rings_in_node
         return num_bytes * (nodes - 1) / nodes / rate
 
+    def _message_s(self, c: Candidate) -> float:
+        """Return the time that a node's NICs need for one message of each of its GPUs to another node's.
+
+        A stage's ranks are neighbours (tp-cp-dp-pp, megatron/core/parallel_state.py): where they fill whole nodes, all
+        of a node send to another. A message is a microbatch's hidden states in 16 bit, divided over the sequence.
+        """
+        site = self._plan.sites[c.site]
+        ranks = c.tp * c.cp * c.dp
+        waited_for = c.framework == "megatron" and c.schedule in ("1f1b", "interleaved")
+        if c.pp == 1 or not waited_for or ranks % site.node.num_gpus or site.node.nvlink_domain_nodes > 1:
+            return 0.0
+        if site.network is None:
+            return 0.0
+        tokens = c.micro_batch_size * self._plan.workload.sequence_length // (c.cp * c.tp)
+        num_bytes = 2 * tokens * self._plan.draft.hidden_size
+        return site.node.num_gpus * num_bytes / (site.network.nic_bytes_per_s * site.network.nics_per_node)
+
     def _at_the_ends_s(self, c: Candidate, parameters: int) -> tuple[float, float]:
         """Return the times to gather a rank's parameters before the first forward, and to reduce their gradients.
 
@@ -344,6 +365,30 @@ class Bounds:
 _IN_A_V = ("zb-v", "v-half", "v-min", "dualpipev")
 _RETURNING = ("1f1b", "interleaved", "gpipe")
 """Schedules whose last pass on every rank is a whole backward, whose gradient goes back through the ranks before."""
+
+
+def _messages_s(c: Candidate, rank: int, message_s: float, turn_s: float) -> float:
+    """Return what Megatron's messages add at least to the passes of a rank, between its first and its last.
+
+    1F1B: all are waited for, those one way and back of one turn together; the first rank's backward sends nothing and
+    its forward receives nothing, the last rank's the other way round. Interleaved: those of warm-up and cool-down are
+    waited for, at least one after each pass; those of the turns between them, of a forward and a backward (``turn_s``
+    at most), run beside passes (``forward_backward_pipelining_with_interleaving`` with ``overlap_p2p_comm``), but
+    each has to be through before the next of its way.
+    """
+    m = c.num_microbatches
+    if not message_s:
+        return 0.0
+    if c.schedule == "1f1b":
+        warmup = min(c.pp - rank - 1, m)
+        if rank == 0:
+            return max(0, m + warmup - 1) * message_s
+        return (m - 1 if rank == c.pp - 1 else 2 * m - 1) * message_s
+    total = m * c.vpp
+    warmup = min(2 * (c.pp - rank - 1) + (c.vpp - 1) * c.pp, total)
+    turns = total - warmup
+    carried_s = max(0.0, 2 * turns - m - 4) * message_s  # one stage in so many sends or receives nothing one way
+    return max(0, 2 * warmup - 2) * message_s + max(0.0, carried_s - turns * turn_s)
 
 
 def _copies_s(c: Candidate, cost: CostModel, layer: Layer) -> tuple[float, float]:

@@ -26,6 +26,8 @@ PLANS = {
     "axes: {tp: [1, 2, 4], pp: [1, 2, 4], vpp: [1, 2], schedule: [1f1b, interleaved, zb-h1, zb-v, gpipe]}\n"
     "frameworks: [megatron, fsdp2, deepspeed, fsdp1, ddp]\n",
     "PCIe": TINY + "goal: {fastest: true}\ncandidates: {nodes: pcie-8x-l40s, num_gpus: [8, 16]}\n",
+    "stages of whole nodes": TINY + "goal: {fastest: true}\ncandidates: {nodes: pcie-8x-h100, num_gpus: [16, 32]}\n"
+    "axes: {tp: [1, 2], pp: [2, 4], vpp: [1, 2], micro_batch_size: [1, 4]}\nframeworks: [megatron]\n",
     "context parallelism": TINY + "goal: {fastest: true}\ncandidates: {nodes: dgx-a100-80gb, num_gpus: 8}\n"
     "axes: {tp: [1, 2], cp: [1, 2, 4], pp: [1, 2]}\n",
 }
