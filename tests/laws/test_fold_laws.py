@@ -353,7 +353,8 @@ def test_misplaced_trust_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 EVERY = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-2p", "zb-v", "v-half", "v-min", "dualpipev", "dualpipe")
-ZERO = {"ddp": (0,), "fsdp1": (2, 3), "fsdp2": (2, 3), "megatron": (0, 1), "deepspeed": (0, 1, 2, 3)}
+ZERO = {"ddp": (0,), "fsdp1": (2, 3), "fsdp2": (2, 3), "megatron": (0, 1, 2, 3), "deepspeed": (0, 1, 2, 3)}
+STATES = ("fp32", "bf16", "fp8")
 
 
 @st.composite
@@ -379,8 +380,17 @@ def layouts(draw: st.DrawFn) -> str:
     }  # fmt: skip
     if pp > 1:
         parallelism["layers_per_stage"] = layers
-    stages_of_zero = [z for z in ZERO[framework] if z < 2 or pp == 1 or framework != "deepspeed"]
-    parallelism["zero"] = draw(st.sampled_from(stages_of_zero))
+    stages_of_zero = [z for z in ZERO[framework] if z < 2 or pp == 1 or framework.startswith("fsdp")]
+    zero = parallelism["zero"] = draw(st.sampled_from(stages_of_zero))
+    precision, own = "bf16", dict[str, object]()
+    if framework == "megatron":
+        precision = draw(st.sampled_from(["bf16", "bf16", "fp8"]))
+        own["fp8_param_gather"] = zero > 0 and precision == "fp8" and draw(st.booleans())
+        own["use_precision_aware_optimizer"] = zero > 0 and draw(st.booleans())
+        if own["use_precision_aware_optimizer"]:
+            own["exp_avg_dtype"] = draw(st.sampled_from(STATES))
+        if zero > 1:
+            own["suggested_communication_unit_size"] = draw(st.sampled_from([1, 300_000, 10**9]))
     if cp > 1:
         exchanges = ["a2a"] if framework == "deepspeed" else ["p2p", "all_gather", "a2a"]
         parallelism["cp_comm"] = draw(st.sampled_from(exchanges))
@@ -400,11 +410,12 @@ def layouts(draw: st.DrawFn) -> str:
         "framework": framework,
         "parallelism": parallelism,
         "training": {
-            "sequence_length": 64, "micro_batch_size": 1, "global_batch_size": dp * microbatches, "precision": "bf16",
-            "attention": "flash-2", "code": "torch" if framework == "fsdp2" else "megatron",
+            "sequence_length": 64, "micro_batch_size": 1, "global_batch_size": dp * microbatches,
+            "precision": precision, "attention": "flash-2", "code": "torch" if framework == "fsdp2" else "megatron",
             "gradient_clipping": draw(st.sampled_from([0.0, 1.0])),
         },
         "faults": faults,
+        **({framework: own} if own else {}),
     }  # fmt: skip
     return yaml.safe_dump(asked)
 
