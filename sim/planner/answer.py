@@ -12,6 +12,7 @@ from sim.planner.schema import Plan
 from sim.planner.search import Discarded, Runner, Search, Tried, excess, goal_value, keeps_goal, misses
 from sim.planner.sensitivity import flips, memory_margin, on_slower_networks, optimistic
 from sim.planner.space import Candidate, scenario_of
+from sim.report.certainty import COVERAGE
 from sim.units import format_bytes, format_duration, format_energy, format_money, format_si
 
 SCHEMA_VERSION = 1
@@ -110,8 +111,9 @@ def entry(plan: Plan, one: Tried, economics: Economics, why: str) -> dict[str, A
         "power_w": cost.power_w,
         "keeps_goal": keeps_goal(plan, cost),
         "why": why,
-        "step": {"time_s": outcome["step_s"], **{f"{k}_s": v for k, v in outcome["parts"].items()},
-                 "mfu": outcome["mfu"], "tokens_per_s": outcome["tokens_per_s"]},
+        "step": {"time_s": outcome["step_s"], "band_s": outcome["step_band_s"],
+                 **{f"{k}_s": v for k, v in outcome["parts"].items()}, "mfu": outcome["mfu"],
+                 "tokens_per_s": outcome["tokens_per_s"]},
         "memory": {"peak_device_bytes": outcome["peak_device_bytes"], "capacity_bytes": outcome["capacity_bytes"],
                    "probability_fits": outcome["probability_fits"], "at_peak": dict(outcome["at_peak"]),
                    "beside": dict(outcome["beside"])},
@@ -188,6 +190,9 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
         f"{format_energy(cost.joules)}: a step of {format_duration(best.outcome['step_s'])} reaches "
         f"{best.outcome['mfu']:.0%} of the GPUs' peak."
     )
+    if (band := best.outcome["step_band_s"]) is not None:
+        low, high = (time_s / best.outcome["step_s"] - 1 for time_s in band)
+        text += f" {round(10 * COVERAGE)} like runs of 10 would take from {-low:.0%} less to {high:.0%} more."
     if (sure := best.outcome["probability_fits"]) is not None:
         text += f" It fits with a probability of {min(max(sure, 0.001), 0.999):.1%}."
     other = next((o for o in ranked if o is not best and o.candidate.site != c.site), None)

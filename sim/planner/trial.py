@@ -15,7 +15,7 @@ from sim.scenario.load import load_scenario_mapping
 from sim.scenario.schema import Scenario
 
 PARTS = ("compute", "exposed_communication", "bubble", "optimizer", "other")
-VERSION = 2
+VERSION = 3
 """Of what a trial holds: an older cache is not read."""
 
 
@@ -36,6 +36,7 @@ _NOTHING: dict[str, Any] = {
     "at_peak": {},
     "beside": {},
     "probability_fits": None,
+    "step_band_s": None,
 }
 """The outcome of what was not simulated."""
 
@@ -117,4 +118,5 @@ def outcome(report: Report) -> dict[str, Any]:
         "at_peak": dict(fullest.at_peak),
         "beside": dict(fullest.beside),
         "probability_fits": report.confidence.probability_fits if report.confidence else None,
+        "step_band_s": data["step"].get("band_s"),
     }

@@ -61,12 +61,12 @@ class Pretended:
 def outcome(step_s: float, peak: int, capacity: int) -> dict[str, Any]:
     fits = peak <= capacity
     return {
-        "version": 2, "fits": fits, "fits_gpu": fits, "step_s": step_s,
+        "version": 3, "fits": fits, "fits_gpu": fits, "step_s": step_s,
         "parts": {"compute": step_s * 0.6, "exposed_communication": step_s * 0.3, "bubble": 0.0,
                   "optimizer": step_s * 0.05, "other": step_s * 0.05},
         "exposed": {"tp": step_s * 0.25, "dp": step_s * 0.05}, "mfu": 0.4, "tokens_per_s": 1e5,
         "peak_device_bytes": min(peak, capacity), "capacity_bytes": capacity,
         "short_bytes": max(0, peak - capacity), "short_stage": 0, "host_short_bytes": 0,
         "at_peak": {"parameters": peak // 2, "activations": peak // 4}, "beside": {"nccl": peak // 8},
-        "probability_fits": None,
+        "probability_fits": None, "step_band_s": [step_s * 0.9, step_s * 1.5],
     }  # fmt: skip
