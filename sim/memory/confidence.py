@@ -79,6 +79,8 @@ def confidence(
     )
     laplace = allocated * ALLOCATED_SCALE
     low, high = _band(allocated, laplace, even)
+    estimate = allocated + fragmentation + outside.total_bytes  # at the end of parts that can only be more
+    low, high = min(low, estimate), max(high, estimate)
     missing = footprint.out_of_memory
     if missing is None:  # no GPU ever holds more than it has
         low, high = min(low, total_bytes), min(high, total_bytes)

@@ -30,10 +30,6 @@ class Optimizer:
     states: tuple[str, ...]
     kernels: tuple[tuple[str, str, str], ...]
 
-    @property
-    def has_temporary(self) -> bool:
-        return any("t" in reads + writes for _, reads, writes in self.kernels)
-
 
 _ADAM = (
     ("lerp_ (first moment)", "mg", "m"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sim.report.layout import Line, Screen, fold, grid
-from sim.units import format_bytes, format_duration, format_energy, format_money
+from sim.units import format_duration, format_energy, format_money
 
 MAX_RANKED = 12
 MAX_REASONS = 6
@@ -118,7 +118,3 @@ def csv_text(answer: Mapping[str, Any]) -> str:
             one["memory"]["peak_device_bytes"], one["memory"]["capacity_bytes"], one["why"],
         ])  # fmt: skip
     return out.getvalue()
-
-
-def memory_words(one: Mapping[str, Any]) -> str:
-    return f"{format_bytes(one['memory']['peak_device_bytes'])} of {format_bytes(one['memory']['capacity_bytes'])}"
