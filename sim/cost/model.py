@@ -49,6 +49,8 @@ RING_MEMORY_BYTES = 3.0
 from there, and reads what it adds or writes the result (NCCL, src/device/prims_simple.h: recvReduceCopySend)."""
 NVLS_MEMORY_BYTES = 2.0
 """The switch reduces and multicasts: each GPU reads and writes a byte once (src/device/prims_simple.h, MULTIMEM)."""
+COPY_MEMORY_BYTES = 2.0
+"""A copy engine reads each byte that goes, and writes each that comes."""
 MOST_TAKEN = 0.5
 """Largest share of SMs or bandwidth that collectives are taken to hold: what computes has at least an equal part."""
 _TOKENS = ("batch", "seq")
@@ -117,6 +119,8 @@ class CostModel:
     def memory_bytes(self, traffic: Traffic) -> float:
         """Return the bytes that a collective moves in the memory of each GPU."""
         algorithm = traffic.algorithm.partition("/")[0]
+        if algorithm == "copy":
+            return traffic.wire_bytes * COPY_MEMORY_BYTES
         return traffic.wire_bytes * (NVLS_MEMORY_BYTES if algorithm.startswith("nvls") else RING_MEMORY_BYTES)
 
     def _price(self, kernel: Kernel, beside: Beside | None = None) -> float:
@@ -133,6 +137,7 @@ class CostModel:
                 over_tokens,
                 kernel.result,
                 kernel.accumulates,
+                kernel.pieces,
             )
         elif isinstance(kernel, Pointwise):
             key = (kernel.kind, kernel.moved_bytes, kernel.flops)
@@ -216,7 +221,8 @@ class CostModel:
         factor = alignment_factor(*rows, machine.element_bytes, alignment)
         if self._source.limited == 1.0:
             factor *= self._source.power
-        time_s = gemm_s(m, n, k, batch, machine, coefficients, factor, self._settings.sustained)
+        time_s = gemm_s(m, n, k, batch * kernel.pieces, machine, coefficients, factor, self._settings.sustained)
+        time_s /= kernel.pieces
         if kernel.accumulates or kernel.result is not None:
             c_bytes = DTYPE_BYTES[kernel.result or "bf16"] * (2 if kernel.accumulates else 1)
             exposed = efficiency.exposed_accumulation(self._source)

@@ -954,6 +954,8 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
         return Traffic("none", (), 0)
     wire_bytes = collective.wire_bytes(kind, n, tensor_bytes)
     loads: Loads = {}
+    if kind == "shift":
+        return _plan_shift(cluster, groups, tensor_bytes)
     if kind == "all_to_all":
         return _plan_all_to_all(cluster, groups, tensor_bytes, wire_bytes)
     if kind == "barrier":
@@ -1069,6 +1071,30 @@ def _nvls_bytes_per_s(cluster: Cluster, graph: RingGraph, kind: str) -> float:
     heads = min(len(graph.nodes[0][1]), MAX_NVLS_HEADS)
     per_byte = 1 + 1 / heads if kind == "all_reduce" else 1.0
     return NVLS_EFFICIENCY[_generation(cluster)] * _nvlink_bytes_per_s(cluster, graph) / per_byte
+
+
+SHIFT_S = 5e-6
+"""Time of a copy between GPUs beside its bytes and wires: assumed. The copy engine starts after 2 to 3 us (what the
+matrix of latencies of cuda-samples' p2pBandwidthLatencyTest has on A100 and H100), a kernel sets the flag that the
+other rank waits for."""
+
+
+SHIFT_SMS = 1
+"""A block that sets flags and waits for them: ``num_sm`` of a ring exchange in Transformer Engine's initialize_ub."""
+
+
+def _plan_shift(cluster: Cluster, groups: Sequence[tuple[int, ...]], tensor_bytes: int) -> Traffic:
+    """Return the traffic of copies of ``tensor_bytes`` from every rank of a group to the next, by the copy engines."""
+    loads: Loads = {}
+    latency_s = group_s = 0.0
+    for group in groups:
+        for source, target in zip(group, (*group[1:], group[0]), strict=True):
+            route = cluster.route(source, target)
+            latency_s = max(latency_s, route.latency_s)
+            for link in route.links:
+                loads[link] = loads.get(link, 0.0) + tensor_bytes
+        group_s = group_s or _links_s(cluster, loads)
+    return Traffic("copy", (_phase(SHIFT_S + latency_s, loads, group_s),), tensor_bytes, SHIFT_SMS)
 
 
 def _plan_all_to_all(

@@ -107,7 +107,7 @@ def _parallelism(said: Imported, given: Mapping[str, Any]) -> None:
     if given.get("enable_cpu_offload") is True:
         said.say("fsdp2.cpu_offload", True, "enable_cpu_offload")
     if given.get("enable_async_tensor_parallel") is True:
-        said.notes.append("enable_async_tensor_parallel: not simulated; tensor-parallel exchanges show as exposed")
+        said.say("fsdp2.async_tensor_parallel", degree("tensor_parallel_degree") > 1, "enable_async_tensor_parallel")
     said.say("fsdp2.wrap", "torchtitan", "torchtitan's apply_fsdp")
 
 

@@ -77,7 +77,8 @@ class Gemm:
     """C[batch, m, n] = A[batch, m, k] @ B[batch, k, n], accumulated in fp32.
 
     C is written once, as wide as the operands (8-bit ones: 16 bits), unless ``result`` names its dtype;
-    ``accumulates``: C += A @ B, so that it is read too.
+    ``accumulates``: C += A @ B, so that it is read too. ``pieces``: one of so many equal products that run on streams in
+    turn, the next one's tiles where the last wave of one leaves SMs idle.
     """
 
     m: Shape
@@ -87,6 +88,7 @@ class Gemm:
     batch: Shape = ()
     result: DType | None = None
     accumulates: bool = False
+    pieces: int = 1
 
     @property
     def flops(self) -> int:
@@ -148,10 +150,10 @@ class Exchange:
     """A collective that is part of a layer's own forward or backward: tensor, sequence, context or expert parallelism.
 
     ``tensor`` is the whole message in nccl-tests' sense: an all-gather's output, a reduce-scatter's input, else the
-    buffer. ``blocking``: the compute stream waits for it; else only the op that reads its output does (``Op.awaits``).
+    buffer; a shift (a copy to another rank of the group, from another) what each rank sends. ``blocking``: the compute stream waits for it; else only the op that reads its output does (``Op.awaits``).
     """
 
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv"]
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv", "shift"]
     axis: str
     tensor: Tensor
     blocking: bool = True

@@ -17,7 +17,9 @@ from typing import Literal
 from sim.ir.ledger import DType, Kernel
 
 Category = Literal["parameters", "gradients", "optimizer", "activations", "buffers", "temporary"]
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all", "barrier"]
+CollectiveKind = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all", "barrier", "shift"
+]
 
 COMPUTE = "compute"
 """The stream that torch calls the current one."""

@@ -55,6 +55,8 @@ class Messages:
     ``batched``     what a turn sends, and receives for later turns, is one exchange after it, waited for as a whole
     ``remembers``   the function that runs the passes still has what the last backward took and gave in its variables
     ``parts``       ranks of the axis "tp" over which a tensor is divided to be sent; who receives it gathers it
+    ``described``   parts come with what they are of, are cloned, and an output's is all that is kept of it; else a part
+                    is a slice of what is sent, and what was received is gathered once the exchange has been waited for
     """
 
     ahead: Literal["never", "turn", "always"]
@@ -65,6 +67,7 @@ class Messages:
     lands: bool = False
     batched: bool = False
     parts: int = 1
+    described: bool = False
     remembers: bool = False
 
 
@@ -76,8 +79,11 @@ MEGATRON_OVERLAP = Messages("turn", waits="next", host_waits=False, frees_sent=T
 steady state run beside the next pass, those of warm-up and cool-down are waited for."""
 MEGATRON_INTERLEAVED = Messages("never", waits="once", host_waits=True, frees_sent=True, batched=True)
 """The same without ``overlap_p2p_comm``: all messages of a turn are one batch (``send_forward_recv_forward``,
-``send_forward_backward_recv_forward_backward``), tensors of later passes among them."""
-DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False, lands=True)
+``send_forward_backward_recv_forward_backward``), tensors of later passes among them.
+
+With ``parts`` the three are ``scatter_gather_tensors_in_pipeline`` of 2021 to 2023 (megatron/p2p_communication.py):
+``split_tensor_into_1d_equal_chunks`` takes a slice, ``gather_split_1d_tensor`` comes after the wait for the device."""
+DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False, lands=True, described=True)
 """deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward.
 ``pipe_recv_buf`` and ``grad_layer`` are one buffer (``_allocate_or_extend_buffers`` of pipe/engine.py). With tensor
 parallelism each rank sends a part (``is_pipe_partitioned``, ``is_grad_partitioned``)."""
@@ -148,6 +154,7 @@ class Exchange:
         self.borders = borders
         self.messages = messages
         self.chunks: dict[str, Chunk] = {}
+        self.slices = messages.parts > 1 and not messages.described
         self._parts: dict[tuple[Way, int], Storage] = {}
         self._bound: dict[str, bool] = {}
         self._sources: dict[tuple[int, str], Route | None] = {}
@@ -306,6 +313,13 @@ class Exchange:
             exchanged = True
         if exchanged:
             self._call(calls, "synchronize", (*made, *arriving)[0], _synchronize)
+        for pass_ in arriving:
+            self._gather(calls, pass_, "forward" if pass_.kind == "forward" else "backward")
+
+    def _gather(self, calls: list[Call], pass_: Pass, way: Way) -> None:
+        """Gather what was received in part, where who sent it did not describe it."""
+        if self.slices:
+            self._call(calls, f"gather.{way}.{pass_.chunk}", pass_, partial(self._gathered, way, pass_.chunk))
 
     def _joined(self, calls: Sequence[Call]) -> list[Call]:
         """Return the calls with neighbours made one where they are of one microbatch, or of none in particular."""
@@ -422,6 +436,7 @@ class Exchange:
             self._call(calls, f"received.{name}", pass_, lambda: self._received(name, way, pass_.chunk))
             if sync and self.messages.host_waits:
                 self._call(calls, "synchronize", pass_, _synchronize)
+            self._gather(calls, pass_, way)
             return
         route = incoming(self.placement, self.rank, pass_.chunk, way, self.p, self.v)
         if route is not None:  # from another chunk of this rank: the same memory under another name
@@ -445,7 +460,7 @@ class Exchange:
             out: list[Instruction] = [Wait(f"sent {name}", COMPUTE)]
             if way == "backward":
                 out.append(Free(_some(border.grad_input)))
-                if self.messages.parts > 1:
+                if self.messages.parts > 1 and not self.slices:
                     out.append(Free(self._part(way, pass_.chunk)))
             elif self.messages.frees_sent:
                 out.append(Free(_some(border.output)))
@@ -457,7 +472,7 @@ class Exchange:
         border = self.borders[chunk]
         tensor = _some(border.output if way == "forward" else border.grad_input)
         stream = f"p2p:{route.axis}.send"
-        if self.messages.parts > 1:
+        if self.messages.parts > 1 and not self.slices:
             return self._send_part(way, chunk, route, tensor, stream)
         let_go: list[Instruction] = []
         if self.messages.waits == "never" and (way == "backward" or self.messages.frees_sent):
@@ -466,7 +481,7 @@ class Exchange:
             Mark(way, "pipeline"),
             Record(f"{stream} ready", COMPUTE),
             Wait(f"{stream} ready", stream),
-            Send(f"{way}.send", f"{route.axis}.send", tensor.num_bytes, stream),
+            Send(f"{way}.send", f"{route.axis}.send", -(-tensor.num_bytes // self.messages.parts), stream),
             Record(f"sent {way}.{chunk}", stream),
             *let_go,
         ]
@@ -509,13 +524,16 @@ class Exchange:
     def _release(self, chunk: int) -> list[Instruction]:
         """Let an output go after its backward, and its part with it."""
         output = _some(self.borders[chunk].output)
-        return [Free(output), *((Free(self._part("forward", chunk)),) if self.messages.parts > 1 else ())]
+        parts = self.messages.parts > 1 and not self.slices
+        return [Free(output), *((Free(self._part("forward", chunk)),) if parts else ())]
 
     def _recv(self, way: Way, chunk: int, route: Route) -> list[Instruction]:
         buffer = _received(self.borders[chunk], way)
         stream = f"p2p:{route.axis}.recv"
         axis = f"{route.axis}.recv"
-        parts = self.messages.parts > 1
+        parts = self.messages.parts > 1 and not self.slices
+        if self.slices:
+            buffer = self._slice(way, chunk)
         return [
             Mark(way, "pipeline"),
             *(() if parts or (self.messages.lands and way == "forward") else (Alloc(buffer),)),
@@ -529,7 +547,7 @@ class Exchange:
     def _received(self, name: str, way: Way, chunk: int) -> list[Instruction]:
         """Wait for a message; where it has landed in the buffer of all, copy an activation out of it (``clone``)."""
         out: list[Instruction] = [Wait(f"received {name}", COMPUTE)]
-        if self.messages.parts > 1:
+        if self.messages.parts > 1 and not self.slices:
             border, num_bytes = self.borders[chunk], self._message_bytes(way, chunk)
             if way == "forward":
                 return [*out, copy("clone", num_bytes, "uint8", "uint8"), *self._whole(_some(border.input), num_bytes)]
@@ -539,6 +557,30 @@ class Exchange:
             num_bytes = self._message_bytes(way, chunk)
             out += [Alloc(_received(self.borders[chunk], way)), copy("clone", num_bytes, "uint8", "uint8")]
         return out
+
+    def _slice(self, way: Way, chunk: int) -> Storage:
+        """Return what a part is received into: one for each microbatch."""
+        found = self._parts.get((way, chunk))
+        if found is None:
+            whole = _received(self.borders[chunk], way)
+            num_bytes = -(-whole.num_bytes // self.messages.parts)
+            found = Storage(f"part of {whole.name}", num_bytes, "activations", per_microbatch=True)
+            self._parts[way, chunk] = found
+        return found
+
+    def _gathered(self, way: Way, chunk: int) -> list[Instruction]:
+        """``gather_split_1d_tensor``: an all-gather into a new tensor; the part goes when its name is assigned anew."""
+        whole, part = _received(self.borders[chunk], way), self._slice(way, chunk)
+        return [
+            Mark(way, "pipeline"),
+            Alloc(whole),
+            Record("parts ready", COMPUTE),
+            Wait("parts ready", "nccl:tp"),
+            Collective("parts", "all_gather", "tp", whole.num_bytes, "uint8", "nccl:tp"),
+            Record("parts gathered", "nccl:tp"),
+            Wait("parts gathered", COMPUTE),
+            Free(part),
+        ]
 
     def _whole(self, tensor: Storage, part_bytes: int) -> list[Instruction]:
         """Gather a tensor from its parts: ``PartitionedTensor.full``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sim.ir.ledger import DType, Ledger
 from sim.parallel.emit import Recompute
@@ -94,7 +94,20 @@ def transformed(ledger: Ledger, scenario: Scenario) -> Ledger:
         from sim.parallel.fuse import compile_ledger
 
         ledger = compile_ledger(ledger, recompute_of(scenario), loss=scenario.training.loss == "compiled")
+    if (way := overlaps_tp(scenario)) is not None:
+        from sim.parallel.overlap_tp import overlapped
+
+        ledger = overlapped(ledger, scenario.parallelism.tp, way)
     return ledger
+
+
+def overlaps_tp(scenario: Scenario) -> Literal["userbuffers", "symmetric"] | None:
+    """Return how exchanges over tp run beside products in pieces, if they do."""
+    if scenario.parallelism.tp == 1:
+        return None
+    if scenario.framework == "megatron" and scenario.megatron.tp_comm_overlap:
+        return "userbuffers"
+    return "symmetric" if scenario.framework == "fsdp2" and scenario.fsdp2.async_tensor_parallel else None
 
 
 def recompute_of(scenario: Scenario) -> Recompute:

@@ -928,6 +928,36 @@ class _Resolver:
             if values.get(name, 0) > most
         )
 
+    def tensor_parallel_overlap(self, megatron: Mapping[str, Any], fsdp2: Mapping[str, Any]) -> None:
+        """Exchanges in pieces: all-gathers and reduce-scatters, between GPUs that reach each other's memory.
+
+        Sources: megatron/training/arguments.py (``tp_comm_overlap``); torchtitan, "Async TP requires torch.compile".
+        """
+        d = self.draft
+        keys = (("megatron", "tp_comm_overlap", megatron), ("fsdp2", "async_tensor_parallel", fsdp2))
+        for section, name, values in keys:
+            if not values.get(name):
+                continue
+            path, key = (section, name), f"{section}.{name}"
+            if d.knows("sp") and not d.sp:
+                what = f"{key} needs sequence parallelism, but parallelism.sp is false"
+                self.problems.append(
+                    Problem(path, what, f"write parallelism.sp: true and a tp above 1, or {name}: false")
+                )
+            if section == "fsdp2" and d.knows("compile") and not d.compile:
+                what = f"{key} is Inductor's, but training.compile is false"
+                self.problems.append(Problem(path, what, f"write training.compile: true, or {name}: false"))
+            if section == "megatron" and values.get("transformer_impl") == "local":
+                what = f"{key} is Transformer Engine's, but megatron.transformer_impl is local"
+                self.problems.append(
+                    Problem(path, what, f"write transformer_impl: transformer_engine, or {name}: false")
+                )
+            if d.knows("tp") and d.knows("node"):
+                reach = d.node.nvlink_domain_nodes * sum(kind == "gpu" for _, kind in d.node.devices)
+                if d.tp > reach:
+                    what = f"{key} copies between GPUs of one node, but tp {d.tp} spans several of {reach}"
+                    self.problems.append(Problem(path, what, f"write tp: {reach} or less, or {name}: false"))
+
     def fsdp(self, values: dict[str, Any], framework: str | None) -> None:
         """Shard groups divide the data-parallel ranks; what reshards keeps slices over a part of a group."""
         d = self.draft
@@ -1159,6 +1189,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     megatron = r.settings("megatron", fields.MEGATRON, top.get("megatron"), framework, "megatron")
     r.megatron(megatron, framework)
     r.fsdp(fsdp2 if framework == "fsdp2" else fsdp1, framework)
+    r.tensor_parallel_overlap(megatron, fsdp2)
     allocator = _allocator(r, top.get("allocator"))
     d.faults = top.get("faults", {})
     calibration = _calibration(r, top.get("calibration"))

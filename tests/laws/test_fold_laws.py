@@ -229,6 +229,9 @@ LAYOUTS = (
     ("framework=deepspeed", "parallelism={zero: 2}"),
     ("framework=deepspeed", "parallelism={zero: 3}", "cluster.num_nodes=2", "cluster.num_gpus=16"),
     ("framework=megatron", "parallelism={tp: 2, pp: 2}"),
+    ("framework=megatron", "parallelism={tp: 2, pp: 2}", "megatron.scatter_gather_tensors_in_pipeline=true"),
+    ("framework=megatron", "parallelism={tp: 4, sp: true}", "megatron.tp_comm_overlap=true"),
+    ("framework=fsdp2", "parallelism={tp: 2, sp: true}", "training.compile=true", "fsdp2.async_tensor_parallel=true"),
 )
 FAULTS = ("{}", "{slow: [{rank: 5, factor: 0.8}]}", "{links: [{between: [node0.gpu1, node0.nvswitch0], factor: 0.5}]}")
 

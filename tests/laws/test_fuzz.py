@@ -243,9 +243,12 @@ def _of_megatron(draw: random.Random, axes: dict[str, int], scenario: dict[str, 
         accumulate_allreduce_grads_in_fp32=[True, False],
         gradient_accumulation_fusion=[False],
         overlap_p2p_communication=[False],
+        scatter_gather_tensors_in_pipeline=[True],
         check_for_nan_in_grad=[False],
         bucket_size=[1000],
     )
+    if scenario["parallelism"].get("sp") and axes.get("tp", 1) > 1 and draw.random() < 0.25:
+        scenario["megatron"]["tp_comm_overlap"] = True
     if sharded and scenario["megatron"].get("overlap_grad_reduce"):
         scenario["megatron"]["overlap_param_gather"] = draw.choice([True, False])
 

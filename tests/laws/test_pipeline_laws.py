@@ -227,7 +227,14 @@ def test_activations_held_are_those_of_the_order(case: tuple[str, int, int, int]
     cases(EVERY),
     st.booleans(),
     st.sampled_from(["none", "selective", "full"]),
-    st.sampled_from([{}, {"overlap_grad_reduce": True}, {"overlap_p2p_communication": False}]),
+    st.sampled_from(
+        [
+            {},
+            {"overlap_grad_reduce": True},
+            {"overlap_p2p_communication": False},
+            {"scatter_gather_tensors_in_pipeline": True},
+        ]
+    ),
 )
 def test_nothing_of_a_step_is_held_when_it_ends(
     case: tuple[str, int, int, int], tied: bool, recompute: str, megatron: dict[str, Any]
