@@ -104,6 +104,7 @@ class _Chunk:
         self._active: list[_Taken] = []
         self._sms = self._memory = 0
         self._ending = _NEVER
+        self._told = False
         self._all: tuple[_Stream, ...] = ()
         self._own: dict[int, _Taken] = {}
         self._slower: dict[tuple[int, int, int], int] = {}
@@ -189,14 +190,18 @@ class _Chunk:
         """Do what comes next in time; False once there is nothing."""
         first: _Stream | None = None
         soonest = limit = _NEVER
+        self._told, blocked = False, False
         for stream in self._all:
             when = stream.when
             if when < 0:
                 when = self._ready(stream)
+                blocked |= stream.when < 0
             if when < soonest:
                 first, soonest, limit = stream, when, soonest
             elif when < limit:
                 limit = when
+        if blocked and self._told:  # an event that one of them waited for may have happened meanwhile
+            return True
         ending = self._ending
         if ending <= soonest:
             if ending == _NEVER:
@@ -233,6 +238,7 @@ class _Chunk:
             cell = cast("list[int]", what)
             if kind == _RECORD:
                 cell[0] = stream.now
+                self._told = True
             elif cell[0] < 0:
                 return _NEVER
             elif cell[0] > stream.now:

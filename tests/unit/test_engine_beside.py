@@ -80,6 +80,13 @@ def test_a_collective_that_the_compute_stream_waits_for_slows_nothing_down() -> 
     )  # fmt: skip
 
 
+def test_events_may_go_through_another_stream_and_back() -> None:
+    """The compute stream waits for one that has waited for it: what comes then runs beside the gather as ever."""
+    through = (Record("a", COMPUTE), Wait("a", OTHER), Record("b", OTHER), Wait("b", COMPUTE))
+    after = (Record("c", COMPUTE), Wait("c", SIDE), collective(50), kernel(100))
+    assert found(kernel(30), *through, *after) == {8: 125}
+
+
 def test_what_the_host_issues_after_a_wait_comes_after_it() -> None:
     """The gather is issued when the first kernel has ended."""
     assert found(kernel(100), Record("e", COMPUTE), HostWait("e"), collective(50), kernel(30)) == {4: 55}
