@@ -125,10 +125,17 @@ class _Chunk:
         gates: list[list[int]] = []
         runs: dict[str, _Run] = {}
         duration, takes = self._duration, False
+        waited = ""  # the stream whose last kernel the host has waited for
         for index, step in enumerate(chunk):
             kind = step.__class__
             if kind not in _KINDS:
                 continue
+            if waited and kind is not HostWait and step.stream != waited:  # type: ignore[union-attr]
+                cell = [-1]
+                self._stream(waited, gates).items.append((_RECORD, cell))
+                gates.append(cell)
+                runs.clear()
+                waited = ""
             item: _Item
             if kind is Compute:
                 name, kernel = step.stream, step.kernel  # type: ignore[union-attr]
@@ -139,6 +146,8 @@ class _Chunk:
                 alone = duration(kernel)
                 run.kernels.append((index, kernel, alone))
                 run.total += alone
+                if step.blocking:  # type: ignore[union-attr]
+                    waited = name
                 continue
             if kind is Record:
                 cell = latest[step.event] = [-1]  # type: ignore[union-attr]

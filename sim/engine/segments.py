@@ -206,7 +206,11 @@ def compile_chunk(
                 first = step
             launch, duration = of(step.kernel, step.caller)
             offset += launch
-            kernels.append((index, offset, beside.get(index, duration) if beside else duration))
+            if beside:
+                duration = beside.get(index, duration)
+            kernels.append((index, offset, duration))
+            if step.blocking:
+                offset += duration
             continue
         elif isinstance(step, Mark):
             if step == mark:

@@ -55,12 +55,16 @@ autograd engine, or the model's Python just after a checkpoint's own (the first 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """One kernel on ``stream``. ``op`` names the op of the ledger (or framework) it belongs to."""
+    """One kernel on ``stream``. ``op`` names the op of the ledger (or framework) it belongs to.
+
+    ``blocking``: the stream is empty when the kernel is issued, and the host goes on when it has run.
+    """
 
     op: str
     kernel: Kernel
     stream: str = COMPUTE
     caller: Caller = "framework"
+    blocking: bool = False
 
 
 @dataclass(frozen=True, slots=True)

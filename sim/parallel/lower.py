@@ -205,6 +205,10 @@ def lower(ledger: Ledger, scenario: Scenario, places: Places | None = None, *, f
 
     colours = [mesh.coordinates(rank)["pp"] for rank in range(mesh.world_size)]
     written = [_program(job, stage, num_ranks) for stage in range(num_ranks)]
+    if scenario.training.launch_blocking:
+        from sim.parallel.blocking import blocking
+
+        written = blocking(written)
     folding = fold(mesh, colours, axes=_axes(written), pairs=_pairs(job), places=places, folded=folded)
     programs = tuple(
         replace(written[colours[ranks[0]]], ranks=ranks, axes=dict(axes))

@@ -89,6 +89,7 @@ class Draft(_Partial):
     compile: bool
     norms: str | None
     metrics: int
+    launch_blocking: bool
     recompute_interval: int
     code: str
     checkpoint: str

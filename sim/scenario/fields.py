@@ -205,6 +205,7 @@ TRAINING: dict[str, Key] = {
                          " code: megatron there."),
     "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
     "compile": boolean("Whether torch.compile fuses the model."),
+    "launch_blocking": boolean("CUDA_LAUNCH_BLOCKING=1: the host waits for each kernel."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),
 }  # fmt: skip
 

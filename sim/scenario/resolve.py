@@ -521,6 +521,7 @@ class _Resolver:
             self._selective(framework)
         d.norms = values.get("norms")
         d.metrics = values.get("metrics", 0)
+        d.launch_blocking = values.get("launch_blocking", False)
         d.recompute_interval = values.get("recompute_interval", 1)
         if d.recompute_interval > 1 and d.knows("recompute") and d.recompute == "none":
             self.warnings.append(f"recompute_interval {d.recompute_interval} changes nothing: recompute is none")
@@ -1361,6 +1362,7 @@ def _scenario(
             loss=cast("Any", d.loss),
             norms=cast("Any", d.norms),
             metrics=d.metrics,
+            launch_blocking=d.launch_blocking,
             recompute_interval=d.recompute_interval,
             checkpoint=cast("Any", d.checkpoint),
         ),

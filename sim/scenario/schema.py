@@ -132,6 +132,8 @@ class Training(_Frozen):
     gradient_clipping: float = Field(default=0.0, ge=0.0)
     """Largest norm; 0 is no clipping."""
     compile: bool = False
+    launch_blocking: bool = False
+    """``CUDA_LAUNCH_BLOCKING=1``: the host waits for each kernel."""
     code: ModelCode
     """Whose modules run: plain torch (fused norms), Hugging Face's eager code, or Megatron's fused kernels."""
     loss: (
