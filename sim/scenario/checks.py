@@ -442,6 +442,8 @@ def loss_is_the_codes(d: Draft) -> Iterator[Problem]:
         if d.code == "megatron"
         else ("eager", "fused", "kernel", "chunked", "linear-fused")
     )
+    if d.code == "huggingface" and d.framework == "deepspeed" and d.tp > 1:  # Megatron's, around blocks op by op
+        usual = (*usual, "vocab-parallel")
     if d.compile and d.code == "torch":
         usual = ("eager", "compiled", *usual[1:])
     if d.loss == "compiled" and not d.compile:
@@ -717,7 +719,7 @@ def offload_needs_stage(d: Draft) -> Iterator[Problem]:
 
 
 def checkpoints_are_somewhere(d: Draft) -> Iterator[Problem]:
-    """What ``configure`` in deepspeed/runtime/activation_checkpointing/checkpointing.py asserts, and what would run out."""
+    """What ``configure`` asserts (deepspeed/runtime/activation_checkpointing/checkpointing.py), and what would run out."""
     path = ("training", "checkpoint")
     if d.checkpoint == "deepspeed" and d.framework != "deepspeed":
         yield Problem(path, f"checkpoint deepspeed, but framework is {d.framework}", "leave checkpoint out")

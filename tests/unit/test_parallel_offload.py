@@ -259,3 +259,15 @@ def test_checkpoints_that_are_torchs_know_nothing_of_deepspeed() -> None:
     extra = {"deepspeed": {"activation_checkpointing": {"cpu_checkpointing": True}}}
     program = program_of("deepspeed", extra, recompute="full", code="huggingface")
     assert not copied(step(program), "device_to_host")
+
+
+def test_megatrons_loss_around_blocks_op_by_op_gathers_no_logits() -> None:
+    """Megatron-LM without fused kernels under DeepSpeed: transformers' eager code stands for its blocks."""
+
+    def gathered(loss: str) -> list[int]:
+        program = program_of("deepspeed", {}, 2, code="huggingface", loss=loss)
+        return [i.tensor_bytes for i in step(program) if isinstance(i, Collective) and i.kind == "all_gather"
+                and i.axis == "tp"]  # fmt: skip
+
+    assert gathered("eager") == [2 * SEQUENCE * VOCAB]
+    assert gathered("vocab-parallel") == []
