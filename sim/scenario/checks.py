@@ -719,7 +719,7 @@ def offload_needs_stage(d: Draft) -> Iterator[Problem]:
 
 
 def checkpoints_are_somewhere(d: Draft) -> Iterator[Problem]:
-    """What ``configure`` asserts (deepspeed/runtime/activation_checkpointing/checkpointing.py), and what would run out."""
+    """What ``configure`` of deepspeed/runtime/activation_checkpointing/checkpointing.py asserts; what would run out."""
     path = ("training", "checkpoint")
     if d.checkpoint == "deepspeed" and d.framework != "deepspeed":
         yield Problem(path, f"checkpoint deepspeed, but framework is {d.framework}", "leave checkpoint out")
