@@ -10,10 +10,8 @@ So nothing is counted twice: a run that is within what its parts are known to ha
 extrapolated has less of it. ``below`` and ``above`` are quantiles of the excess in which every source weighs the same.
 They are not alike: most runs are slower than their parts.
 
-The runs of one source are alike, so a new run is not one more of many runs but a run of one more source. Lee, Barber
-and Willett, "Distribution-free inference with hierarchical data" (arXiv 2306.06342): of K sources those quantiles are
-taken that hold 0.9 (K + 1) / K of them, as one more may be anywhere. Whether nine in ten of the runs of a source that
-is not among them are then inside is counted: ``left_out``.
+The runs of one source are alike, so a new run is not one more of these but one of another source. Whether nine in ten
+of the runs of a source that is not among them are inside is counted with each source left out in turn: ``left_out``.
 """
 
 from __future__ import annotations
@@ -104,18 +102,12 @@ def weighted(points: Sequence[Point]) -> list[tuple[Point, float]]:
     return [(point, 1 / len(own)) for own in by_source(points).values() for point in own]
 
 
-def limits_of(points: Sequence[Point], coverage: float = COVERAGE, one_more: bool = True) -> Limits:
-    """Return the limits that hold ``coverage`` of the runs, of one more source if ``one_more``.
-
-    At most half of what may be outside is below; what is not is left to be above.
-    """
-    num_sources = len(by_source(points))
-    more = (num_sources + 1) / num_sources if one_more else 1.0
-    outside = 1 - min(1.0, coverage * more)
+def limits_of(points: Sequence[Point], coverage: float = COVERAGE) -> Limits:
+    """Return the limits outside which a half of what ``coverage`` leaves is below, and as much above, at most."""
+    up_to = (1 + min(1.0, coverage)) / 2
     excess = [(point.excess, weight) for point, weight in weighted(points)]
-    below = max(0.0, quantile([(-value, weight) for value, weight in excess], 1 - outside / 2))
-    under = sum(weight for value, weight in excess if value < -below) / num_sources
-    return Limits(below, max(0.0, quantile(excess, 1 - outside + under)))
+    below = quantile([(-value, weight) for value, weight in excess], up_to)
+    return Limits(max(0.0, below), max(0.0, quantile(excess, up_to)))
 
 
 def left_out(points: Sequence[Point]) -> dict[str, tuple[Limits, float]]:

@@ -8,7 +8,8 @@ will do (``--limit 300``) if every source has some. The method is that of ``sim/
 
 What was tried instead is printed beside it, each source left out in turn: the share held, and the interval score of
 Gneiting and Raftery, "Strictly proper scoring rules, prediction, and estimation" (2007), section 6.2: the width, and 20
-times by how much a run is outside; in logarithms, every source weighing the same. Less is better.
+times by how much a run is outside; in logarithms, every source weighing the same. Less is better. "As one more source
+may be anywhere" holds 0.9 (K + 1) / K of K sources, after Lee, Barber and Willett (arXiv 2306.06342).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def score(limits: Limits, point: Point) -> float:
     return high - low + 2 / (1 - COVERAGE) * outside
 
 
-def alternative(points: Sequence[Point], group: Group, one_more: bool = True) -> tuple[float, float, float]:
+def alternative(points: Sequence[Point], group: Group, coverage: float = COVERAGE) -> tuple[float, float, float]:
     """Return the share held, the median width and the mean score, sources left out in turn and weighing the same."""
     sources = by_source(points)
     held, scores, widths = [], [], []
@@ -61,7 +62,7 @@ def alternative(points: Sequence[Point], group: Group, one_more: bool = True) ->
         found: dict[str, Limits] = {}
         for name in {group(p): None for p in own}:
             like = [p for p in others if group(p) == name]
-            found[name] = limits_of(like if len(by_source(like)) >= FEWEST_SOURCES else others, one_more=one_more)
+            found[name] = limits_of(like if len(by_source(like)) >= FEWEST_SOURCES else others, coverage)
         held.append(fmean(found[group(p)].hold(p) for p in own))
         scores.append(fmean(score(found[group(p)], p) for p in own))
         widths += [ends(found[group(p)], p.deviation)[1] - ends(found[group(p)], p.deviation)[0] for p in own]
@@ -111,7 +112,10 @@ def main() -> None:
     tried = {name: alternative(points, group) for name, group in GROUPS.items()}
     whole = [replace(p, deviation=0.0) for p in points]
     tried["whole runs alone, whatever their parts"] = alternative(whole, GROUPS["all alike"])
-    tried["as if a new source were like these"] = alternative(points, GROUPS["all alike"], one_more=False)
+    sources = len(by_source(points)) - 1
+    tried["as one more source may be anywhere"] = alternative(
+        points, GROUPS["all alike"], 0.9 * (sources + 1) / sources
+    )
     print("# sources left out in turn: held, median width, interval score")
     for name, (held, width, mean) in tried.items():
         print(f"# {name}: {held:.1%}, {width:.3f}, {mean:.3f}")
