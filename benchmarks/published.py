@@ -1,0 +1,166 @@
+"""Whether layouts that were published are what ``sim plan`` would choose: ``python -m benchmarks.published [ID...]``.
+
+Takes runs of ``validation/runs`` whose layout their authors chose for their cluster, has the planner generate the
+layouts around it that the framework had at that time (the run's own settings: sequence parallelism, overlap, dtypes,
+attention), and simulates, best bound first, those whose bound is better than the best step so far. Prints for each the
+published layout's step as simulated, the best one's, the gap, and in what the two differ.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import inf, nan
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import yaml
+
+from sim.planner.bounds import Bounds
+from sim.planner.load import load_plan_text
+from sim.planner.schema import Plan
+from sim.planner.space import Candidate, candidates, scenario_of
+from sim.planner.trial import PARTS, trial
+
+RUNS = Path(__file__).parents[1] / "validation" / "runs"
+PAPERS, TITAN = "megatron_papers.yaml", "torchtitan_benchmarks.yaml"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A published run, and what is tried of each axis.
+
+    ``slack`` is by what a step may be below the bound, which is that of a plan: with sequence parallelism, and without
+    torch.compile.
+    """
+
+    id: str
+    axes: Mapping[str, Any]
+    file: str = PAPERS
+    slack: float = 0.97
+
+
+def sc21(name: str, pp: list[int], vpp: list[int], micro: list[int]) -> Case:
+    """Narayanan et al., SC 2021: recomputation of whole layers, no sequence parallelism, no distributed optimizer."""
+    axes = {"tp": [4, 8], "pp": pp, "vpp": vpp, "micro_batch_size": micro, "recompute": ["full"]}
+    return Case(f"sc21-t1-{name}", axes)
+
+
+def korthikanti(name: str, pp: list[int], vpp: list[int], micro: list[int]) -> Case:
+    """Korthikanti et al., MLSys 2023: sequence parallelism and selective recomputation."""
+    axes = {"tp": [4, 8], "pp": pp, "vpp": vpp, "micro_batch_size": micro, "recompute": ["selective", "full"]}
+    return Case(f"korth-t5-{name}-selective", axes)
+
+
+CASES = (
+    sc21("7.5B", [1, 2, 4], [1, 2], [4, 8, 16]),
+    sc21("39.1B", [2, 4, 8], [1, 2, 3], [1, 2, 4]),
+    sc21("76.1B", [2, 4, 8], [1, 3, 5], [1, 2]),
+    sc21("310.1B", [8, 16], [1, 2, 3], [1, 2]),
+    sc21("529.6B", [35], [1, 3], [1, 2]),
+    sc21("1008.0B", [32, 64], [1, 2], [1]),
+    korthikanti("22B", [1, 2], [1, 2, 4], [1, 2, 4]),
+    korthikanti("175B", [4, 8, 16], [1, 3, 6], [1, 2]),
+    korthikanti("530B", [35], [1, 3], [1, 2]),
+    korthikanti("1T", [32, 64], [1, 2], [1]),
+    Case("llama3-t4-16384-cp1", {"tp": [8], "pp": [8, 16], "vpp": [4, 8], "micro_batch_size": [1],
+                                 "shard_size": [16384], "recompute": ["none", "full"]}),
+    Case("titan24-70b-n256-2D", {"tp": [2, 4, 8], "micro_batch_size": [4, 8, 16], "shard_size": [256],
+                                 "recompute": ["selective-op", "full"]}, TITAN, 0.6),
+)  # fmt: skip
+
+
+def run_of(case: Case) -> dict[str, Any]:
+    """Return the scenario of a published run."""
+    text = (RUNS / case.file).read_text(encoding="utf-8")
+    runs = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["runs"]
+    found: dict[str, Any] = next(run["scenario"] for run in runs if run["id"] == case.id)
+    return found
+
+
+def plan_of(case: Case, run: Mapping[str, Any]) -> Plan:
+    """Return the plan that looks for the fastest layout on the published cluster, with the published work."""
+    training, cluster = run["training"], run["cluster"]
+    workload = {"steps": 1000, "sequence_length": training["sequence_length"],
+                "global_batch_size": training["global_batch_size"], "precision": training["precision"],
+                "attention": training["attention"]}  # fmt: skip
+    megatron = {"schedule": ["1f1b", "interleaved"]} if run["framework"] == "megatron" else {}
+    content = {
+        "model": run["model"], "workload": workload, "goal": {"fastest": True}, "frameworks": [run["framework"]],
+        "candidates": {"nodes": [cluster["node"]], "num_gpus": [cluster["num_gpus"]]},
+        "axes": {**case.axes, **megatron, "zero": [run["parallelism"]["zero"]]},
+    }  # fmt: skip
+    return load_plan_text(yaml.safe_dump(content), "published", folder=RUNS)
+
+
+def as_then(run: Mapping[str, Any], scenario: dict[str, Any]) -> dict[str, Any]:
+    """Return a candidate's scenario with the settings of the published run, and none that came later."""
+    own = run["parallelism"]
+    parallelism = {**scenario["parallelism"], "zero": own["zero"]}
+    parallelism.pop("sp", None)
+    if own.get("sp") and parallelism.get("tp", 1) > 1:
+        parallelism["sp"] = True
+    training = {**run["training"], **{key: scenario["training"][key] for key in ("micro_batch_size", "recompute")}}
+    others = {key: value for key, value in run.items() if key not in ("parallelism", "training")}
+    return {**others, "parallelism": parallelism, "training": training}
+
+
+def better(case: Case, run: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[Candidate, dict[str, Any]]]:
+    """Yield candidates with their outcomes, best bound first, until no bound is below the best step."""
+    plan = plan_of(case, run)
+    bounds = Bounds(plan)
+    limit_s = theirs["step_s"] if theirs["fits"] else inf
+    entries = []
+    for candidate in candidates(plan):
+        bound = bounds.bound(candidate)
+        if bound.memory_bytes <= theirs["capacity_bytes"]:
+            entries.append((bound.time_s, candidate))
+    for bound_s, candidate in sorted(entries):
+        if bound_s * case.slack >= limit_s:
+            return
+        outcome = trial(as_then(run, scenario_of(plan, candidate)), str(RUNS))
+        if outcome["fits"]:
+            limit_s = min(limit_s, outcome["step_s"])
+        yield candidate, outcome
+
+
+def words(run: Mapping[str, Any]) -> str:
+    """Return a published layout as the planner says its own."""
+    axes, training = run["parallelism"], run["training"]
+    said = [f"{name} {axes[name]}" for name in ("tp", "cp", "pp") if axes.get(name, 1) > 1]
+    if axes.get("vpp", 1) > 1:
+        said[-1] += f" x{axes['vpp']}"
+    return f"{' '.join(said)} dp {axes['dp']}, microbatches of {training['micro_batch_size']}, {training['recompute']}"
+
+
+def shares(outcome: Mapping[str, Any]) -> str:
+    parts = {key: outcome["parts"][key] for key in PARTS}
+    return ", ".join(f"{key.replace('_', ' ')} {parts[key]:.2f} s" for key in PARTS[:3])
+
+
+def main() -> None:
+    gc.disable()
+    chosen = [case for case in CASES if not sys.argv[1:] or case.id in sys.argv[1:]]
+    print("| run | published layout | step | best found | step | gap | simulated |\n|---|---|---|---|---|---|---|")
+    for case in chosen:
+        began = process_time()
+        run = run_of(case)
+        theirs = trial(run, str(RUNS))
+        limit_s = theirs["step_s"] if theirs["fits"] else inf
+        tried = list(better(case, run, theirs))
+        ours, best = min(((one["step_s"], c) for c, one in tried if one["fits"]), default=(limit_s, None))
+        outcome = next((one for c, one in tried if c is best), theirs)
+        same = best is None or ours >= limit_s
+        gap = theirs["step_s"] / min(ours, limit_s) - 1 if theirs["fits"] else nan
+        mine = "the same" if same or best is None else best.words().partition(" ")[2]
+        print(f"| {case.id} | {words(run)} | {theirs['step_s']:.2f} s | {mine} | {min(ours, limit_s):.2f} s | "
+              f"{gap:.1%} | {len(tried) + 1} |", flush=True)  # fmt: skip
+        print(f"{case.id}: {process_time() - began:.0f} CPU s; published: {shares(theirs)}; best: {shares(outcome)}",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
