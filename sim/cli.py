@@ -325,6 +325,8 @@ def validate(
         _print_json(result(answered))
     else:
         print_validation(_screen(), answered, quiet)
+        if not answered.comparisons and not answered.failed and not quiet:
+            typer.echo("nothing was measured that sim predicts: 'exact' is for other programs", err=True)
     if defects := sum(row.failure.defect for row in answered.failed):
         typer.echo(f"{defects} runs failed by a defect of sim; see them above\n{_DEFECT}", err=True)
         raise typer.Exit(EXIT_DEFECT)

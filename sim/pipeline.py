@@ -91,7 +91,8 @@ def _confidence(scenario: Scenario, held: tuple[Footprint, ...], outside: Mappin
     worst = max(held, key=lambda f: (f.out_of_memory is not None, f.peak_device_bytes, f.peak_allocated_bytes))
     gpu = scenario.cluster.gpu
     beside = outside[min(rank for rank in outside if rank in worst.ranks)]
-    return confidence(worst, beside, gpu.total_memory_bytes, gpu.cuda_context_band_bytes)
+    total = min(gpu.total_memory_bytes, _usable(_allocator(scenario, beside)) + beside.total_bytes)
+    return confidence(worst, beside, total, gpu.cuda_context_band_bytes)
 
 
 def _same_but_allocator(scenario: Scenario, other: Scenario) -> bool:

@@ -40,3 +40,14 @@ def test_another_allocator_needs_no_other_timeline() -> None:
     before = simulate(load_scenario_text(TEXT, "like.yaml"))
     after = simulate(load_scenario_text(TEXT, "like.yaml", ("allocator.expandable_segments=true",)), like=before)
     assert after.timeline is before.timeline
+
+
+def test_what_the_process_may_take_decides_whether_it_fits() -> None:
+    """A thousandth of 80 GiB is less than the tensors hold: that it fits is as good as ruled out."""
+    whole, part = (
+        simulate(load_scenario_text(TEXT, "share.yaml", changes)).report.to_dict()["memory"]
+        for changes in ((), ("allocator.memory_fraction=0.001",))
+    )
+    assert part["peak_allocated_bytes"] > 0.001 * part["capacity_bytes"]
+    assert whole["probability_fits"] > 0.9
+    assert part["probability_fits"] < 0.1
