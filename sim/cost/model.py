@@ -138,6 +138,7 @@ class CostModel:
                 kernel.result,
                 kernel.accumulates,
                 kernel.pieces,
+                kernel.margin,
             )
         elif isinstance(kernel, Pointwise):
             key = (kernel.kind, kernel.moved_bytes, kernel.flops)
@@ -212,6 +213,9 @@ class CostModel:
             self._gemms[dtype] = (coefficients, assumed)
         coefficients, assumed = self._gemms[dtype]
         machine = self._matmul_machine(dtype)
+        if kernel.margin and (beside is None or beside.sms <= kernel.margin):  # tiles for those that it may use
+            machine = left_of(machine, Beside(kernel.margin, 0.0 if beside is None else beside.memory_share))
+            beside = None
         if beside is not None:  # the tiles were chosen for all SMs: those that are left work in whole waves
             machine, coefficients = left_of(machine, beside), replace(coefficients, tail_smoothing=0.0)
         m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)

@@ -77,8 +77,8 @@ class Gemm:
     """C[batch, m, n] = A[batch, m, k] @ B[batch, k, n], accumulated in fp32.
 
     C is written once, as wide as the operands (8-bit ones: 16 bits), unless ``result`` names its dtype;
-    ``accumulates``: C += A @ B, so that it is read too. ``pieces``: one of so many equal products that run on streams in
-    turn, the next one's tiles where the last wave of one leaves SMs idle.
+    ``accumulates``: C += A @ B, so that it is read too. ``pieces``: one of so many equal products that run on streams
+    in turn, the next one's tiles where the last wave of one leaves SMs idle. ``margin``: SMs that it is told to leave.
     """
 
     m: Shape
@@ -89,6 +89,7 @@ class Gemm:
     result: DType | None = None
     accumulates: bool = False
     pieces: int = 1
+    margin: int = 0
 
     @property
     def flops(self) -> int:
@@ -150,7 +151,8 @@ class Exchange:
     """A collective that is part of a layer's own forward or backward: tensor, sequence, context or expert parallelism.
 
     ``tensor`` is the whole message in nccl-tests' sense: an all-gather's output, a reduce-scatter's input, else the
-    buffer; a shift (a copy to another rank of the group, from another) what each rank sends. ``blocking``: the compute stream waits for it; else only the op that reads its output does (``Op.awaits``).
+    buffer; a shift (a copy to another rank, from another) what each rank sends. ``blocking``: the
+    compute stream waits for it; else only the op that reads its output does (``Op.awaits``).
     """
 
     kind: Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv", "shift"]

@@ -3,8 +3,8 @@
 What a column-parallel linear gathers comes from one rank after the other, and is multiplied as it comes; what a
 row-parallel one sums is sent off piece by piece while the next one is multiplied:
 
-    all-gather, product         shift 1  shift 2  ...              product, reduce-scatter           shift 1  shift 2 ...
-                         own    piece 1  piece 2  ...                                       piece 1  piece 2  ...  own, sum
+    all-gather, product         shift 1  shift 2  ...            product, reduce-scatter           shift 1  shift 2 ...
+                         own    piece 1  piece 2  ...                                     piece 1  piece 2  ... own, sum
 
 Pieces run on two or three streams in turn, so that the last wave of one is filled by the next (``Gemm.pieces``); a
 shift is a copy by the copy engines, beside a block that waits for flags. Two ways of it:
@@ -14,11 +14,11 @@ shift is a copy by the copy engines, beside a block that waits for flags. Two wa
                  row-parallel ones come around a ring (``ring_exchange``, CommOverlapP2PBase::split_overlap_ag), outputs
                  are reduced in four pieces along their width by kernels with SMs (``pipeline``, CommOverlapBase::
                  split_overlap_rs). What backward gathers and scatters beside a whole product (``bulk``) does so without
-                 the setting too.
+                 the setting too; with it the product leaves SMs idle, as those reduced in pieces do.
 ``symmetric``    torch's asynchronous tensor parallelism: ``fuse_all_gather_matmul`` and ``fuse_matmul_reduce_scatter``
-                 (torch/_inductor/fx_passes/micro_pipeline_tp.py) find an all-gather that products read and a product that
-                 is reduced as it is, in forward and backward; not sums of several products. A copy of the own part into
-                 the symmetric buffer comes first, the sum of what arrived last
+                 (torch/_inductor/fx_passes/micro_pipeline_tp.py) find an all-gather that products read and a product
+                 that is reduced as it is, in forward and backward; not sums of several products. A copy of the own
+                 part into the symmetric buffer comes first, the sum of what arrived last
                  (torch/distributed/_symmetric_memory/__init__.py).
 
 Only blocks: Transformer Engine names no other linear's buffer, torchtitan compiles block by block.
@@ -35,7 +35,11 @@ from sim.parallel.shard import TP_AXIS, ceil_div
 
 Way = Literal["userbuffers", "symmetric"]
 PIPELINED = 4
-"""``num_splits`` of what is not a ring exchange: ``get_default_config`` in transformer_engine/pytorch/module/base.py."""
+"""``num_splits`` where there is no ring: ``get_default_config`` in transformer_engine/pytorch/module/base.py."""
+
+
+MARGIN = 16
+"""``num_sm`` of the same, which ``set_sm_margin`` takes from the products that run beside (``_math_sms``)."""
 
 
 def overlapped(ledger: Ledger, tp: int, way: Way) -> Ledger:
@@ -69,7 +73,8 @@ def _in_pieces(ops: tuple[Op, ...], tp: int, way: Way, *, backward: bool) -> tup
     gathers = [group for index in range(len(ops)) if (group := _gather(ops, index)) is not None]
     taken = {index for group in gathers for index in group.products}
     scatters = [group for index in range(len(ops)) if (group := _scatter(ops, index, taken)) is not None]
-    if not gathers and not scatters:
+    beside = _beside(ops) if way == "userbuffers" else set()
+    if not gathers and not scatters and not beside:
         return ops
     at: dict[int, list[Op]] = {}
     gone: set[int] = set()
@@ -92,6 +97,8 @@ def _in_pieces(ops: tuple[Op, ...], tp: int, way: Way, *, backward: bool) -> tup
     for index, op in enumerate(ops):
         if index in at:
             out += at[index]
+        elif index in beside:
+            out.append(_with_margin(op))
         elif index not in gone:
             early = tuple(
                 name for read in op.reads if read in late and late[read][0] > index for name in late[read][1:]
@@ -112,6 +119,23 @@ def _over_tokens(op: Op) -> bool:
     """Whether an op is one product whose rows are the tokens; a gradient of a weight contracts over them."""
     products = [kernel for kernel in op.kernels if isinstance(kernel, Gemm)]
     return op.exchange is None and not op.gradients and len(products) == 1 and _has_seq(products[0].m)
+
+
+def _beside(ops: tuple[Op, ...]) -> set[int]:
+    """Return the products that a whole exchange runs beside (``bulk``): the next one after each."""
+    found: set[int] = set()
+    for index, op in enumerate(ops):
+        exchange = op.exchange
+        if exchange is not None and exchange.axis == TP_AXIS and not exchange.blocking:
+            later = range(index + 1, len(ops))
+            first = next((at for at in later if any(isinstance(k, Gemm) for k in ops[at].kernels)), None)
+            found.update(() if first is None else (first,))
+    return found
+
+
+def _with_margin(op: Op) -> Op:
+    kernels = tuple(replace(kernel, margin=MARGIN) if isinstance(kernel, Gemm) else kernel for kernel in op.kernels)
+    return replace(op, kernels=kernels)
 
 
 def _has_seq(shape: Shape) -> bool:
@@ -164,7 +188,8 @@ def _cut(op: Op, pieces: int, *, along_seq: bool) -> list[tuple[Gemm, ...]]:
         piece = replace(gemm, m=_divided(gemm.m, pieces), pieces=pieces)
     else:
         first, *others = gemm.n
-        piece = replace(gemm, n=(replace(first, size=ceil_div(first.size, pieces)), *others), pieces=pieces)
+        shape = (replace(first, size=ceil_div(first.size, pieces)), *others)
+        piece = replace(gemm, n=shape, pieces=pieces, margin=MARGIN)
     return [(piece,)] * pieces
 
 

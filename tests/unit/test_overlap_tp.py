@@ -9,7 +9,7 @@ import pytest
 
 from sim.ir.ledger import Gemm, Op, size
 from sim.ir.program import COMPUTE, Collective, Compute, Send, Wait, World
-from sim.parallel.overlap_tp import PIPELINED
+from sim.parallel.overlap_tp import MARGIN, PIPELINED
 from sim.pipeline import programs, simulate
 from sim.scenario.load import load_scenario
 from sim.scenario.schema import Scenario
@@ -105,7 +105,10 @@ def test_user_buffers_gather_around_a_ring_and_scatter_in_four_pieces(tmp_path: 
     assert len(pieces) == 2 * TP + 2 * PIPELINED
     along = [k for k in pieces if size(k.m) == 2 * 2048 // TP]
     assert len(along) == 2 * TP
-    assert {size(k.n) for k in pieces if k not in along} == {1024 // PIPELINED}
+    reduced = [k for k in pieces if k not in along]
+    assert {size(k.n) for k in reduced} == {1024 // PIPELINED}
+    assert {k.margin for k in reduced} == {MARGIN}
+    assert {k.margin for k in along} == {0}
 
 
 def test_each_piece_waits_for_its_own_part_and_the_first_for_none(tmp_path: Any) -> None:
