@@ -22,7 +22,9 @@ from validation.real.modules import loss_of
 TABLES: dict[tuple[int, ...], Tensor] = {}
 LINEAR = nn.functional.linear
 OUTSIDE_ZERO = ("grad_accum_dtype", "communication_data_type", "gradient_clipping", "offload_optimizer",
-                "offload_param", "pin_memory", "offload_ratio", "offload_param_pin_memory")  # fmt: skip
+                "offload_param", "pin_memory", "offload_ratio", "offload_param_pin_memory", "throughput_timer_waits",
+                "partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints",
+                "synchronize_checkpoint_boundary")  # fmt: skip
 """Fields of the settings that are not keys of ``zero_optimization``."""
 
 
