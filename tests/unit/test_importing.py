@@ -248,3 +248,10 @@ def test_init_asks_again_until_the_answer_is_good_and_writes_what_loads():
     assert any("unknown model 'llama-9'" in words for words in said)
     assert (scenario.framework, scenario.parallelism.zero, scenario.parallelism.tp) == ("megatron", 1, 2)
     assert scenario.training.global_batch_size == 8  # 16 GPUs / tp 2, one microbatch each
+
+
+def test_what_a_megatron_script_keeps_elsewhere():
+    options = "--num-layers 32 --cpu-offloading-num-layers 8 --distribute-saved-activations"
+    said = read_megatron_args(options).values
+    assert said["megatron", "cpu_offloading_num_layers"].value == 8
+    assert said["megatron", "distribute_saved_activations"].value is True
