@@ -900,11 +900,12 @@ class _Resolver:
         d, names = self.draft, ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
         if not d.knows("precision"):
             return
-        idle = [name for name in names if values.get(name) and not values.get("first_last_layers_bf16")]
+        # 1 is what a resolved scenario has there
+        idle = [n for n in names if values.get(n, 1) != 1 and not values.get("first_last_layers_bf16")]
         why = "first_last_layers_bf16 is false"
         if d.precision not in _EIGHT_BIT:
-            wanted = ("fp8_param_gather", "first_last_layers_bf16", *names)
-            idle, why = [name for name in wanted if values.get(name)], f"precision is {d.precision}"
+            idle = [n for n in ("fp8_param_gather", "first_last_layers_bf16") if values.get(n)]
+            idle, why = [*idle, *(n for n in names if values.get(n, 1) != 1)], f"precision is {d.precision}"
         self.warnings.extend(f"megatron.{name} {_plain(values[name])} changes nothing: {why}" for name in idle)
         if d.precision not in _EIGHT_BIT or not values.get("first_last_layers_bf16"):
             return

@@ -59,12 +59,20 @@ def _dotted(key: str, problem: str) -> str:
     """Return the full path of the key that a remedy names by its last word."""
     if "." in key:
         return key
-    section = re.search(rf"\b(model|cluster|parallelism|training)\.{key}\b", problem)
+    section = re.search(rf"\b(model|cluster|parallelism|training|megatron|fsdp2)\.{key}\b", problem)
     if section:
         return f"{section[1]}.{key}"
     for name, keys in {
         "parallelism": ("dp", "tp", "pp", "cp", "ep", "zero", "vpp", "schedule", "cp_comm"),
-        "training": ("attention", "precision", "global_batch_size", "sequence_length", "loss", "recompute"),
+        "training": (
+            "attention",
+            "precision",
+            "global_batch_size",
+            "sequence_length",
+            "loss",
+            "recompute",
+            "optimizer",
+        ),  # fmt: skip
         "model": ("num_attention_heads", "head_dim", "num_key_value_heads", "num_experts_per_tok"),
         "cluster": ("num_gpus",),
     }.items():
