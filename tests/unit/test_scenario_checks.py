@@ -72,7 +72,7 @@ def _dotted(key: str, problem: str) -> str:
             "loss",
             "recompute",
             "optimizer",
-        ),  # fmt: skip
+        ),
         "model": ("num_attention_heads", "head_dim", "num_key_value_heads", "num_experts_per_tok"),
         "cluster": ("num_gpus",),
     }.items():
