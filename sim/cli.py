@@ -95,6 +95,10 @@ def run(
     _choice("--largest", largest, ("micro_batch_size", "sequence_length"))
     set_ = _with(set_, calibration)
     scenario = load_scenario(file, set_ or ())
+    if what_if:
+        from sim.what_if import check_changes
+
+        check_changes(file, set_ or (), what_if)
     if out is not None:
         from sim.report.save import prepare
 

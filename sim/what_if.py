@@ -6,7 +6,7 @@ A change is what a user would type after ``--set``, so that it can be run as it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ class Answer:
             "peak_device_bytes": self.peak_device_bytes,
             "time_s": self.time_s,
         }
+
+
+def check_changes(file: Path, overrides: Sequence[str], changes: Sequence[str]) -> None:
+    """Raise the problems of all changes that are no scenario, before anything is simulated."""
+    findings = []
+    for change in changes:
+        try:
+            load_scenario(file, [*overrides, *change.split()])
+        except ScenarioError as error:
+            findings += [replace(f, file=f"--what-if '{change}'", line=0) for f in error.findings]
+    if findings:
+        raise ScenarioError(findings)
 
 
 def what_if(

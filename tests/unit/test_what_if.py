@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from sim.errors import ScenarioError
 from sim.pipeline import simulate
 from sim.scenario.load import load_scenario
-from sim.what_if import largest, what_if
+from sim.what_if import check_changes, largest, what_if
 
 TEXT = """
 model: {num_hidden_layers: 4, hidden_size: 1024, intermediate_size: 4096, num_attention_heads: 8, vocab_size: 32000}
@@ -36,3 +39,16 @@ def test_the_largest_fits_and_the_next_does_not(tmp_path: Path) -> None:
     assert fits.fits
     assert not too_large.fits
     assert sizes[1] == sizes[0] + 1
+
+
+def test_changes_that_are_no_scenario_are_all_said_before_anything_runs(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(TEXT)
+    check_changes(file, (), ["training.recompute=full"])
+    with pytest.raises(ScenarioError) as wrong:
+        check_changes(file, (), ["training.recomput=full", "training.recompute=full", "parallelism.tp=3"])
+    said = [str(finding) for finding in wrong.value.findings]
+    assert said[-1].startswith("--what-if 'training.recomput=full': unknown key training.recomput\n")
+    assert all(text.startswith("--what-if 'parallelism.tp=3': ") for text in said[:-1])
+    assert len(said) > 1
+    assert all(finding.remedy for finding in wrong.value.findings)
