@@ -106,3 +106,16 @@ def test_a_run_of_gpus_has_the_fullest_rank_and_the_slowest_steps() -> None:
     assert found["exact"]["ranks"][0]["collectives"] == [
         {"kind": "all_reduce", "ranks": 2, "count": 3, "tensor_bytes": 24}
     ]
+
+
+def test_what_it_does_not_train_is_said_before_a_rank_starts(tmp_path: Path) -> None:
+    lion = tmp_path / "lion.yaml"
+    lion.write_text(yaml.safe_dump(scenario("ddp", 2, LLAMA, optimizer="lion")))
+    done = subprocess.run(
+        [sys.executable, "-m", "validation.real.measure", str(lion), str(tmp_path / "none.yaml"), "--fake-world", "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "does not train optimizer lion, DDP under --fake-world" in done.stderr
+    assert "none.yaml: no such file" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -305,6 +305,27 @@ def as_rank(options: argparse.Namespace) -> None:
         print(f"wrote {options.out}", file=sys.stderr)
 
 
+def refuse(paths: Sequence[Path], parser: argparse.ArgumentParser, *, fake: bool) -> None:
+    """End with 2, before any rank starts, where a file is no scenario or one that this program does not train."""
+    from sim.errors import ScenarioError
+    from validation.real.jobs import unsupported
+
+    problems = []
+    for path in paths:
+        try:
+            scenario = load_scenario(path)
+            missing = unsupported(scenario)
+            if fake and scenario.framework == "ddp":  # comm.cpp asserts on what the fake group's all-reduce hands back
+                missing.append("DDP under --fake-world, which torch's reducer does not run with")
+        except ScenarioError as error:
+            problems.append(str(error))
+            continue
+        if missing:
+            problems.append(f"{path}: this program does not train {', '.join(missing)}")
+    if problems:
+        parser.exit(2, "\n".join(problems) + "\n")
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m validation.real.measure", description=(__doc__ or "").split("\n")[0]
@@ -319,6 +340,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.fake_tensors and not options.fake_world:
         parser.error("--fake-tensors needs --fake-world")
+    refuse(options.scenarios, parser, fake=bool(options.fake_world))
     if options.fake_world or "RANK" in os.environ:
         as_rank(options)
         return
