@@ -24,7 +24,7 @@ from sim.memory.allocator import (
     AllocatorSettings,
     segment_size,
 )
-from sim.memory.script import CALL, OWN, USE, Code, Script, Scripts, replaced
+from sim.memory.script import CALL, OWN, USE, Code, Script, Scripts, go_on
 
 
 @dataclass(slots=True)
@@ -205,13 +205,8 @@ class PlainAllocator:
         return Most(peak, peak_at)
 
     def shift(self, bits: int, num_calls: int) -> None:
-        """Go on as if so many microbatches and calls had been replayed, and had changed nothing else."""
-        if bits:
-            live = replaced(self.live, bits)
-            self.live.clear()
-            self.live.update(live)
-        awaiting = self.awaiting
-        awaiting[:] = [(at + (num_calls << CALL), *rest) for at, *rest in awaiting]  # type: ignore[misc]  # order stays
+        """Go on as if so many microbatches and calls had been replayed."""
+        go_on(self.live, self.awaiting, bits, num_calls)
 
     def alone(self, slot: int, size: int) -> bool:
         """Whether the block of a live slot, asked for with ``size``, is a whole segment."""

@@ -24,7 +24,7 @@ from sim.memory.allocator import ALLOCATED, AWAITING, SMALL_BYTES, UNMAPPED, All
 from sim.memory.attribution import Owner, account, holders
 from sim.memory.plain import Most, PlainAllocator
 from sim.memory.runtime import NOTHING, Outside
-from sim.memory.script import CALL, MICROBATCH, OWN, SLOT_MASK, USE, Code, Compiler, Scripts, replaced
+from sim.memory.script import CALL, MICROBATCH, OWN, SLOT_MASK, USE, Code, Compiler, Scripts, go_on
 
 MAX_STEPS = 3
 """Steps replayed at most: a state that has not come back by then is taken not to."""
@@ -183,13 +183,8 @@ class _General:
         return Most(peak, peak_at)
 
     def shift(self, bits: int, num_calls: int) -> None:
-        """Go on as if so many microbatches and calls had been replayed, and had changed nothing else."""
-        if bits:
-            live = replaced(self.live, bits)
-            self.live.clear()
-            self.live.update(live)
-        awaiting = self.allocator.awaiting
-        awaiting[:] = [(at + (num_calls << CALL), nth, block) for at, nth, block in awaiting]  # the order stays
+        """Go on as if so many microbatches and calls had been replayed."""
+        go_on(self.live, self.allocator.awaiting, bits, num_calls)
 
     def alone(self, slot: int, size: int) -> bool:
         """Whether the block of a live slot, asked for with ``size``, is a whole segment."""

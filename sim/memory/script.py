@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sim.ir.program import Alloc, Chunk, Free, Mark, Storage, UseOn
 from sim.memory.allocator import MIN_BLOCK_BYTES, SMALL_BYTES, round_size
@@ -199,3 +199,15 @@ Held = TypeVar("Held")
 def replaced(slots: Mapping[int, Held], bits: int) -> dict[int, Held]:
     """Return what each slot holds, for microbatches so many further on (``bits``: their number, shifted)."""
     return {slot + bits if slot & OWN else slot: held for slot, held in slots.items()}
+
+
+def go_on(live: dict[int, Held], awaiting: list[Any], bits: int, num_calls: int) -> None:
+    """Go on as if so many microbatches and calls had been replayed, and had changed nothing else.
+
+    ``awaiting`` are tuples that begin with when a block becomes free; their order stays.
+    """
+    if bits:
+        moved = replaced(live, bits)
+        live.clear()
+        live.update(moved)
+    awaiting[:] = [(at + (num_calls << CALL), *rest) for at, *rest in awaiting]

@@ -271,7 +271,7 @@ def _largest_loss(plan: Plan, one: Tried) -> str:
     name = AXES_IN_WORDS.get(short, axis)
     wires = {kind for _, _, kind, _ in site.node.wires}
     fast = any(kind.startswith(("nvlink", "xgmi", "nvswitch")) for kind in wires)
-    inside = short == "tp" and c.tp <= site.node.num_gpus
+    inside = c.num_gpus <= site.node.num_gpus or (short == "tp" and c.tp <= site.node.num_gpus)
     over = ("NVLink" if fast else "PCIe") if inside else (site.network.name if site.network else "the node")
     return f"{name} across {over}: {exposed:.0%} of the step is exposed communication"
 

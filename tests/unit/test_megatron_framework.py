@@ -15,8 +15,7 @@ from sim.ir.program import Alloc, Collective, Compute, Free, HostWait, Program, 
 from sim.model.transformer import describe
 from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
 from sim.parallel.frameworks.megatron_fsdp import bucket_elements
-from sim.parallel.lower import lower
-from sim.parallel.precision import dtypes_of
+from sim.pipeline import programs
 from sim.scenario.load import load_scenario_text
 from sim.scenario.schema import Scenario
 
@@ -63,15 +62,7 @@ def asked(
 
 
 def world_of(scenario: Scenario) -> World:
-    dtypes = dtypes_of(scenario)
-    ledger = describe(
-        scenario.model,
-        scenario.training,
-        parameter_dtype=dtypes.parameter,
-        compute_dtype=dtypes.compute,
-        autocast=dtypes.autocast,
-    )
-    return lower(ledger, scenario)
+    return programs(scenario)[1]
 
 
 def parameters_of(scenario: Scenario) -> int:

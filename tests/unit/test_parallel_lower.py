@@ -8,11 +8,9 @@ import pytest
 import yaml
 
 from sim.ir.program import Alloc, Collective, Free, HostWait, Program, Recv, Send, World
-from sim.model.transformer import describe
-from sim.parallel.lower import lower
 from sim.parallel.pipelining import aligned_fetches, fetches
-from sim.parallel.precision import dtypes_of
 from sim.parallel.schedule import SCHEDULES
+from sim.pipeline import programs
 from sim.scenario.load import load_scenario_text
 
 HIDDEN_BYTES = 2 * 32 * 64
@@ -44,15 +42,7 @@ def world_of(
         **sections,
     }
     scenario = load_scenario_text(yaml.safe_dump(asked), "lower.yaml")
-    dtypes = dtypes_of(scenario)
-    ledger = describe(
-        scenario.model,
-        scenario.training,
-        parameter_dtype=dtypes.parameter,
-        compute_dtype=dtypes.compute,
-        autocast=dtypes.autocast,
-    )
-    return lower(ledger, scenario)
+    return programs(scenario)[1]
 
 
 def passes(program: Program) -> list[tuple[str, int]]:

@@ -11,10 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.ir.program import COMPUTE, Alloc, Collective, Copy, Free, HostWait, Instruction, Mark, Program, Storage, Wait
-from sim.model.transformer import describe
-from sim.parallel.lower import lower
 from sim.parallel.offload import LEAST_ELEMENTS, windows
-from sim.parallel.precision import dtypes_of
+from sim.pipeline import programs
 from sim.scenario.load import load_scenario_text
 
 HIDDEN, HEADS, FFN, VOCAB, LAYERS = 256, 4, 1024, 512, 6
@@ -41,15 +39,7 @@ def program_of(framework: str, extra: dict[str, Any], tp: int = 1, **training: A
         **extra,
     }  # fmt: skip
     scenario = load_scenario_text(yaml.safe_dump(text), "a.yaml")
-    dtypes = dtypes_of(scenario)
-    ledger = describe(
-        scenario.model,
-        scenario.training,
-        parameter_dtype=dtypes.parameter,
-        compute_dtype=dtypes.compute,
-        autocast=dtypes.autocast,
-    )
-    (program,) = lower(ledger, scenario).programs
+    (program,) = programs(scenario)[1].programs
     return program
 
 

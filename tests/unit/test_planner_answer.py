@@ -74,6 +74,20 @@ def test_a_loser_is_told_its_largest_loss() -> None:
     assert any(re.search(r"tensor parallelism across PCIe: 30% of the step is exposed communication", w) for w in why)
 
 
+def test_what_stays_in_one_node_is_not_laid_on_the_network() -> None:
+    class Reducing(Pretended):
+        def _answer(self, scenario):
+            found = super()._answer(scenario)
+            return {**found, "exposed": {"tp": 0.0, "dp": found["step_s"] * 0.3}}
+
+    plan = plan_of(TWO_SITES.replace("dgx-h100", "pcie-8x-h100").replace(", dgx-a100-80gb", ""))
+    runner = Reducing(plan)
+    found = answer(search(plan, runner, exhaustive=True), runner)
+    said = {one["num_gpus"]: one["why"] for one in found["ranked"] if "data parallelism across" in one["why"]}
+    assert "data parallelism across PCIe" in said[8]
+    assert f"data parallelism across {plan.sites[0].network.name}" in said[64]
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
     plan = plan_of(TWO_SITES)
     runner = Pretended(plan, more_bytes=60 << 30)

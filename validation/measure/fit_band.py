@@ -1,7 +1,7 @@
 """Derive by how much whole runs are off beyond their parts, for the band beside a step's time.
 
-    sim validate validation/runs --json --quiet > /tmp/times.json
-    python validation/measure/fit_band.py /tmp/times.json [--write]
+    sim validate validation/runs --json --quiet > times.json
+    python validation/measure/fit_band.py times.json [--write]
 
 Without ``--write`` it prints sim/catalog/measured/whole_runs.yaml, with it the file is written. A part of the runs
 will do (``--limit 300``) if every source has some. The method is that of ``sim/validation/band.py``.
