@@ -66,6 +66,12 @@ PALM = Formula(
     lambda c: 6 * c.parameters + 3 * c.attention,
 )
 SIX_N = Formula("6N", "6 N", "Kaplan et al., arXiv:2001.08361, section 2.1", lambda c: 6 * c.parameters)
+EIGHT_BLOCKS = Formula(
+    "8 blocks",
+    "8 blocks",
+    "bigscience-workshop/Megatron-DeepSpeed@541b967f, megatron/training.py: parameters without embeddings, four passes",
+    lambda c: 8 * c.blocks,
+)
 EIGHT_N = Formula("8N", "8 N", "as 6 N, with the forward pass twice (full recompute)", lambda c: 8 * c.parameters)
 
 _KNOWN: tuple[tuple[str, Formula], ...] = (
@@ -74,6 +80,7 @@ _KNOWN: tuple[tuple[str, Formula], ...] = (
     (r"num_floating_point_operations", CAUSAL),
     (r"3\*2\*n_params|6N\+12|PaLM", PALM),
     (r"6\*N_non_emb", OURS),
+    (r"8\*N_non_emb", EIGHT_BLOCKS),
     (r"size_B\*4\*2", EIGHT_N),
     (r"^\s*6 ?\*? ?N\s*$", SIX_N),
     (r"^\s*8 ?\*? ?N\s*$", EIGHT_N),

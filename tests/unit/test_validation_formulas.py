@@ -6,7 +6,18 @@ import pytest
 
 from sim.scenario.load import load_scenario_mapping
 from sim.validation import formulas
-from sim.validation.formulas import CAUSAL, EIGHT_N, OURS, PALM, RECOMPUTED, SIX_N, Counts, counts_of, formula_of
+from sim.validation.formulas import (
+    CAUSAL,
+    EIGHT_BLOCKS,
+    EIGHT_N,
+    OURS,
+    PALM,
+    RECOMPUTED,
+    SIX_N,
+    Counts,
+    counts_of,
+    formula_of,
+)
 
 H, L, S, V = 512, 3, 256, 4096
 
@@ -39,6 +50,7 @@ def scenario():
         ("MFU column: B*s*(6N+12*L*h*s)/(t*GPUs*312e12)", PALM),
         ("Model TFLOP (Megatron num_floating_point_operations; MoE active params)", CAUSAL),
         ("size_B*4*2*seq*gbs/(sec*gpus*1e3)", EIGHT_N),
+        ("8*N_non_emb: parameters_in_billions_no_embedding * 4 * 2 * seq * gbs", EIGHT_BLOCKS),
         ("6N", SIX_N),
         ("not stated", None),
         ("", None),
