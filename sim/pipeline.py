@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sim.cluster.topology import Cluster, build_cluster, degrade
 from sim.cost.model import CostModel, CostSettings
 from sim.engine.run import run
-from sim.errors import ContentionError
+from sim.errors import ContentionError, DeadlockError
 from sim.ir.footprint import Footprint
 from sim.ir.ledger import Ledger
 from sim.ir.program import World
@@ -24,7 +24,7 @@ from sim.parallel.lower import lower
 from sim.parallel.precision import dtypes_of
 from sim.report.report import Report, summarise
 from sim.scenario.schema import Scenario
-from sim.units import format_bytes
+from sim.units import format_bytes, format_duration, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,8 @@ class Simulation:
     outside: Mapping[int, Outside]
     footprints: tuple[Footprint, ...]
     report: Report
+    undisturbed: tuple[World, Timeline]
+    """World and timeline as if the allocator never asked the driver; the others are these wherever it does not."""
 
 
 def simulate(
@@ -59,13 +61,17 @@ def simulate(
     scenario, and ``replayed``, footprints of these programs that are known already.
     """
     if like is not None and _same_but_allocator(scenario, like.scenario):
-        ledger, cluster, world, cost = like.ledger, like.cluster, like.world, like.cost
-        timeline, outside = like.timeline, like.outside
+        ledger, cluster, cost, outside = like.ledger, like.cluster, like.cost, like.outside
+        world, timeline = like.undisturbed
     else:
         ledger, cluster, world, cost, timeline = _timed(scenario, fold, like, written)
         outside = outside_of(world, timeline, cluster, scenario.cluster.gpu)
     allocators = {rank: _allocator(scenario, beside) for rank, beside in outside.items()}
     held = footprints(world, timeline, allocators, outside, record, samples=record, known=replayed)
+    undisturbed = world, timeline
+    flushes = max(sum(calls.given > 0 for calls in footprint.driver) for footprint in held)
+    if flushes:
+        world, timeline, held = _disturbed(world, held, cost) or (*undisturbed, held)
     report = summarise(
         scenario,
         ledger,
@@ -76,14 +82,33 @@ def simulate(
         warnings=(
             *scenario.warnings,
             *warnings_of(scenario),
-            *_cache_notes(held),
+            *_cache_notes(held, flushes, undisturbed[1], timeline),
             *_assumptions(outside),
             *cost.assumptions(),
         ),
         confidence=_confidence(scenario, held, outside),
         cost=cost,
     )
-    return Simulation(scenario, cluster, ledger, world, cost, timeline, outside, held, report)
+    return Simulation(scenario, cluster, ledger, world, cost, timeline, outside, held, report, undisturbed)
+
+
+def _disturbed(
+    world: World, held: tuple[Footprint, ...], cost: CostModel
+) -> tuple[World, Timeline, tuple[Footprint, ...]] | None:
+    """Return world and timeline with what each rank's allocator asks of the driver in every step.
+
+    What is held stays as it was, but for where it is in these programs. None where ranks would wait for each other for
+    ever: one for all that its GPU has to do, a receive among it, of what another sends once it got something from it.
+    """
+    from sim.memory.driver import moved, with_driver_calls
+
+    programs = tuple(with_driver_calls(p, f.driver) for p, f in zip(world.programs, held, strict=True))
+    disturbed = replace(world, programs=programs)
+    try:
+        timeline = run(disturbed, cost)
+    except (ContentionError, DeadlockError):
+        return None
+    return disturbed, timeline, tuple(moved(f, p) for f, p in zip(held, world.programs, strict=True))
 
 
 def _confidence(scenario: Scenario, held: tuple[Footprint, ...], outside: Mapping[int, Outside]) -> Confidence:
@@ -196,8 +221,10 @@ def _usable(settings: AllocatorSettings) -> int:
     return capacity if settings.allowed_bytes is None else min(capacity, settings.allowed_bytes)
 
 
-def _cache_notes(held: tuple[Footprint, ...]) -> tuple[str, ...]:
-    """Say where the cache is large for a reason that people can act on."""
+def _cache_notes(
+    held: tuple[Footprint, ...], flushes: int, undisturbed: Timeline, timeline: Timeline
+) -> tuple[str, ...]:
+    """Say where the cache is large, or too small, for a reason that people can act on."""
     fullest = max(held, key=lambda footprint: footprint.peak_reserved_bytes)
     notes = []
     if fullest.peak_awaiting_bytes > fullest.peak_allocated_bytes // 10:
@@ -206,10 +233,22 @@ def _cache_notes(held: tuple[Footprint, ...]) -> tuple[str, ...]:
             "which runs ahead, while another stream still used it (record_stream); how far it runs ahead rests on the "
             "host's launch times and CUDA's queue of 1,024 launches; Python time in a framework's hooks is not modelled"
         )
-    if fullest.num_alloc_retries:
+    if timeline is not undisturbed:
+        longer = timeline.end - undisturbed.end
         notes.append(
-            f"the allocator emptied its cache to make room ({fullest.num_alloc_retries} x); that synchronises the GPU, "
-            "which is not in the step's time"
+            f"the allocator empties its cache {flushes} x a step to make room, which waits for the GPU and has the "
+            f"driver map memory anew: {format_duration(seconds(longer))} of the step ({longer / timeline.end:.1%}); "
+            "allocator.expandable_segments: true or a smaller micro_batch_size avoids it"
+        )
+    elif flushes:
+        notes.append(
+            f"the allocator empties its cache {flushes} x a step to make room, which waits for the GPU and for "
+            "messages of ranks that wait for this one: the step's time is without it, a real run may hang"
+        )
+    elif fullest.num_alloc_retries:
+        notes.append(
+            f"the allocator empties its cache to make room ({fullest.num_alloc_retries} x) in the first steps; that "
+            "waits for the GPU, which is not in the step's time"
         )
     return tuple(notes)
 

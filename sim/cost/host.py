@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,17 @@ def cpu_adam_s(
     Other work that is bound by host memory takes the same share of its bandwidth, and its own ``element_bytes``.
     """
     return num_ranks * num_elements * element_bytes / (coefficients.cpu_adam_fraction * host_bytes_per_s)
+
+
+def driver_s(kind: str, count: int) -> float:
+    """Return the time that the CUDA driver takes for so many calls, pages or handles (``driver.yaml``), in seconds."""
+    return count * _duration(_driver(), kind)
+
+
+@cache
+def _driver() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = read("driver.yaml")
+    return found
 
 
 def python_s(num_steps: int, coefficients: HostCoefficients) -> float:

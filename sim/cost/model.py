@@ -276,8 +276,10 @@ class CostModel:
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
         """Return the time of CPU work that all of ``ranks`` do at the same time, in seconds."""
         element_bytes = host.ELEMENT_BYTES.get(work.kind)
-        if element_bytes is None:
+        if work.kind == "python":
             return host.python_s(work.num_elements, self._host)
+        if element_bytes is None:
+            return host.driver_s(work.kind, work.num_elements)
         self._assume("CPU Adam: half the bandwidth of host memory")
         nodes: dict[int, int] = {}
         for gpu in self._place(ranks):

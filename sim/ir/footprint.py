@@ -78,6 +78,24 @@ class OutOfMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class DriverCalls:
+    """What the allocator asked of the driver for one request, at the position of its ``Alloc``.
+
+    ``taken``, ``given``  how often it took memory (``cudaMalloc``) and gave some back (``cudaFree``); of expandable
+                          segments (``expandable``) the handles that it mapped and unmapped
+    ``retried``           it emptied its cache, as there was not enough
+    """
+
+    position: Position
+    taken: int
+    taken_bytes: int
+    given: int
+    given_bytes: int
+    retried: bool
+    expandable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Footprint:
     """``allocated``, ``reserved`` and ``device`` bytes of the ranks of one class, and the account at the peak.
 
@@ -85,6 +103,7 @@ class Footprint:
     ``peak_device_bytes`` adds to it. ``peak_step`` is "setup", "first" or "steady". ``samples`` are of the step of
     the peak, steady unless the first step peaks higher. ``events`` and ``segments`` are filled on request only.
     ``peak_awaiting_bytes`` is the most that was freed but still in use on another stream: the cache grows by that.
+    ``driver``: what every step asks of the driver once the state of the allocator repeats; nothing as a rule.
     """
 
     ranks: tuple[int, ...]
@@ -106,3 +125,4 @@ class Footprint:
     events: tuple[BlockEvent, ...] = ()
     segments: tuple[Segment, ...] = ()
     peak_awaiting_bytes: int = 0
+    driver: tuple[DriverCalls, ...] = ()

@@ -69,6 +69,20 @@ class AllocatorSettings:
         return not (self.expandable_segments or self.collects or self.max_split_size_bytes is not None)
 
 
+@dataclass(slots=True)
+class Asked:
+    """What the driver was asked for: calls (handles, of expandable segments) and bytes taken and given back.
+
+    ``retried``: the whole cache was emptied.
+    """
+
+    taken: int = 0
+    taken_bytes: int = 0
+    given: int = 0
+    given_bytes: int = 0
+    retried: bool = False
+
+
 def round_size(num_bytes: int, divisions: int = 0) -> int:
     """Return the block size of a request: ``round_size`` and ``roundup_power2_next_division``.
 
@@ -179,6 +193,9 @@ class CachingAllocator:
         self.num_alloc_retries = 0
         self.out_of_memory: tuple[int, int] | None = None
         self.on_out_of_memory: Callable[[int, int], None] | None = None
+        self.on_driver: Callable[[Asked], None] | None = None
+        """Called after each request for which the driver was asked."""
+        self._asked = Asked()
         self.awaiting: list[tuple[int, int, Block]] = []
         self.trace: list[tuple[str, int, int, str, str]] | None = None
         self.segments: dict[int, Block] = {}
@@ -362,6 +379,7 @@ class CachingAllocator:
 
     def _grow(self, pool: Pool, size: int) -> Block:
         """The ladder of ``malloc`` once no free block fits: new memory, release some, release all, out of memory."""
+        asked = self._asked = Asked()
         if self._collects:
             self._garbage_collect()
         block = self._alloc_block(pool, size)
@@ -370,6 +388,7 @@ class CachingAllocator:
         if block is None:
             self.empty_cache()
             self.num_alloc_retries += 1
+            asked.retried = True
             block = self._alloc_block(pool, size)
         if block is None:
             limit = min(self._capacity, self._allowed)
@@ -381,6 +400,8 @@ class CachingAllocator:
             self.out_of_memory = (size, self.reserved_bytes - limit)
             if self.on_out_of_memory is not None:
                 self.on_out_of_memory(*self.out_of_memory)
+        if self.on_driver is not None:
+            self.on_driver(asked)
         return block
 
     def _alloc_block(self, pool: Pool, size: int) -> Block | None:
@@ -400,7 +421,17 @@ class CachingAllocator:
         return block
 
     def _reserve(self, action: str, address: int, num_bytes: int, pool: Pool) -> None:
-        self.reserved_bytes += num_bytes if action in {"segment_alloc", "segment_map"} else -num_bytes
+        asked, takes = self._asked, action in {"segment_alloc", "segment_map"}
+        handle = SMALL_SEGMENT_BYTES if pool.small else LARGE_SEGMENT_BYTES
+        calls = num_bytes // handle if action in {"segment_map", "segment_unmap"} else 1
+        if takes:
+            self.reserved_bytes += num_bytes
+            asked.taken += calls
+            asked.taken_bytes += num_bytes
+        else:
+            self.reserved_bytes -= num_bytes
+            asked.given += calls
+            asked.given_bytes += num_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         if self.trace is not None:
             self.trace.append((action, address, num_bytes, pool.stream, ""))

@@ -22,6 +22,7 @@ from sim.memory.allocator import (
     SMALL_BYTES,
     UNLIMITED,
     AllocatorSettings,
+    Asked,
     segment_size,
 )
 from sim.memory.script import CALL, OWN, USE, Code, Script, Scripts, go_on
@@ -73,6 +74,8 @@ class PlainAllocator:
         self.num_alloc_retries = 0
         self.peak_awaiting_bytes = 0
         self.on_out_of_memory: Callable[[int, int, int], None] | None = None
+        self.on_driver: Callable[[int, Asked], None] | None = None
+        """Called with the action's index and what was asked of the driver for it."""
         self.live: dict[int, int] = {}
         self.awaiting: list[tuple[int, int, int, int, PlainPool]] = []
         self._awaiting_bytes = 0
@@ -233,8 +236,10 @@ class PlainAllocator:
         """Have a segment for a request that no free block serves, return its bytes: ``CachingAllocator``'s ladder."""
         num_bytes = segment_size(size)
         limit, short = self._limit, 0
+        asked = Asked()
         if self.reserved_bytes + num_bytes > limit:
-            self._empty_cache()
+            asked.given, asked.given_bytes = self._empty_cache()
+            asked.retried = True
             self.num_alloc_retries += 1
             short = max(0, self.reserved_bytes + num_bytes - limit)
             if short:
@@ -247,6 +252,9 @@ class PlainAllocator:
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         if short and self.on_out_of_memory is not None:
             self.on_out_of_memory(at, size, short)
+        if self.on_driver is not None:
+            asked.taken, asked.taken_bytes = 1, num_bytes
+            self.on_driver(at, asked)
         return num_bytes
 
     def _free_later(self, address: int, size: int, pool: PlainPool, when: int) -> None:
@@ -273,8 +281,9 @@ class PlainAllocator:
         starts[address] = ends[end] = end - address
         pool.put(address, end - address)
 
-    def _empty_cache(self) -> None:
-        """``emptyCache``: return to the driver every segment that is one free block."""
+    def _empty_cache(self) -> tuple[int, int]:
+        """``emptyCache``: return to the driver every segment that is one free block; how many, and their bytes."""
+        given, before = 0, self.reserved_bytes
         while self.awaiting:
             self._complete()
         for pool in self._pools:
@@ -283,3 +292,5 @@ class PlainAllocator:
                     addresses.remove(address)
                     del self._starts[address], self._ends[address + size], self._segments[address]
                     self.reserved_bytes -= size
+                    given += 1
+        return given, before - self.reserved_bytes

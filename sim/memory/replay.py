@@ -17,10 +17,19 @@ from dataclasses import dataclass, replace
 from operator import length_hint
 from typing import Any
 
-from sim.ir.footprint import CATEGORIES, BlockEvent, Footprint, OutOfMemory, Sample, Segment
+from sim.ir.footprint import CATEGORIES, BlockEvent, DriverCalls, Footprint, OutOfMemory, Sample, Segment
 from sim.ir.program import Call, Program, Storage, World
 from sim.ir.timeline import Position, Release, Timeline
-from sim.memory.allocator import ALLOCATED, AWAITING, SMALL_BYTES, UNMAPPED, AllocatorSettings, Block, CachingAllocator
+from sim.memory.allocator import (
+    ALLOCATED,
+    AWAITING,
+    SMALL_BYTES,
+    UNMAPPED,
+    AllocatorSettings,
+    Asked,
+    Block,
+    CachingAllocator,
+)
 from sim.memory.attribution import Owner, account, holders
 from sim.memory.plain import Most, PlainAllocator
 from sim.memory.runtime import NOTHING, Outside
@@ -28,6 +37,8 @@ from sim.memory.script import CALL, MICROBATCH, OWN, SLOT_MASK, USE, Code, Compi
 
 MAX_STEPS = 3
 """Steps replayed at most: a state that has not come back by then is taken not to."""
+MAX_BUSY_STEPS = 8
+"""Steps replayed at most where each gives memory back, so that what it does is what it will go on doing."""
 MAX_CHECKS = 6
 """Places within a step at which its state is compared with the step before: from equal ones on, equal things follow."""
 QUIET, MAX_QUIET = 8, 64
@@ -105,7 +116,9 @@ class _General:
     def __init__(self, settings: AllocatorSettings, scripts: Scripts) -> None:
         self.allocator = allocator = CachingAllocator(settings)
         allocator.on_out_of_memory = self._note_out_of_memory
+        allocator.on_driver = self._note_driver
         self.on_out_of_memory: Callable[[int, int, int], None] | None = None
+        self.on_driver: Callable[[int, Asked], None] | None = None
         self.watch: Callable[[Code, int, int, Block], None] | None = None
         """Called after each action with the chunk's code, the action's index, and its block."""
         self.live: dict[int, Block] = {}
@@ -204,6 +217,11 @@ class _General:
         if self.on_out_of_memory is not None:
             self.on_out_of_memory(last - length_hint(iterator), size, short_bytes)
 
+    def _note_driver(self, asked: Asked) -> None:
+        last, iterator = self._at
+        if self.on_driver is not None:
+            self.on_driver(last - length_hint(iterator), asked)
+
 
 @dataclass(slots=True)
 class _Look:  # noqa: PLW1641 (nobody hashes it)
@@ -245,6 +263,11 @@ class _Replay:
         plain = not general and settings.plain
         self.allocator = PlainAllocator(settings, self.scripts) if plain else _General(settings, self.scripts)
         self.allocator.on_out_of_memory = self._note_out_of_memory
+        self.allocator.on_driver = self._note_driver
+        self._expandable = settings.expandable_segments
+        self._driver: list[DriverCalls] = []
+        """What the calls of the run in progress, or else of the last one, asked of the driver."""
+        self.steady_driver: tuple[DriverCalls, ...] = ()
         self.host = _Host()
         self.peaks: list[_Peak] = []
         # (code, microbatch bits) of each call replayed, or the microbatches that were skipped
@@ -269,13 +292,25 @@ class _Replay:
         self._run("setup", program.setup, {})
         self._run("first", program.first_step, first_ready)
         seen = [self._look(0)]
-        for _ in range(MAX_STEPS - 1):
-            if self._run("steady", program.step, ready):
+        asked: list[list[DriverCalls]] = []
+        while len(asked) < MAX_STEPS - 1 or (gives_back(self._driver) and len(asked) < MAX_BUSY_STEPS - 1):
+            early = self._run("steady", program.step, ready)
+            asked.append(self._driver)
+            if early:
+                asked = asked[-1:]
                 break
             look = self._look(0)
             if look in seen:
+                asked = asked[seen.index(look) :]  # the steps that go on and on
                 break
             seen.append(look)
+            if len(asked) >= MAX_STEPS - 1 and asked[-1] == asked[-2]:
+                asked = asked[-1:]  # it goes on like this, though segments have new addresses each time
+                break
+        else:
+            asked = asked[-1:]
+        asked.sort(key=lambda step: sum(calls.given for calls in step))
+        self.steady_driver = tuple(asked[len(asked) // 2])
 
     def _code(self, name: str) -> Code:
         code = self._codes.get(name)
@@ -288,6 +323,7 @@ class _Replay:
         self._peak = _Peak(run, self.allocator.allocated_bytes, (0, 0), len(self.executed), -1)
         repeats = self._repeats(calls, ready)
         before = self._checked if self._checked_calls == (calls, ready) else {}
+        asked_before, self._driver = self._driver, []
         self._checked, self._checked_calls = {}, (calls, ready)
         index, num_calls = 0, len(calls)
         next_check = -(-num_calls // MAX_CHECKS)
@@ -302,6 +338,7 @@ class _Replay:
                 look = self._checked[index] = self._look(0, index)
                 if index in before and before[index] == look:
                     self.peaks.append(self._peak)
+                    self._driver += [calls for calls in asked_before if calls.position[0] >= index]
                     return True
         self.allocator.shift(0, -num_calls)
         self.peaks.append(self._peak)
@@ -339,6 +376,7 @@ class _Replay:
                 if all(allocator.alone(slot, self._compiler.sizes[slot & SLOT_MASK]) for slot in kept):
                     enough = min(QUIET + len({slot >> MICROBATCH for slot in kept}), MAX_QUIET)
             if quiet >= enough and self._may_end_early:
+                self._asks_again(index - period, index, end)
                 self._skip((end - index) // period * step, end - index)
                 break
             before = seen.get(glance)
@@ -352,10 +390,21 @@ class _Replay:
                 continue
             cycle = index - same.call
             skipped = (end - index) // cycle * cycle
+            self._asks_again(same.call, index, index + skipped)
             self._skip(skipped // period * step, skipped)
             index += skipped
             seen = {}
         return end
+
+    def _asks_again(self, first: int, last: int, until: int) -> None:
+        """Note that what the calls from ``first`` to ``last`` asked of the driver is asked again, until that call."""
+        asked = [calls for calls in self._driver if first <= calls.position[0] < last]
+        for shift in range(last - first, until - first, last - first) if asked else ():
+            self._driver += [
+                replace(calls, position=(calls.position[0] + shift, calls.position[1]))
+                for calls in asked
+                if calls.position[0] + shift < until
+            ]
 
     def _look(self, microbatch: int, call: int = 0) -> _Look:
         free, live = self.allocator.look(call)
@@ -393,6 +442,16 @@ class _Replay:
         assert self._where is not None
         run, index, code = self._where
         self.out_of_memory = (run, (index, code.positions[at]), len(self.executed), at, size, short_bytes)
+
+    def _note_driver(self, at: int, asked: Asked) -> None:
+        assert self._where is not None
+        _, index, code = self._where
+        where = (index, code.positions[at])
+        self._driver.append(
+            DriverCalls(
+                where, asked.taken, asked.taken_bytes, asked.given, asked.given_bytes, asked.retried, self._expandable
+            )
+        )
 
     # --- the account -----------------------------------------------------------------------------
 
@@ -461,6 +520,7 @@ class _Replay:
             num_alloc_retries=allocator.num_alloc_retries,
             out_of_memory=self._first_failure(),
             peak_awaiting_bytes=allocator.peak_awaiting_bytes,
+            driver=self.steady_driver if gives_back(self.steady_driver) else (),
         )
 
     def _first_failure(self) -> OutOfMemory | None:
@@ -601,6 +661,11 @@ def _samples(points: list[_Point], totals: list[int]) -> tuple[Sample, ...]:
             by_category = (*running, point.allocated_bytes - sum(running))
             samples.append(Sample(point.position, point.allocated_bytes, point.reserved_bytes, by_category))
     return tuple(samples)
+
+
+def gives_back(driver: Sequence[DriverCalls]) -> bool:
+    """Whether memory was given back to the driver: that waits for the GPU."""
+    return any(calls.given for calls in driver)
 
 
 def _ready(releases: Sequence[Release]) -> _Ready:
