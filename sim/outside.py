@@ -16,12 +16,15 @@ _PEER_TO_PEER = ("NVL", "NVB", "C2C", "PIX", "PXB")
 
 
 def outside_of(world: World, timeline: Timeline, cluster: Cluster, gpu: GpuFacts) -> dict[int, Outside]:
-    """Return, for each representative rank, CUDA context and the NCCL buffers of the communicators that it uses."""
-    used = _algorithms(timeline)
+    """Return, for each representative rank, CUDA context and the NCCL buffers of the communicators that it uses.
+
+    gloo's buffers and a plain network's are not on the GPU.
+    """
+    used = _algorithms(timeline) if cluster.spec.backend == "nccl" else None
     return {
         program.rank: outside_torch(
             gpu.cuda_context_bytes,
-            tuple(_communicators(world, program, used, cluster)),
+            tuple(_communicators(world, program, used, cluster)) if used is not None else (),
             context_band=gpu.cuda_context_band_bytes,
         )
         for program in world.programs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sim.catalog.schema import GpuFacts
@@ -18,6 +19,7 @@ from sim.ir.traffic import Link, Traffic
 
 if TYPE_CHECKING:
     from sim.cluster.topology import Cluster
+    from sim.cost.backend import Backend
     from sim.cost.calibrated import Calibrated
     from sim.scenario.calibration import Calibration
 
@@ -81,8 +83,10 @@ class CostModel:
         self._attentions: dict[tuple[str, bool, str, int], tuple[AttentionCoefficients, str, Machine]] = {}
         self._by_identity: dict[int, tuple[float, Kernel]] = {}
         self._by_value: dict[tuple[object, ...], float] = {}
+        self._links: Sequence[Link] | None = None
         self._traffic: dict[tuple[object, ...], Traffic] = {}
         self._planned: dict[tuple[object, ...], Traffic] = {}
+        self._spans: dict[int, bool] = {}
         self._assumed: dict[str, int] = {}
         self._guessed_families: dict[str, int] = {}
         if self._host.assumed:
@@ -117,10 +121,13 @@ class CostModel:
         return self._price(kernel, beside) * self._settings.slow.get(rank, 1.0)
 
     def memory_bytes(self, traffic: Traffic) -> float:
-        """Return the bytes that a collective moves in the memory of each GPU."""
+        """Return the bytes that a collective moves in the memory of each GPU; of another library's than NCCL's, which
+        are slow beside that memory, nothing is counted."""
         algorithm = traffic.algorithm.partition("/")[0]
         if algorithm == "copy":
             return traffic.wire_bytes * COPY_MEMORY_BYTES
+        if not self._backend.is_nccl:
+            return 0.0
         return traffic.wire_bytes * (NVLS_MEMORY_BYTES if algorithm.startswith("nvls") else RING_MEMORY_BYTES)
 
     def _price(self, kernel: Kernel, beside: Beside | None = None) -> float:
@@ -141,7 +148,7 @@ class CostModel:
                 kernel.margin,
             )
         elif isinstance(kernel, Pointwise):
-            key = (kernel.kind, kernel.moved_bytes, kernel.flops)
+            key = (kernel.kind, kernel.moved_bytes, kernel.flops, kernel.random)
         else:
             shapes = (kernel.batch, kernel.heads, kernel.kv_heads, kernel.query, kernel.key, kernel.head_dim)
             key = (kernel.kernel, kernel.direction, *map(size, shapes), kernel.causal, kernel.dtype)
@@ -258,7 +265,9 @@ class CostModel:
 
     def _pointwise(self, kernel: Pointwise, beside: Beside | None) -> tuple[float, str]:
         vector = self._vector if beside is None else left_of(self._vector, beside)
-        time_s = memory_bound_s(kernel.kind, kernel.moved_bytes, kernel.flops, vector, self._memory)
+        time_s = memory_bound_s(
+            kernel.kind, kernel.moved_bytes, kernel.flops, vector, self._memory, kernel.random_numbers
+        )
         if kernel.kind not in self._memory.assumed and kernel.kind in self._memory.fractions:
             return time_s, ""
         return time_s, _FAMILIES
@@ -290,10 +299,19 @@ class CostModel:
 
     # --- transfers -----------------------------------------------------------------------------
 
+    @cached_property
+    def _backend(self) -> Backend:
+        """Whose collectives run; its module is imported when the first is planned."""
+        from sim.cost.backend import backend
+
+        return backend(self._cluster.spec.backend)
+
     @property
     def links(self) -> Sequence[Link]:
         """All links; ``Phase.loads`` index into it."""
-        return self._cluster.links
+        if self._links is None:
+            self._links = self._backend.links(self._cluster)
+        return self._links
 
     def take_over(self, other: CostModel) -> None:
         """Know what another model planned, for the same communicators in the same cluster."""
@@ -304,15 +322,14 @@ class CostModel:
         key = (communicator.name, collective.kind, collective.tensor_bytes)
         traffic = self._traffic.get(key)
         if traffic is None:
-            from sim.cost.nccl import assumption, plan_collective
-
             groups = self._groups(communicator)
             traffic = self._planned.get(key)
             if traffic is None:
-                traffic = plan_collective(self._cluster, groups, collective.kind, collective.tensor_bytes)
-            if self.calibrated is not None:
+                plan = self._backend.plan_collective
+                traffic = plan(self._cluster, groups, collective.kind, collective.tensor_bytes)
+            if self.calibrated is not None and self._backend.is_nccl:
                 traffic = self.calibrated.collective(traffic, collective.kind, groups, collective.tensor_bytes)
-            if assumed := assumption(self._cluster, groups):
+            if assumed := self._backend.assumption(self._cluster, groups):
                 self._assume(assumed)
             self._traffic[key] = traffic
         return traffic
@@ -322,14 +339,31 @@ class CostModel:
         key = (communicator.name, "send", message.tensor_bytes)
         traffic = self._traffic.get(key) or self._planned.get(key)
         if traffic is None:
-            from sim.cost.nccl import plan_point_to_point
-
             pairs = tuple((group[0], group[1]) for group in self._groups(communicator))
-            traffic = plan_point_to_point(self._cluster, pairs, message.tensor_bytes)
-            if self.calibrated is not None:
+            if communicator.within and self._backend.is_nccl:
+                traffic = self._in_group(pairs, communicator.within, message.tensor_bytes)
+            else:
+                traffic = self._backend.plan_point_to_point(self._cluster, pairs, message.tensor_bytes)
+            if self.calibrated is not None and self._backend.is_nccl:
                 traffic = self.calibrated.collective(traffic, "send", pairs, message.tensor_bytes)
             self._traffic[key] = traffic
         return traffic
+
+    def _in_group(
+        self, pairs: Sequence[tuple[int, int]], within: Sequence[tuple[int, ...]], tensor_bytes: int
+    ) -> Traffic:
+        """Return the traffic of messages in communicators of more than the two ranks, which may stand on several nodes.
+
+        All are taken to do so where one does: folding does not ask.
+        """
+        from sim.cost.nccl import plan_point_to_point
+
+        spans = self._spans.get(id(within))
+        if spans is None:
+            domain = self._cluster.domain_of
+            spans = any(len({domain(gpu) for gpu in self._place(group)}) > 1 for group in within)
+            self._spans[id(within)] = spans
+        return plan_point_to_point(self._cluster, pairs, tensor_bytes, len(within[0]), spans)
 
     def copy(self, copy: Copy, ranks: tuple[int, ...]) -> Traffic:
         """Return the traffic of ``copy`` on all of ``ranks`` together."""
@@ -362,10 +396,9 @@ class CostModel:
 
     def wires_of(self, communicator: Communicator) -> tuple[int, str]:
         """Return over how many nodes a group stands, and what of its collectives' time is assumed ("" if nothing)."""
-        from sim.cost.nccl import assumption
-
         groups = [self._place(communicator.groups[0])]
-        return len({self._cluster.node_of(gpu) for gpu in groups[0]}), assumption(self._cluster, groups)
+        nodes = {self._cluster.node_of(gpu) for gpu in groups[0]}
+        return len(nodes), self._backend.assumption(self._cluster, groups)
 
     def _groups(self, communicator: Communicator) -> tuple[tuple[int, ...], ...]:
         return tuple(self._place(group) for group in communicator.groups)

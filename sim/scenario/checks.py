@@ -622,9 +622,48 @@ def attention_kernel_runs(d: Draft) -> Iterator[Problem]:
         )
 
 
+def plain_network_has_numbers(d: Draft) -> Iterator[Problem]:
+    """A plain network is its two numbers; they belong to no other."""
+    given = {"alpha": d.alpha, "beta": d.beta}
+    if d.backend == "alpha-beta":
+        example = {"alpha": "5 us, the latency of a message", "beta": "50 GB/s, the bandwidth of a GPU each way"}
+        for key, value in given.items():
+            if value is None:
+                yield Problem(
+                    ("cluster", "backend"), f"backend alpha-beta without {key}", f"write {key}: {example[key]}"
+                )
+        return
+    for key, value in given.items():
+        if value is not None:
+            yield Problem(
+                ("cluster", key),
+                f"cluster.{key} is given, but backend is {d.backend}",
+                f"write backend: alpha-beta, or leave {key} out",
+            )
+
+
+def gloo_sends_from_the_host(d: Draft) -> Iterator[Problem]:
+    """ProcessGroupGloo stages collectives of CUDA tensors in host memory, but its send and recv hand the tensor's own
+    address to the socket (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp; docs/source/distributed.md, "Backends")."""
+    if d.backend != "gloo":
+        return
+    if d.pp > 1:
+        yield Problem(
+            ("parallelism", "pp"),
+            f"parallelism.pp = {d.pp}, but gloo sends and receives no GPU tensors",
+            "write backend: nccl, or pp: 1",
+        )
+    if d.cp > 1 and d.cp_comm == "p2p":
+        yield Problem(
+            ("parallelism", "cp"),
+            f"parallelism.cp = {d.cp} with cp_comm p2p, but gloo sends and receives no GPU tensors",
+            "write backend: nccl, or cp_comm: all_gather",
+        )
+
+
 def nodes_are_connected(d: Draft) -> Iterator[Problem]:
     """Several nodes need a network."""
-    if d.num_nodes > 1 and d.network is None:
+    if d.num_nodes > 1 and d.network is None and d.backend != "alpha-beta":
         yield Problem(
             ("cluster", "node"),
             f"{d.num_nodes} nodes of {d.node.name} have no network between them",
@@ -826,6 +865,8 @@ RULES: tuple[Rule, ...] = (
     batch_divides,
     gpu_has_precision,
     attention_kernel_runs,
+    plain_network_has_numbers,
+    gloo_sends_from_the_host,
     nodes_are_connected,
     framework_has_zero,
     framework_has_axes,

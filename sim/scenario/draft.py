@@ -62,6 +62,9 @@ class Draft(_Partial):
     node: NodeFacts
     gpu: GpuFacts
     network: NetworkFacts | None
+    backend: str
+    alpha: float | None
+    beta: float | None
     num_nodes: int
     num_gpus: int
     gives_nodes: bool

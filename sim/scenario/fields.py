@@ -28,6 +28,7 @@ from sim.interop.values import (
     text,
 )
 
+BACKENDS = ("nccl", "gloo", "alpha-beta")
 FRAMEWORKS = ("ddp", "fsdp2", "fsdp1", "deepspeed", "megatron")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 RECOMPUTES = ("none", "selective", "selective-op", "full")
@@ -142,6 +143,11 @@ CLUSTER: dict[str, Key] = {
     "network": text("a network", "a name, a path, or words such as '800 Gbit/s per node'",
                     "Between nodes: a name, a path, or in words."),
     "gpu": _anything({}, "Facts of the node's GPU, overridden; or another GPU's name."),
+    "backend": choice(BACKENDS, "a library of collectives",
+                      "Whose collectives: NCCL's, gloo's over TCP, or a plain network of alpha and beta."),
+    "alpha": measured(units.parse_duration, "a duration", "5 us",
+                      "Latency of a message under backend: alpha-beta."),
+    "beta": rate("Bandwidth of a GPU, each way, under backend: alpha-beta."),
 }  # fmt: skip
 
 _PEAK: dict[str, Key] = {name: flops() for name in ("fp32", "tf32", "fp16", "bf16", "fp8", "nvfp4", "int8")}

@@ -196,6 +196,7 @@ class _Resolver:
     def cluster(self, given: object) -> None:
         values, wrong = read_mapping(given, fields.CLUSTER, ("cluster",), self.problems)
         d = self.draft
+        self._backend(values, wrong, given)
         node = self._node(values["node"]) if "node" in values else None
         if node is not None:
             d.node = node
@@ -206,6 +207,19 @@ class _Resolver:
                 self._network(node, values.get("network"))
         elif isinstance(values.get("gpu"), Mapping):
             read_mapping(values["gpu"], fields.GPU, ("cluster", "gpu"), self.problems)
+
+    def _backend(self, values: Mapping[str, Any], wrong: set[str], given: object) -> None:
+        """Whose collectives run; what is left out is NCCL's."""
+        d = self.draft
+        if not wrong & {"backend"}:
+            d.backend = values.get("backend", "nccl")
+            if "backend" not in values:
+                self.sources["cluster.backend"] = _OWN_DEFAULT
+        if not wrong & {"alpha", "beta"}:
+            d.alpha, d.beta = values.get("alpha"), values.get("beta")
+        for key in ("backend", "alpha", "beta"):
+            if key in values and isinstance(given, Mapping):
+                self.written[key] = values[key] if key == "backend" else given[key]
 
     def _node(self, text: str) -> NodeFacts | None:
         path = self._path_of(text)
@@ -1333,6 +1347,9 @@ def _scenario(
             num_nodes=d.num_nodes,
             num_gpus=d.num_gpus,
             written=r.written,
+            backend=cast("Any", d.backend),
+            alpha_s=d.alpha or 0.0,
+            beta_bytes_per_s=d.beta or 0.0,
         ),
         framework=cast("Any", d.framework),
         parallelism=Parallelism(

@@ -90,7 +90,13 @@ class ClusterSpec(_Frozen):
     num_nodes: PositiveInt
     num_gpus: PositiveInt
     written: dict[str, Any] = Field(default_factory=dict)
-    """``node``, ``network`` and ``gpu`` as a scenario file gives them, files by their absolute path."""
+    """``node``, ``network`` and ``gpu`` as a scenario file gives them, files by their absolute path; ``backend``,
+    ``alpha`` and ``beta`` where it does."""
+    backend: Literal["nccl", "gloo", "alpha-beta"] = "nccl"
+    """Whose collectives: ``sim.cost.backend``."""
+    alpha_s: float = 0.0
+    beta_bytes_per_s: float = 0.0
+    """Latency of a message and bandwidth of a GPU, each way, of the plain network; 0 under the others."""
 
     @property
     def gpus_per_node(self) -> int:
