@@ -376,6 +376,10 @@ def plan(
 
     if backend not in BACKENDS:
         raise ScenarioError([Finding("--backend", 0, f"unknown back end {backend!r}", f"write {', '.join(BACKENDS)}")])
+    if address is not None and backend not in ("dask", "ray"):
+        raise ScenarioError(
+            [Finding("--address", 0, f"--backend {backend} has no address", "add --backend dask or ray")]
+        )
     began = perf_counter()
     question = load_plan(file, set_ or ())
     if out is not None:
@@ -391,6 +395,8 @@ def plan(
         with _progress(f"writing {out}", quiet):
             save(content, out)
     content["searched"]["seconds"] = round(perf_counter() - began, 3)
+    if runner.not_kept and not quiet:
+        typer.echo(f"warning: {runner.not_kept}; what was simulated is not found again", err=True)
     if json:
         _print_json(content)
     else:

@@ -11,15 +11,19 @@ import gc
 import hashlib
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from sim.planner.trial import VERSION, trial
+from sim.errors import Finding, ScenarioError
+from sim.planner.trial import VERSION, is_outcome, trial
 
 BACKENDS = ("loky", "sequential", "dask", "ray")
+AT_ONCE = 4
+"""Trials a Ray worker is given at one time: as many are lost at most where the search is killed."""
 
 
 @cache
@@ -52,7 +56,8 @@ def key_of(scenario: dict[str, Any], folder: str) -> str:
 class Runner:
     """Simulates scenarios, those that are new to the cache on ``jobs`` processes of a joblib back end.
 
-    A context: ``address`` is the scheduler of a Dask cluster; without one a local cluster is started.
+    A context: ``address`` is the scheduler of a Dask cluster or the head of a Ray cluster; without one a local cluster
+    is started.
     """
 
     def __init__(
@@ -68,11 +73,15 @@ class Runner:
         self._address = address
         self._cluster = contextlib.ExitStack()
         self._connected = False
+        self._parallel: Any = None
+        """joblib's Parallel on a cluster."""
         self._pending: dict[str, Any] = {}
         """Simulations under way on this machine's cores, by key: futures."""
         self._known: dict[str, dict[str, Any]] = {}
         self.num_simulated = 0
         """Trials that were not in the cache."""
+        self.not_kept = ""
+        """Why trials are not kept any more, if they are not."""
 
     def __enter__(self) -> Self:
         return self
@@ -127,13 +136,21 @@ class Runner:
             for key, scenario in new.items():
                 yield key, trial(scenario, folder)
             return
-        new = {**new, **dict(list(later.items())[: max(0, self._jobs - len(new))])}
-        from joblib import Parallel, delayed, parallel_config
-
         self._connect()
-        with parallel_config(self._backend, n_jobs=-1):
-            parallel = Parallel(return_as="generator_unordered", batch_size=1)
-            yield from parallel(delayed(_keyed)(key, scenario, folder) for key, scenario in new.items())
+        every = [*new.items(), *list(later.items())[: max(0, self._jobs - len(new))]]
+        size = len(every) if self._backend == "dask" else AT_ONCE * self._jobs
+        for first in range(0, len(every), size):
+            for key, there, outcome in self._parallel(
+                _delayed(key, scenario, folder) for key, scenario in every[first : first + size]
+            ):
+                if there != key:
+                    raise _refused(
+                        "--backend",
+                        "a worker of the cluster has another sim than this machine, or other files of the plan",
+                        "install this version of sim on all workers; put model and topology files where all find them "
+                        "by the same path",
+                    )
+                yield key, outcome
 
     def _on_cores(
         self, new: dict[str, dict[str, Any]], later: dict[str, dict[str, Any]], folder: str
@@ -159,23 +176,54 @@ class Runner:
         if self._connected or self._backend not in ("dask", "ray"):
             return
         self._connected = True
-        if self._backend == "dask":
-            from distributed import Client, LocalCluster
+        try:
+            parallel = self._dask() if self._backend == "dask" else self._ray()
+        except ImportError as error:
+            extra = "cluster" if self._backend == "dask" else "ray"
+            said = f"{error.name or self._backend} is not installed"
+            raise _refused("--backend", said, f"pip install 'sim[{extra}]'") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            where = f"the cluster at {self._address}" if self._address else f"a {self._backend} cluster on this machine"
+            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise _refused(
+                "--address", f"{where} cannot be reached: {why}",
+                "write the address that its scheduler printed: tcp://host:8786 of Dask, host:6379 of Ray",
+            ) from None  # fmt: skip
+        self._parallel = parallel
 
-            if self._address is None:
-                cluster = LocalCluster(n_workers=self._jobs, threads_per_worker=1, dashboard_address=None)
-                self._cluster.enter_context(cluster)
-                client = self._cluster.enter_context(Client(cluster))
-            else:
-                client = self._cluster.enter_context(Client(self._address))
-            self._jobs = max(1, sum(client.nthreads().values()))
-            return
+    def _dask(self) -> Any:
+        from distributed import Client, LocalCluster
+        from joblib import Parallel, parallel_config
+
+        if self._address is None:
+            cluster = LocalCluster(n_workers=self._jobs, threads_per_worker=1, dashboard_address=None)
+            self._cluster.enter_context(cluster)
+            client = self._cluster.enter_context(Client(cluster))
+        else:
+            client = self._cluster.enter_context(Client(self._address))
+        self._jobs = max(1, sum(client.nthreads().values()))
+        with parallel_config("dask", n_jobs=-1):
+            return Parallel(return_as="generator_unordered", batch_size=1)
+
+    def _ray(self) -> Any:
+        """Ray's back end returns a list when all is done; its actors stay, and start again where they are killed."""
         import ray
+        from joblib import Parallel, parallel_config
         from ray.util.joblib import register_ray
 
-        ray.init(address=self._address, num_cpus=None if self._address else self._jobs)
-        self._cluster.callback(ray.shutdown)
+        if not ray.is_initialized():
+            if self._address and ":" in self._address and "://" not in self._address:
+                host, _, port = self._address.rpartition(":")  # Ray itself waits for a head that is not there for ever
+                socket.create_connection((host, int(port)), timeout=10).close()
+            local: dict[str, Any] = {} if self._address else {"num_cpus": self._jobs, "include_dashboard": False}
+            ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **local)
+            self._cluster.callback(ray.shutdown)  # ends the actors too
+        self._jobs = max(1, int(ray.cluster_resources().get("CPU", 1)))
         register_ray()
+        again = {"max_restarts": -1, "max_task_retries": -1}
+        with parallel_config("ray", n_jobs=self._jobs, ray_remote_args=again):
+            parallel = Parallel(batch_size=1, pre_dispatch="all")
+        return parallel.__enter__()
 
     def _path(self, key: str) -> Path:
         assert self._dir is not None
@@ -188,16 +236,23 @@ class Runner:
             found = json.loads(self._path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and found.get("version") == VERSION else None
+        return found if is_outcome(found) else None
 
     def _write(self, key: str, outcome: dict[str, Any]) -> None:
-        if self._dir is None:
+        """Keep an outcome, while there is where to: a full disk ends what is kept, not the search."""
+        if self._dir is None or self.not_kept:
             return
-        self._dir.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._dir, prefix=".", suffix=".new")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(outcome, file)
-        Path(name).replace(self._path(key))
+        name = ""
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self._dir, prefix=".", suffix=".new")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(outcome, file)
+            Path(name).replace(self._path(key))
+        except OSError as error:
+            self.not_kept = f"{self._dir} cannot be written: {(error.strerror or str(error)).lower()}"
+            if name:
+                Path(name).unlink(missing_ok=True)
 
 
 def _executor(jobs: int) -> Any:
@@ -213,6 +268,22 @@ def _keyed(key: str, scenario: dict[str, Any], folder: str) -> tuple[str, dict[s
         gc.disable()
         gc.freeze()
     return key, trial(scenario, folder)
+
+
+def _delayed(key: str, scenario: dict[str, Any], folder: str) -> Any:
+    from joblib import delayed
+
+    return delayed(_elsewhere)(key, scenario, folder)
+
+
+def _elsewhere(key: str, scenario: dict[str, Any], folder: str) -> tuple[str, str, dict[str, Any]]:
+    """On a cluster's worker, which says by what name it knows the trial: it may have another program or other files."""
+    there = key_of(scenario, folder)
+    return key, there, trial(scenario, folder) if there == key else {}
+
+
+def _refused(option: str, problem: str, remedy: str) -> ScenarioError:
+    return ScenarioError([Finding(option, 0, problem, remedy)])
 
 
 def default_cache() -> Path:

@@ -12,22 +12,32 @@ from sim.planner import charts
 from sim.planner.page import page
 from sim.planner.tables import csv_text
 from sim.report.report import json_text
+from sim.report.save import write_whole
 
 
 def save(answer: Mapping[str, Any], out: Path) -> None:
-    """Write JSON, CSV, plots and the page, the recommended scenario and those of the front into a directory."""
-    (out / "plan.json").write_text(json_text(answer), encoding="utf-8")
-    (out / "plan.html").write_text(page(answer), encoding="utf-8")
+    """Write JSON, CSV, plots and the page, the recommended scenario and those of the front into a directory.
+
+    Each file appears whole or not at all, and none of an earlier answer stays. Raises ScenarioError where one cannot be
+    written.
+    """
+    files = {"plan.json": json_text(answer), "plan.html": page(answer), "ranked.csv": csv_text(answer)}
     if answer["ranked"]:
         for name, draw in (("pareto", charts.pareto), ("cost", charts.cost), ("memory", charts.memory)):
-            (out / f"{name}.svg").write_text(draw(answer), encoding="utf-8")
-    (out / "ranked.csv").write_text(csv_text(answer), encoding="utf-8")
+            files[f"{name}.svg"] = draw(answer)
     if answer["recommended"]:
-        _scenario(out / "recommended.yaml", answer["recommended"])
-    for place, one in enumerate(answer["front"], 1):
-        _scenario(out / f"front_{place}.yaml", one)
+        files["recommended.yaml"] = _scenario(answer["recommended"])
+    files |= {f"front_{place}.yaml": _scenario(one) for place, one in enumerate(answer["front"], 1)}
+    for name, text in files.items():
+        write_whole(out / name, text.encode())
+    for path in (*out.glob("front_*.yaml"), *(out / name for name in ("recommended.yaml", *_PLOTS))):
+        if path.name not in files:
+            path.unlink(missing_ok=True)
 
 
-def _scenario(path: Path, entry: Mapping[str, Any]) -> None:
+_PLOTS = ("pareto.svg", "cost.svg", "memory.svg")
+
+
+def _scenario(entry: Mapping[str, Any]) -> str:
     head = f"# {entry['cluster']}: {entry['strategy']}\n"
-    path.write_text(head + yaml.safe_dump(entry["scenario"], sort_keys=False, width=110), encoding="utf-8")
+    return head + yaml.safe_dump(entry["scenario"], sort_keys=False, width=110)

@@ -41,6 +41,21 @@ _NOTHING: dict[str, Any] = {
 """The outcome of what was not simulated."""
 
 
+def is_outcome(found: object) -> bool:
+    """Whether what was read from a file is a whole outcome, and of this version."""
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        return False
+    parts = found.get("parts")
+    if not isinstance(parts, dict) or set(parts) != set(PARTS):
+        return False
+    return all(
+        key in found and isinstance(found[key], _KINDS.get(type(value), object)) for key, value in _NOTHING.items()
+    )
+
+
+_KINDS: dict[type, Any] = {bool: bool, int: (int, float), float: (int, float), dict: dict}
+
+
 def trial(scenario: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return the outcome of a candidate's scenario.
 

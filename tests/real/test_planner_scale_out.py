@@ -1,4 +1,4 @@
-"""Searches that are killed, on this machine and on a real Dask cluster: they end with the same bytes."""
+"""Searches that are killed, on this machine and on real Dask and Ray clusters: they end with the same bytes."""
 
 from __future__ import annotations
 
@@ -84,6 +84,45 @@ def test_a_dask_cluster_loses_a_worker() -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert [one.outcome for one in found.tried] == [one.outcome for one in expected.tried]
+
+
+def test_a_ray_cluster_loses_a_worker() -> None:
+    """Its actor starts again, and does again what it was doing."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'sim[ray]'")
+    plan = plan_of(PLAN, "axes.recompute=[none, full]")
+    with Runner(jobs=1) as here:
+        expected = search(plan, here, exhaustive=True)
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_an_actor, args=(killed,), daemon=True)
+    killer.start()
+    with Runner(jobs=2, backend="ray") as runner:
+        found = search(plan, runner, exhaustive=True)
+        assert killed, "the search was over before a worker was killed"
+        assert runner.width == 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(killed[0], 0)
+    assert [one.outcome for one in found.tried] == [one.outcome for one in expected.tried]
+
+
+def _kill_an_actor(killed: list[int]) -> None:
+    """Kill the first of Ray's pool actors that has a task of ours under way, descended from this process."""
+    while not killed:
+        time.sleep(0.05)
+        for process in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                pid = int(process.name)
+                if (process / "cmdline").read_bytes().startswith(b"ray::PoolActor.run_batch") and _is_ours(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    return
+
+
+def _is_ours(pid: int) -> bool:
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
 
 
 def test_more_processes_than_a_wave_has_candidates_find_the_same() -> None:
