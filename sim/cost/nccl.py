@@ -1142,11 +1142,13 @@ def _messages_s(
 
 
 def plan_point_to_point(
-    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, num_ranks: int = 2
+    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, num_ranks: int = 2, spans: bool = False
 ) -> Traffic:
     """Return the traffic of messages of ``tensor_bytes`` from the first to the second GPU of each pair, together.
 
-    ``num_ranks`` of the communicator: the more there are, the fewer channels a message gets.
+    ``num_ranks`` of the communicator: the more there are, the fewer channels a message gets. ``spans`` nodes: then a
+    message inside a node gets no more channels than one to another (src/graph/paths.cc, ncclTopoComputeP2pChannels,
+    which takes the fewest of all peers).
     """
     moving = [(source, target) for source, target in pairs if source != target]
     if not moving:
@@ -1158,11 +1160,11 @@ def plan_point_to_point(
             loads[link] = loads.get(link, 0.0) + tensor_bytes
         group_s = group_s or _links_s(cluster, loads)
     source, target = moving[0]
-    spans = any(cluster.domain_of(a) != cluster.domain_of(b) for a, b in moving)
-    channels = p2p_channels(cluster, max(num_ranks, 2), 1, tensor_bytes, spans)
+    crosses = any(cluster.domain_of(a) != cluster.domain_of(b) for a, b in moving)
+    channels = p2p_channels(cluster, max(num_ranks, 2), 1, tensor_bytes, spans or crosses)
     latency_s = _message_latency_s(cluster, moving)
     rate = P2P_LOCAL_CHANNEL_BYTES_PER_S * channels
-    if spans:
+    if crosses:
         rate = 1 / (1 / (channels * P2P_NET_CHANNEL_BYTES_PER_S) + 1 / P2P_NET_PROXY_BYTES_PER_S)
         if connections_s := _connections_s(cluster, tensor_bytes, channels):
             rate = min(rate, tensor_bytes / connections_s)
@@ -1177,7 +1179,7 @@ def plan_point_to_point(
             ring = _measured(cluster, "ring/Simple", hw)
             share = 1 / ring[3] if ring is not None and ring[3] else 1.0
             part = tensor_bytes / channels
-            latency_s = start + peer + chunk * min(part, nccl_time.P2P_CHUNK[hw])
+            latency_s = start + peer + chunk * min(part, nccl_time.P2P_CHUNK["net" if spans else hw])
             latency_s += simple if part > nccl_time.P2P_LL_BYTES else 0.0
             rate = min(rate, min(cluster.library_bytes_per_s(link) for link in route.links) * share)
     phase = _phase(latency_s, loads, group_s, float(tensor_bytes), rate)

@@ -223,6 +223,9 @@ class Communicator:
 
     ``lone``: its transfers are taken to share links with nothing else that moves meanwhile, by which ranks whose links
     they load unevenly are one class. The engine holds them to it.
+
+    ``within``: the process groups whose library communicators carry the messages of its pairs, where pairs have none of
+    their own.
     """
 
     name: str
@@ -230,6 +233,7 @@ class Communicator:
     groups: tuple[tuple[int, ...], ...]
     classes: tuple[int, ...]
     lone: bool = False
+    within: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_ranks(self) -> int:

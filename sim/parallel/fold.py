@@ -63,6 +63,7 @@ def fold(
     places: Places | None = None,
     folded: bool = True,
     lone: frozenset[str] = frozenset(),
+    within: Mapping[str, tuple[Group, ...]] | None = None,
 ) -> Folding:
     """Return the classes of the ranks of ``mesh`` and the communicators among them.
 
@@ -72,6 +73,7 @@ def fold(
     ``places``   where the ranks are; without it all places are alike
     ``folded``   False: every rank is a class of its own, every group a communicator of its own
     ``lone``     axes whose transfers will share links with nothing: it makes no difference how they load them
+    ``within``   axis of pairs -> the process groups in whose communicators its messages go
     """
     assert len(colours) == mesh.world_size, f"{len(colours)} colours for {mesh.world_size} ranks"
     groups = {axis: tuple(mesh.groups(axis)) for axis in axes}
@@ -88,7 +90,7 @@ def fold(
             of_rank = _refined(of_rank, groups, pairs, lies, places)
     else:
         of_rank = list(range(mesh.world_size))
-    return _folding(of_rank, groups, pairs, lone if folded else frozenset())
+    return _folding(of_rank, groups, pairs, lone if folded else frozenset(), within or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,10 @@ def refold(
     mesh = _Written(world.world_size, {axis: tuple(found) for axis, found in groups.items()})
     colours = [(program_of[rank], speeds.get(rank, 1.0)) for rank in ranks]
     lone = _once(world, groups, program_of) if trusting else frozenset()
-    folding = fold(mesh, colours, axes=tuple(groups), pairs=pairs, places=places, folded=folded, lone=lone)
+    within = {c.axis: c.within for c in world.communicators.values() if c.within}
+    folding = fold(
+        mesh, colours, axes=tuple(groups), pairs=pairs, places=places, folded=folded, lone=lone, within=within
+    )
     found = _world(world, program_of, folding)
     if alike is None or not folded or speeds or len(found.programs) == len(world.programs):
         return found
@@ -151,7 +156,7 @@ def refold(
     for program, colour in zip(found.programs, colours_, strict=True):
         for rank in program.ranks:
             of_rank[rank] = colour
-    return _world(world, program_of, _folding(of_rank, mesh.of_axis, pairs, lone))
+    return _world(world, program_of, _folding(of_rank, mesh.of_axis, pairs, lone, within))
 
 
 def _world(world: World, program_of: Mapping[int, int], folding: Folding) -> World:
@@ -279,6 +284,7 @@ def _folding(
     groups: Mapping[str, Sequence[Group]],
     pairs: Mapping[str, Sequence[tuple[int, int]]],
     lone: frozenset[str],
+    within: Mapping[str, tuple[Group, ...]],
 ) -> Folding:
     """Return classes in the order of their first ranks and communicators in that of axes and first groups."""
     classes: dict[int, list[int]] = {}
@@ -295,7 +301,8 @@ def _folding(
         for colours_, found in alike.items():
             name = axis if len(alike) == 1 else f"{axis}@{found[0][0]}"
             members = tuple(sorted({index[colour] for colour in colours_}))
-            communicators[name] = Communicator(name, axis, tuple(found), members, axis in lone)
+            of_messages = within.get(axis, ())
+            communicators[name] = Communicator(name, axis, tuple(found), members, axis in lone, of_messages)
             if axis in pairs:
                 sender, receiver = (index[colour] for colour in colours_)
                 axes[sender][f"{axis}.send"] = name

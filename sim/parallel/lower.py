@@ -209,7 +209,9 @@ def lower(ledger: Ledger, scenario: Scenario, places: Places | None = None, *, f
         from sim.parallel.blocking import blocking
 
         written = blocking(written)
-    folding = fold(mesh, colours, axes=_axes(written), pairs=_pairs(job), places=places, folded=folded)
+    folding = fold(
+        mesh, colours, axes=_axes(written), pairs=_pairs(job), places=places, folded=folded, within=_within(job)
+    )
     programs = tuple(
         replace(written[colours[ranks[0]]], ranks=ranks, axes=dict(axes))
         for ranks, axes in zip(folding.classes, folding.axes, strict=True)
@@ -331,6 +333,19 @@ def _pairs(job: _Job) -> dict[str, list[tuple[int, int]]]:
     if mesh.size("cp") > 1:
         found["cp.ring"] = list(mesh.neighbours("cp", 1, around=True))
     return found
+
+
+def _within(job: _Job) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Return the groups whose communicators carry the pipeline's messages, where they go in batches.
+
+    ``batch_isend_irecv`` sends in the communicator of the process group, ``isend`` and ``send`` in one of the two ranks
+    (``ProcessGroupNCCL::pointToPoint``, torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp: ``batchP2P``).
+    """
+    if job.mesh.size("pp") == 1 or not _messages(job.scenario, job.num_chunks).in_group:
+        return {}
+    return dict.fromkeys(
+        pair_axes(job.placement, job.mesh.size("pp"), job.num_chunks), tuple(map(tuple, job.mesh.groups("pp")))
+    )
 
 
 # --- one pipeline rank ---------------------------------------------------------------------------

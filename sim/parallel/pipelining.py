@@ -54,6 +54,7 @@ class Messages:
                     gradients are used where they are
     ``batched``     what a turn sends, and receives for later turns, is one exchange after it, waited for as a whole
     ``remembers``   the function that runs the passes still has what the last backward took and gave in its variables
+    ``in_group``    messages go by ``batch_isend_irecv``, in the communicator of all stages; else each pair has its own
     ``parts``       ranks of the axis "tp" over which a tensor is divided to be sent; who receives it gathers it
     ``described``   parts come with what they are of, are cloned, and an output's is all that is kept of it; else a part
                     is a slice of what is sent, and what was received is gathered once the exchange has been waited for
@@ -69,15 +70,16 @@ class Messages:
     parts: int = 1
     described: bool = False
     remembers: bool = False
+    in_group: bool = False
 
 
-MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True, remembers=True)
+MEGATRON = Messages("never", waits="once", host_waits=True, frees_sent=True, remembers=True, in_group=True)
 """``forward_backward_pipelining_without_interleaving`` (megatron/core/pipeline_parallel/schedules.py): sends and
 receives of a turn are one batch (``batch_p2p_comm``), ended by ``torch.cuda.synchronize()`` (``batch_p2p_sync``)."""
 MEGATRON_OVERLAP = Messages("turn", waits="next", host_waits=False, frees_sent=True)
 """``forward_backward_pipelining_with_interleaving`` with ``overlap_p2p_comm``, its default: exchanges of the
 steady state run beside the next pass, those of warm-up and cool-down are waited for."""
-MEGATRON_INTERLEAVED = Messages("never", waits="once", host_waits=True, frees_sent=True, batched=True)
+MEGATRON_INTERLEAVED = Messages("never", waits="once", host_waits=True, frees_sent=True, batched=True, in_group=True)
 """The same without ``overlap_p2p_comm``: all messages of a turn are one batch (``send_forward_recv_forward``,
 ``send_forward_backward_recv_forward_backward``), tensors of later passes among them.
 
@@ -87,9 +89,9 @@ DEEPSPEED = Messages("never", waits="once", host_waits=False, frees_sent=False, 
 """deepspeed/runtime/pipe/p2p.py: blocking sends and receives; outputs stay in ``pipe_buffers`` until their backward.
 ``pipe_recv_buf`` and ``grad_layer`` are one buffer (``_allocate_or_extend_buffers`` of pipe/engine.py). With tensor
 parallelism each rank sends a part (``is_pipe_partitioned``, ``is_grad_partitioned``)."""
-MEGATRON_ORDERED = Messages("always", waits="never", host_waits=False, frees_sent=True)
+MEGATRON_ORDERED = Messages("always", waits="never", host_waits=False, frees_sent=True, in_group=True)
 """Schedules given as a list for each rank, as zero-bubble runtimes execute them: every message is asynchronous."""
-TORCH = Messages("always", waits="never", host_waits=False, frees_sent=False, buffers=True)
+TORCH = Messages("always", waits="never", host_waits=False, frees_sent=False, buffers=True, in_group=True)
 """torch/distributed/pipelining/stage.py and schedules.py: receives into buffers made once, sends waited for later; a
 stage's ``fwd_cache`` keeps outputs until their backward."""
 

@@ -216,6 +216,16 @@ def test_messages_add_up_on_shared_links_only() -> None:
     assert plan_point_to_point(cluster, [(4, 4)], MIB).phases == ()
 
 
+def test_messages_of_a_large_communicator_get_few_channels() -> None:
+    """32 channels over 8 ranks: 4, over 2 ranks 16. A communicator on several nodes gives every peer what one on
+    another node gets: 25 GB/s of a NIC by channels of 14 are 2."""
+    cluster = machine("dgx-a100-80gb", 2)
+    pairs = [(i, i + 1) for i in range(7)]
+    assert plan_point_to_point(cluster, [(0, 1)], 16 * MIB).sms == 16
+    assert plan_point_to_point(cluster, pairs, 16 * MIB, 8).sms == 4
+    assert plan_point_to_point(cluster, pairs, 16 * MIB, 16, spans=True).sms == 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "num_nodes"), [("dgx-h100", 2), ("dgx-1", 1), ("pcie-8x-4090", 2), ("p5", 3)])
 def test_no_link_has_less_than_nothing_and_time_grows_with_bytes(kind: str, name: str, num_nodes: int) -> None:

@@ -54,6 +54,25 @@ def passes(program: Program) -> list[tuple[str, int]]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("framework", "parallelism", "in_group"),
+    [
+        ("megatron", {}, True),
+        ("megatron", {"schedule": "interleaved", "vpp": 2}, False),  # isend and irecv, as it overlaps
+        ("megatron", {"schedule": "zb-h1"}, True),
+        ("fsdp2", {}, True),
+        ("deepspeed", {}, False),
+    ],
+)
+def test_batched_messages_go_in_the_communicator_of_all_stages(
+    framework: str, parallelism: dict[str, Any], in_group: bool
+) -> None:
+    """``batch_isend_irecv`` uses the group's communicator; ``isend`` and ``send`` make one of the two ranks."""
+    world = world_of(framework, {"pp": 4, **parallelism})
+    pairs = [c for c in world.communicators.values() if c.axis.startswith("pp_")]
+    assert {c.within for c in pairs} == {((0, 1, 2, 3),) if in_group else ()}
+
+
 @pytest.mark.parametrize("framework", ["megatron", "deepspeed", "fsdp2"])
 def test_passes_are_in_the_order_of_the_schedule(framework: str) -> None:
     world = world_of(framework, {"pp": 4})
