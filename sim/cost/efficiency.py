@@ -234,6 +234,12 @@ def exposed_accumulation(source: Source) -> float:
     return float(facts.get(source.name, facts["otherwise"])["exposed"])
 
 
+def promotion(gpu: GpuFacts) -> float:
+    """Return how much longer the main loop of an 8-bit product takes that promotes its partial sums to fp32."""
+    facts = read("promotion.yaml")["by_capability"]
+    return float(facts.get(".".join(map(str, gpu.compute_capability)), {}).get("slower", 1.0))
+
+
 def sdpa_kernel(gpu: GpuFacts) -> tuple[str, str]:
     """Return the kernel of torch's scaled_dot_product_attention on ``gpu``, and what that assumes ("" if nothing).
 

@@ -146,6 +146,7 @@ class CostModel:
                 kernel.accumulates,
                 kernel.pieces,
                 kernel.margin,
+                kernel.promotes,
             )
         elif isinstance(kernel, Pointwise):
             key = (kernel.kind, kernel.moved_bytes, kernel.flops, kernel.random)
@@ -232,6 +233,8 @@ class CostModel:
         factor = alignment_factor(*rows, machine.element_bytes, alignment)
         if self._source.limited == 1.0:
             factor *= self._source.power
+        if kernel.promotes and machine.element_bytes == 1:
+            factor /= efficiency.promotion(self._gpu)
         time_s = gemm_s(m, n, k, batch * kernel.pieces, machine, coefficients, factor, self._settings.sustained)
         time_s /= kernel.pieces
         if kernel.accumulates or kernel.result is not None:

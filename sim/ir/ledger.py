@@ -79,6 +79,8 @@ class Gemm:
     C is written once, as wide as the operands (8-bit ones: 16 bits), unless ``result`` names its dtype;
     ``accumulates``: C += A @ B, so that it is read too. ``pieces``: one of so many equal products that run on streams
     in turn, the next one's tiles where the last wave of one leaves SMs idle. ``margin``: SMs that it is told to leave.
+    ``promotes``: an 8-bit product whose partial sums go to full fp32 registers after every 128 of k
+    (``CUBLASLT_MATMUL_DESC_FAST_ACCUM`` off).
     """
 
     m: Shape
@@ -90,6 +92,7 @@ class Gemm:
     accumulates: bool = False
     pieces: int = 1
     margin: int = 0
+    promotes: bool = False
 
     @property
     def flops(self) -> int:

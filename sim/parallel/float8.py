@@ -9,6 +9,9 @@ choose (``shared``).
   ranks agree on the largest value first (Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput).
 * ``rowwise``: a scale a row, so that each product has casts of its own along the dimension that it sums; activations
   are gathered in 16 bit.
+* Products of gradients promote their partial sums to fp32 (``gemm_config_grad_input``, ``gemm_config_grad_weight``:
+  no ``use_fast_accum``). The rowwise kernel is slow at that, so that these are products without scales, and a kernel of
+  its own reads and writes each result once more to scale it (``addmm_float8_unwrapped``: ``post_inverse_scale``).
 * ``gathered_low``: FSDP gathers weights in FP8 (``enable_fsdp_float8_all_gather``): no cast where they are used.
 
 Sources: torchao/float8/{float8_linear,float8_scaling_utils,float8_tensor_parallel,float8_ops,fsdp_utils}.py.
@@ -214,7 +217,7 @@ class _Float8:
             low = self._low(gradient)
             if low != gradient:
                 self.cast(gradient, low, op)
-            kernels = tuple(replace(k, dtype="fp8") if isinstance(k, Gemm) else k for k in op.kernels)
+            kernels = self._gradient_kernels(op)
             if op.name in inputs:
                 columns = self._weight_columns(f"{inputs[op.name]}.weight", op)
                 self.out.append(replace(op, kernels=kernels, reads=(low, columns), parameters=op.parameters))
@@ -229,6 +232,19 @@ class _Float8:
             if any(not isinstance(kernel, Gemm) for kernel in kernels):
                 reads = (*reads, gradient)  # the bias's gradient is a sum of the 16-bit one
             self.out.append(replace(op, kernels=kernels, reads=reads))
+
+    def _gradient_kernels(self, op: Op) -> tuple[Kernel, ...]:
+        """The product of a gradient; where rows have scales, and what multiplies the result by them afterwards."""
+        made: list[Kernel] = []
+        for kernel in op.kernels:
+            if not isinstance(kernel, Gemm):
+                made.append(kernel)
+                continue
+            made.append(replace(kernel, dtype="fp8", promotes=True))
+            if self.rowwise:
+                result = Tensor("result", (*kernel.batch, *kernel.m, *kernel.n), "bf16")
+                made.append(Pointwise("elementwise", (result,), (result,), 2))
+        return tuple(made)
 
     def _weight_columns(self, weight: str, op: Op) -> str:
         """The weight as the input's gradient reads it: cast again, or a transposed copy of what is there in 8 bits."""

@@ -12,6 +12,8 @@ the weight's gradient is the quantised input:
   (current scaling) needs the largest value first: the norm computes it on the way, other tensors are read twice.
 * Under sequence parallelism the quantised tensor is gathered, not the 16-bit one: rows only where the scale is the
   tensor's (the transposed copy is made of what was gathered), rows and columns each where blocks have scales.
+* Products of gradients promote their partial sums to fp32 on the way (``use_split_accumulator``), forward's do so with
+  scales of blocks only: slower on Hopper (``Gemm.promotes``).
 * Weights are quantised in the first microbatch of a step and kept (``is_first_microbatch``), where the framework says
   so (Megatron-Core); else in every forward pass, and kept for its backward.
 
@@ -41,6 +43,7 @@ class Recipe:
     ``fused_norm``  a norm writes the quantised rows itself
     ``amax``        what is read to find the scale first: "" nothing, "tensor" all of it unless a norm did, "always"
     ``passes``      kernels that read the 16-bit tensor to quantise it both ways
+    ``promotes``    forward's products promote their partial sums too; those of backward do under every recipe of FP8
     """
 
     name: str
@@ -51,6 +54,7 @@ class Recipe:
     fused_norm: bool = False
     amax: str = ""
     passes: int = 1
+    promotes: bool = False
 
     def num_bytes(self, num_elements: int, copies: int = 1) -> int:
         return -(-num_elements * self.unit * copies // 64)
@@ -63,7 +67,7 @@ def recipe_of(precision: str, fp8_recipe: str, compute_capability: tuple[int, in
     if precision == "nvfp4":  # 4 bits, an 8-bit scale for 16; columns are turned by a Hadamard matrix first
         return Recipe("nvfp4", "nvfp4", 36, 2, False, amax="always", passes=2)
     if fp8_recipe == "blockwise":  # an fp32 scale for 128 elements
-        return Recipe("blockwise", "fp8", 66, 2, False)
+        return Recipe("blockwise", "fp8", 66, 2, False, promotes=True)
     any_layout = (10, 0) <= compute_capability < (12, 0)
     copies = 1 if any_layout else 2
     if fp8_recipe == "tensorwise":
@@ -280,7 +284,10 @@ class _Quantise:
             self._weight(op, weight)
             reads.append(f"{weight}.low")
             saves.append(f"{weight}.low")
-        kernels = tuple(replace(k, dtype=recipe.gemm) if isinstance(k, Gemm) else k for k in op.kernels)
+        promotes = recipe.promotes
+        kernels = tuple(
+            replace(k, dtype=recipe.gemm, promotes=promotes) if isinstance(k, Gemm) else k for k in op.kernels
+        )
         self.out.append(replace(op, kernels=kernels, reads=tuple(reads), saves=tuple(saves)))
 
     def _weight(self, op: Op, weight: str) -> None:
@@ -337,7 +344,7 @@ class _Quantise:
         made: list[Kernel] = []
         for kernel in op.kernels:
             if isinstance(kernel, Gemm):
-                made.append(replace(kernel, dtype=self.recipe.gemm))
+                made.append(replace(kernel, dtype=self.recipe.gemm, promotes=True))
             elif gathered:
                 made.append(kernel)
         return tuple(made)

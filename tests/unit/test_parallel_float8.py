@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sim.ir.ledger import Gemm, Layer, Op
+from sim.ir.ledger import Gemm, Layer, Op, size
 from sim.ir.program import Collective
 from sim.model.transformer import describe
 from sim.parallel.emit import NO_RECOMPUTE, Emitter, Recompute, plan_layer
@@ -134,3 +134,20 @@ def test_fsdp_gathers_weights_of_linears_in_one_byte() -> None:
         sizes[low] = [i.tensor_bytes for i in gathers][1]  # the root first, then the blocks
     matrices = sum(p.num_elements for p in layers[1].parameters) - 2 * 64
     assert sizes == {False: 2 * (matrices + 2 * 64), True: matrices + 2 * 2 * 64}
+
+
+@pytest.mark.parametrize("granularity", ["tensorwise", "rowwise"])
+def test_products_of_gradients_promote_and_are_scaled_afterwards_where_rows_have_scales(
+    granularity: Granularity,
+) -> None:
+    """One more kernel a product of backward, that reads and writes the 16-bit result."""
+    layer = of(granularity)
+    for op in layer.forward:
+        assert not any(k.promotes for k in op.kernels if isinstance(k, Gemm))
+    for op in layer.backward:
+        for at, kernel in enumerate(op.kernels):
+            if isinstance(kernel, Gemm):
+                after = op.kernels[at + 1 :]
+                assert kernel.promotes
+                assert len(after) == (granularity == "rowwise")
+                assert all(k.moved_bytes == 2 * 2 * size(kernel.m) * size(kernel.n) for k in after)  # type: ignore[union-attr]
