@@ -53,6 +53,8 @@ class GpuFacts:
     facts: Mapping[str, Fact] = field(default_factory=dict)
     cuda_context_band_bytes: tuple[int, int] = (0, 0)
     """What has been seen of it, least and most: no table by driver is published."""
+    spread: float | None = None
+    """Standard deviation of matmuls' speed from card to card; None: as measured (sim/cost/spread.py)."""
 
 
 @dataclass(frozen=True, slots=True)

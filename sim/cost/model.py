@@ -13,6 +13,7 @@ from sim.cost.attention import AttentionCoefficients, attention_s
 from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_s, result_s
 from sim.cost.memory_bound import memory_bound_s
 from sim.cost.roofline import Beside, Machine, left_of, machine_of, peak_of
+from sim.cost.spread import ALONE, Slowest, Spread, spread_of
 from sim.ir.ledger import DTYPE_BYTES, Attention, Gemm, Kernel, Pointwise, size
 from sim.ir.program import Caller, Collective, Communicator, Copy, HostCompute, Recv, Send
 from sim.ir.traffic import Link, Traffic
@@ -34,6 +35,7 @@ class CostSettings:
     ``sustained``   compute-bound kernels follow each other closely, as in training, so that the clock has settled;
                     False: each kernel starts at the boost clock, as in a short benchmark
     ``slow``        rank -> factor on its kernels' times
+    ``slowest``     whose pace all ranks have: the slowest's of so many GPUs that wait for each other
     ``calibration`` what was measured on the user's own machine
     """
 
@@ -42,6 +44,7 @@ class CostSettings:
     code: str = "torch"
     sustained: bool = True
     slow: Mapping[int, float] = field(default_factory=dict)
+    slowest: Slowest = ALONE
     calibration: Calibration | None = None
 
 
@@ -76,6 +79,10 @@ class CostModel:
         own = calibration.host if calibration is not None else None
         self._host = host.host_coefficients(cluster.spec.node.cpu, settings.code, settings.compiled, own)
         self._memory = efficiency.memory_coefficients(gpu)
+        slowest = settings.slowest.deviations
+        self._spread = spread_of(gpu) if slowest else Spread(0.0, 0.0)
+        self._pace = 1 + self._spread.matmul * slowest
+        self._memory_pace = 1 + self._spread.memory * slowest
         vector_flops = gpu.peak_flops.get("fp32") or min(gpu.peak_flops.values())
         self._vector = Machine(vector_flops, 4, gpu.num_sms, gpu.boost_clock_hz, gpu.memory_bytes_per_s, gpu.l2_bytes)
         self._machines: dict[str, Machine] = {}
@@ -107,7 +114,7 @@ class CostModel:
     # --- kernels -------------------------------------------------------------------------------
 
     def kernel_s(self, kernel: Kernel, rank: int) -> float:
-        """Return the time of ``kernel`` alone on the GPU of ``rank``, in seconds."""
+        """Return the time of ``kernel`` alone on the GPU of ``rank``, in seconds: at the pace of the slowest."""
         found = self._by_identity.get(id(kernel))
         if found is None:
             found = self._by_identity[id(kernel)] = (self._price(kernel), kernel)
@@ -160,6 +167,7 @@ class CostModel:
             time_s, assumed = self._model(kernel, beside)
             if self.calibrated is not None:
                 time_s, assumed = self._as_measured(self.calibrated, kernel, time_s, assumed, beside is None)
+            time_s *= self._memory_pace if isinstance(kernel, Pointwise) else self._pace
             self._by_value[key] = time_s
             if beside is not None:
                 return time_s
@@ -420,6 +428,15 @@ class CostModel:
                 text = f"{families} kernels on {self._gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901
             kernels = f" ({count} different kernel{'s' if count > 1 else ''})" if count else ""
             texts.append(text + kernels)
+        if self._pace > 1:
+            whose = "as V100 has it at its power limit; cluster.gpu.spread says otherwise"
+            if self._gpu.spread is not None:
+                whose = "cluster.gpu.spread"
+            texts.append(
+                f"{self._settings.slowest.num_gpus:,} GPUs wait for the slowest of them: matmuls and attention take "
+                f"{self._pace - 1:.1%} longer than on an average card (standard deviation from card to card "
+                f"{self._spread.matmul:.1%}, {whose})"
+            )
         if self._source.limited < 1:
             texts.append(
                 f"{self._gpu.name} under a power limit: clock of compute-bound kernels assumed at "

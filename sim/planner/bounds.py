@@ -7,13 +7,14 @@ the stages before it, and its last gradient has to go back through them:
 
     T  >=  max over s  of  sum over i < s of f_i  +  M (f_s + b_s)  +  sum over i < s of b_i
 
-with a virtual stage's share of f_i and b_i where ranks have several (Narayanan et al., "Efficient Large-Scale Language
-Model Training on GPU Clusters", SC 2021, section 2.2). Megatron's messages between nodes take at least what all ranks
-of a node, which send at one time, put on its NICs: each that a rank waits for between two passes adds that, and so
-does each from rank to rank before its first pass and after its last (``_messages_s``). What is gathered before the
-first forward and reduced from the last backward on takes what it takes of a node's NICs, and so does what is gathered
-and reduced for every microbatch. Host, launches, other contention, kernels that collectives other than tensor-parallel
-ones slow down, messages within a node, and the optimizer's step are left out: they only add.
+with a virtual stage's share of f_i and b_i where ranks have several (Narayanan et al., "Efficient Large-Scale
+Language Model Training on GPU Clusters", SC 2021, section 2.2). Megatron's messages between nodes take at least what
+all ranks of a node, which send at one time, put on its NICs: each that a rank waits for between two passes adds that,
+and so does each from rank to rank before its first pass and after its last (``_messages_s``). What is gathered before
+the first forward and reduced from the last backward on takes what it takes of a node's NICs, and so does what is
+gathered and reduced for every microbatch. Kernels take what they take on the slowest GPU (``_slowest``). Host,
+launches, other contention, kernels that collectives other than tensor-parallel ones slow down, messages within a
+node, and the optimizer's step are left out: they only add.
 
 Memory. Weights, main gradients and optimizer states of the fullest stage, what autograd keeps of the microbatches that
 are under way on it (1F1B: as many as stages from here to the end), and the CUDA context. Left out: what lives during a
@@ -31,6 +32,7 @@ from typing import Any
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost.model import CostModel, CostSettings
 from sim.cost.nccl import plan_collective
+from sim.cost.spread import Slowest, slowest_of
 from sim.engine.beside import durations_beside
 from sim.engine.network import flow_of
 from sim.ir.ledger import Kernel, Layer, Ledger
@@ -51,6 +53,9 @@ from sim.units import TICKS_PER_S, ticks
 
 SAFETY = 1 - 1e-6
 """Ticks are whole: sums of rounded times may fall short of the sum by so little."""
+_DEVIATIONS = 0.5
+"""The slowest GPU of a candidate is bounded in steps of so many standard deviations, 1 % of a step's time: candidates
+share what was worked out for one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ class Bounds:
         self._parts: dict[tuple[object, ...], tuple[_Part, _Part, _Part]] = {}
         self._ledgers: dict[tuple[object, ...], Ledger] = {}
         self._plans: dict[tuple[object, ...], tuple[tuple[Layer, LayerPlan], ...]] = {}
-        self._costs: dict[tuple[int, int], tuple[CostModel, Cluster]] = {}
+        self._costs: dict[tuple[int, int, Slowest], tuple[CostModel, Cluster]] = {}
         self._alone: dict[tuple[object, ...], float] = {}
         self._traffic: dict[tuple[object, ...], Traffic] = {}
 
@@ -147,7 +152,7 @@ class Bounds:
         in_node = min(site.node.num_gpus, c.num_gpus)
         key = (
             c.site, in_node, c.num_gpus > in_node, c.framework, c.tp, c.cp, c.zero == 3, c.micro_batch_size,
-            c.recompute, c.pp > 1 and c.framework == "deepspeed", c.dp == 1,
+            c.recompute, c.pp > 1 and c.framework == "deepspeed", c.dp == 1, _slowest(c),
         )  # fmt: skip
         found = self._parts.get(key)
         if found is None:
@@ -224,7 +229,7 @@ class Bounds:
     def _cost(self, c: Candidate, scenario: Scenario, in_node: int) -> tuple[CostModel, Cluster]:
         """Return the cost model of a small cluster that holds a tensor-parallel group: two nodes if it has several."""
         nodes = max(min(2, scenario.cluster.num_nodes), -(-c.tp // in_node))
-        key = (c.site, in_node * nodes)
+        key = (c.site, in_node * nodes, _slowest(c))
         found = self._costs.get(key)
         if found is None:
             spec = scenario.cluster
@@ -233,7 +238,9 @@ class Bounds:
                 num_gpus=in_node * nodes, written=spec.written,
             )  # fmt: skip
             cluster = build_cluster(small)
-            settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code)
+            settings = CostSettings(
+                compiled=scenario.training.compile, code=scenario.training.code, slowest=_slowest(c)
+            )
             found = self._costs[key] = (CostModel(cluster, spec.gpu, settings), cluster)
         return found
 
@@ -403,6 +410,12 @@ def _copies_s(c: Candidate, cost: CostModel, layer: Layer) -> tuple[float, float
     out = copy("copy out", parameters, "bf16", "bf16")
     in_ = copy("copy in", parameters, "bf16", "fp32")
     return cost.kernel_s(out.kernel, 0) if c.zero == 3 else 0.0, cost.kernel_s(in_.kernel, 0)
+
+
+def _slowest(c: Candidate) -> Slowest:
+    """Return a pace that the slowest GPU of a candidate does not beat, one of few."""
+    exact = slowest_of(c.num_gpus, c.pp, c.num_microbatches * c.vpp)
+    return Slowest(1, exact.deviations // _DEVIATIONS * _DEVIATIONS)
 
 
 def _ranks(c: Candidate, num_stages: int) -> list[list[int]]:

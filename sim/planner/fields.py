@@ -214,7 +214,7 @@ FAILURES: dict[str, Key] = {
     "restart": duration("Until training goes on from the checkpoint."),
     "repair": duration("Until a broken node is back."),
     "spare_nodes": integer(0, 10_000, 2, "Nodes that wait for others to fail; as many as needed, if left out."),
-    "gpu_spread": number(0.0, 0.2, "0.01", "Standard deviation of the speed of GPUs of one kind."),
+    "gpu_spread": number(0.0, 0.2, "0.01", "Standard deviation of GPUs' speed beyond that within a step."),
     "checkpoint_interval": duration("The best one, if left out."),
     "replicas": integer(10, 100_000, 200, "Simulated runs behind the distribution."),
     "seed": integer(0, 2**31, 0, "Of the random numbers."),

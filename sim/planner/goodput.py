@@ -10,8 +10,9 @@ work takes delta. Expected interruptions F and wall time:
 Source: Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22 (2006), eq. 20.
 Its minimum is near tau = sqrt(2 delta M) - delta (Young, CACM 17 (1974), first order; Daly's eq. 37 is the higher one).
 
-Stragglers: all wait for the slowest of N GPUs whose speeds are normal with standard deviation s: a step is longer by
-s times the expected largest of N standard normals (Blom's quantile, "Statistical Estimates", 1958).
+Stragglers: what GPUs of one kind differ is in the step's time (``sim/cost/spread.py``). Beyond that, if a plan says so,
+all wait for the slowest of N GPUs whose speeds are normal with standard deviation s: a step is longer by s times the
+expected largest of N standard normals.
 
 Leaves out: several nodes failing at once, checkpoints that fail, work that goes on at a smaller size meanwhile.
 Checked by: sim/engine/outages.py, which simulates the same run event by event.
@@ -21,8 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp, expm1, sqrt
-from statistics import NormalDist
 
+from sim.cost.spread import expected_largest
 from sim.engine.outages import RunSettings, simulate_run
 from sim.planner.schema import Plan, Site
 
@@ -77,7 +78,7 @@ def slowest_of(num_gpus: int, spread: float) -> float:
     """Return how much longer all take that wait for the slowest of so many."""
     if num_gpus <= 1 or not spread:
         return 1.0
-    return 1.0 + spread * NormalDist().inv_cdf((num_gpus - 0.375) / (num_gpus + 0.25))
+    return 1.0 + spread * expected_largest(num_gpus)
 
 
 def spares_for(failures_per_s: float, repair_s: float) -> int:

@@ -113,7 +113,7 @@ class Failures(_Frozen):
     spare_nodes: int | None = None
     """None: as many as keep a job from waiting in 99 of 100 failures."""
     gpu_spread: float = Field(ge=0.0, le=0.2)
-    """Standard deviation of the speed of GPUs of one kind; all wait for the slowest."""
+    """Standard deviation of GPUs' speed beyond what a step has of it; all wait for the slowest."""
     checkpoint_interval_s: PositiveFloat | None = None
     """None: the best one."""
     replicas: PositiveInt = 200

@@ -11,6 +11,7 @@ from sim.catalog import load
 from sim.catalog.schema import Fact
 from sim.cost import efficiency
 from sim.cost.residuals import whole_runs
+from sim.cost.spread import slowest_of, spread_of
 from sim.errors import Finding
 from sim.report.catalog import fact_rows
 from sim.report.layout import Cell, Line, Screen, fold, paragraphs, title
@@ -208,6 +209,7 @@ def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
             for family, fraction in memory.fractions.items()
         ],
     }
+    yield _spread(scenario)
     yield {
         "family": "host",
         "file": "sim/catalog/measured/host.yaml",
@@ -219,6 +221,27 @@ def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
             for name, fact in _measured("host.yaml").items()
         ],
     }
+
+
+def _spread(scenario: Scenario) -> dict[str, Any]:
+    """Return how much GPUs of one kind differ, and by how much all wait for the slowest of them."""
+    p = scenario.parallelism
+    slowest = slowest_of(p.world_size, p.pp, scenario.num_microbatches * p.vpp)
+    spread = spread_of(scenario.cluster.gpu)
+    own = scenario.cluster.gpu.facts.get("spread")
+    facts = _measured("spread.yaml")
+    return {
+        "family": "spread",
+        "file": "sim/catalog/measured/spread.yaml",
+        "machine": "v100-sxm2",
+        "words": f"all have the pace of the slowest of {slowest.num_gpus:,}, {slowest.deviations:.2f} deviations",
+        "source": "standard deviations from card to card; V100's stand for all kinds (sim/cost/spread.py)",
+        "fits": [
+            {"of": name, "value": value, **({"kind": own.kind, "source": own.source} if own else
+                                            {"kind": fact["kind"], "source": fact["source"]})}
+            for (name, fact), value in zip(facts.items(), (spread.matmul, spread.memory), strict=True)
+        ],
+    }  # fmt: skip
 
 
 def _calibration(scenario: Scenario) -> dict[str, Any] | None:
@@ -291,7 +314,10 @@ def _lines(content: Mapping[str, Any], width: int, quiet: bool) -> Iterator[Line
         yield from paragraphs(fact_rows(entry["facts"]), width)
     for family in content["cost"]:
         yield ()
-        yield title(f"{family['family']} kernels" if family["family"] != "host" else "host", family["words"])
+        yield title(
+            f"{family['family']} kernels" if family["family"] not in ("host", "spread") else family["family"],
+            family["words"],
+        )
         for words in filter(None, (family["file"], family["source"])):
             yield from (((line, "dim"),) for line in fold(words, width, 2))
         yield from paragraphs([_fit_row(fit) for fit in family["fits"]], width)

@@ -1127,6 +1127,7 @@ def overridden(gpu: GpuFacts, values: Mapping[str, Any], texts: Mapping[str, Any
         "l2": ("l2_bytes",),
         "num_sms": ("num_sms",),
         "cuda_context": ("cuda_context_bytes",),
+        "spread": ("spread",),
     }
     changed: dict[str, Any] = {}
     facts = dict(gpu.facts)
