@@ -55,13 +55,15 @@ generations have others for theirs (CUTLASS, ``media/docs/cpp/blackwell_function
 
 @dataclass(frozen=True, slots=True)
 class MemoryCoefficients:
-    """Kernels bound by memory: share of the bandwidth by family, floor, and where the L2 helps."""
+    """Kernels bound by memory: share of the bandwidth by family, floor, where the L2 helps, and the random numbers that
+    an SM draws in a clock."""
 
     fractions: Mapping[str, float]
     assumed: frozenset[str]
     floor_s: float
     resident_fraction: float
     l2_over_memory: float
+    random_per_clock: float
 
 
 @lru_cache(maxsize=64)
@@ -313,10 +315,12 @@ def memory_coefficients(gpu: GpuFacts) -> MemoryCoefficients:
     own = data["by_capability"].get(".".join(map(str, gpu.compute_capability)), {}) if gpu.vendor == "nvidia" else {}
     facts = {**data["default"], **own}
     floor, resident, l2 = facts.pop("floor"), facts.pop("resident_fraction"), facts.pop("l2_over_memory")
+    random = facts.pop("random_per_clock")
     return MemoryCoefficients(
         fractions={family: float(fact["value"]) for family, fact in facts.items()},
         assumed=frozenset(family for family, fact in facts.items() if fact["kind"] != "measured"),
         floor_s=units.parse_duration(floor["value"]),
         resident_fraction=float(resident["value"]),
         l2_over_memory=float(l2["value"]),
+        random_per_clock=float(random["value"]),
     )

@@ -128,13 +128,14 @@ class Pointwise:
 
     ``kind`` names the family whose measured bandwidth applies: ``elementwise``, ``norm``,
     ``softmax``, ``reduce``, ``gather`` (embedding), ``scatter``, ``copy``, ``transpose`` (written in another order than
-    it is read), ``optimizer``.
+    it is read), ``optimizer``. ``random``: it draws a random number for each element.
     """
 
     kind: str
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
     flops_per_element: int = 1
+    random: bool = False
 
     @property
     def moved_bytes(self) -> int:
@@ -142,8 +143,15 @@ class Pointwise:
 
     @property
     def flops(self) -> int:
-        widest = max((t.num_elements for t in self.reads + self.writes), default=0)
-        return self.flops_per_element * widest
+        return self.flops_per_element * self._widest
+
+    @property
+    def random_numbers(self) -> int:
+        return self._widest if self.random else 0
+
+    @property
+    def _widest(self) -> int:
+        return max((t.num_elements for t in self.reads + self.writes), default=0)
 
 
 Kernel = Gemm | Attention | Pointwise

@@ -142,7 +142,7 @@ def bias_dropout_add(
     result = Value(Tensor(out, x.shape, c.residual_dtype))
     parameters = (bias.name,) if bias else ()
     tape.op(
-        name, (Pointwise("elementwise", (x.tensor, residual.tensor), (result.tensor, *keeps), 3),),
+        name, (Pointwise("elementwise", (x.tensor, residual.tensor), (result.tensor, *keeps), 3, bool(p)),),
         reads=(x.name, residual.name), writes=(result.tensor,), saves=tuple(t.name for t in keeps), keeps=keeps,
         parameters=parameters,
     )  # fmt: skip
@@ -170,10 +170,21 @@ def bias_dropout_add(
     return result
 
 
+def _projection(c: Context, tape: Tape, x: Value) -> Value:
+    """linear_qkv. Megatron's own linears add the bias in a kernel after the product (``output = output + bias`` in
+    megatron/core/tensor_parallel/layers.py), Transformer Engine's in the product's epilogue."""
+    d, bias, out = c.dims, c.model.attention_bias, "query_key_value"
+    if not (c.local and bias):
+        return linear(tape, QKV, x, d.qkv, (d.hidden,), bias=bias, out=out)
+    product = linear(tape, QKV, x, d.qkv, (d.hidden,), bias=False, out=f"{out}.product")
+    shift = tape.parameter(f"{QKV}.bias", d.qkv, decays=False)
+    return _add_bias(tape, f"{QKV}.add_bias", product, shift, QKV, out=out)
+
+
 def _attention(c: Context, tape: Tape, x: Value) -> tuple[Value, Parameter | None]:
     """SelfAttention: the fused projection, rotary embedding, the core, linear_proj without its bias."""
     d, model, module = c.dims, c.model, "self_attention"
-    fused = linear(tape, QKV, x, d.qkv, (d.hidden,), bias=model.attention_bias, out="query_key_value")
+    fused = _projection(c, tape, x)
     query, key = (*d.rows, d.heads, d.head_dim), (*d.rows, d.kv_heads, d.head_dim)
     q, k, v = split(tape, f"{module}.split", fused, (query, key, key), module=module)
     if model.query_key_norm:
@@ -430,9 +441,9 @@ def _gate_op_by_op(c: Context, tape: Tape, x: Value, bias: Parameter | None) -> 
     )  # fmt: skip
 
 
-def _add_bias(tape: Tape, name: str, x: Value, bias: Parameter, module: str) -> Value:
+def _add_bias(tape: Tape, name: str, x: Value, bias: Parameter, module: str, out: str = "") -> Value:
     """x + bias as a new tensor; the bias's gradient is a sum over the tokens."""
-    result = Value(Tensor(f"{x.name}.biased", x.shape, x.dtype))
+    result = Value(Tensor(out or f"{x.name}.biased", x.shape, x.dtype))
     tape.op(
         name, (Pointwise("elementwise", (x.tensor, tape.stored(bias)), (result.tensor,)),), reads=(x.name,),
         writes=(result.tensor,), parameters=(bias.name,), module=module,

@@ -216,6 +216,7 @@ def pointwise(
     constants: tuple[Tensor, ...] = (),
     also_reads: tuple[str, ...] = (),
     kind: str = "elementwise",
+    random: bool = False,
     backward_scratch: int = 0,
     module: str = "",
     region: str = "",
@@ -223,8 +224,9 @@ def pointwise(
     """Write an op of one kernel forward and one kernel backward per input that needs a gradient.
 
     ``grads[i]``: names of saved tensors that the gradient of input i needs besides the incoming one (inputs, ``out``
-    or ``keeps``); None: no gradient. ``constants`` are buffers that the kernel reads. ``backward_scratch``: tensors of
-    the output's size and dtype that live while the backward runs (formulas of several ATen ops).
+    or ``keeps``); None: no gradient. ``constants`` are buffers that the kernel reads. ``random``: forward draws a
+    number for each element. ``backward_scratch``: tensors of the output's size and dtype that live while the backward
+    runs (formulas of several ATen ops).
     """
     result = Value(
         Tensor(out, inputs[0].shape if shape is None else shape, dtype or inputs[0].dtype),
@@ -236,7 +238,7 @@ def pointwise(
     saves = tuple(dict.fromkeys(n for g in needed for n in g if not n.startswith("buffer:")))
     reads = tuple(v.tensor for v in inputs)
     tape.op(
-        name, (Pointwise(kind, reads + constants, (result.tensor, *keeps)),),
+        name, (Pointwise(kind, reads + constants, (result.tensor, *keeps), random=random),),
         reads=tuple(dict.fromkeys([v.name for v in inputs] + list(also_reads))), writes=(result.tensor,),
         saves=saves, keeps=keeps, module=module, region=region,
     )  # fmt: skip
@@ -346,7 +348,8 @@ def dropout(
         return x
     mask = Tensor(f"{out}.mask", x.shape, "bool")
     return pointwise(
-        tape, name, (x,), out, grads=((mask.name,),), keeps=(mask,), also_reads=also_reads, module=module, region=region
+        tape, name, (x,), out, grads=((mask.name,),), keeps=(mask,), also_reads=also_reads, random=True, module=module,
+        region=region,
     )  # fmt: skip
 
 

@@ -454,7 +454,7 @@ class _Part:
             kind = next((k for k in ("transpose", "softmax", "norm") if k in kinds), "elementwise")
             if kinds and all(k in ("reduce", "gather", "scatter") for k in kinds):
                 kind = kinds[0]
-            out.append(Pointwise(kind, external(main), tuple(writes), max(1, flops)))
+            out.append(Pointwise(kind, external(main), tuple(writes), max(1, flops), any(k.random for k in main)))
         out.extend(replace(kernel, reads=external([kernel])) for kernel in sums)
         return tuple(out)
 

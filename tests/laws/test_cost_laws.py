@@ -126,6 +126,9 @@ def test_kernels_bound_by_memory_grow_and_never_beat_the_bandwidth(gpu: Any, kin
     assert base >= bound_s(0, moved - gpu.l2_bytes, machine)
     assert memory_bound_s(kind, moved + more, 0, machine, c) >= base
     assert memory_bound_s(kind, moved, more, machine, c) >= bound_s(more, 0, machine)
+    drawing_s = memory_bound_s(kind, moved, 0, machine, c, more)
+    assert max(base, more / (c.random_per_clock * machine.num_sms * machine.clock_hz)) <= drawing_s
+    assert drawing_s <= base + more / (c.random_per_clock * machine.num_sms * machine.clock_hz) + 1e-12
 
 
 @pytest.mark.parametrize("path", sorted(efficiency.MEASURED.glob("gemm_*.yaml")), ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sim.ir.ledger import Gemm
 from sim.ir.program import Alloc, Collective, Compute, Free, HostWait, Program, World
 from sim.model.transformer import describe
-from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of
+from sim.parallel.frameworks.megatron import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, buckets_of, fused_gradients
 from sim.parallel.frameworks.megatron_fsdp import bucket_elements
 from sim.pipeline import programs
 from sim.scenario.load import load_scenario_text
@@ -330,6 +330,23 @@ def dummies(world: World) -> list[tuple[str, int]]:
     chunks = chunks or list(world.programs[0].chunks.values())
     found = [i.storage for chunk in chunks for i in chunk if isinstance(i, Alloc) and "dummy_wgrad" in i.storage.name]
     return list(dict.fromkeys((s.name, s.num_bytes) for s in found))
+
+
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_a_linear_with_a_bias_adds_its_weights_gradient_to_the_buffer_too(impl: str) -> None:
+    """A block's four weights are added to by their products; its vectors, the bias of the fused projection among
+    them, have gradients that a kernel adds. Megatron's own linears add that bias in a kernel of its own."""
+    scenario = asked({}, {"transformer_impl": impl}, num_gpus=1)
+    block = describe(
+        scenario.model.model_copy(update={"bias": True, "attention_bias": True}), scenario.training,
+        parameter_dtype="bf16", compute_dtype="bf16", autocast=False, local=impl == "local", megatron=scenario.megatron,
+    ).layers[1]  # fmt: skip
+    fused = fused_gradients(block)
+    linears = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    assert fused == {f"{linear}.weight" for linear in linears}
+    assert "self_attention.linear_qkv.bias" in {p.name for p in block.parameters}
+    added = [op.name for op in block.forward if op.name.endswith("add_bias")]
+    assert added == (["self_attention.linear_qkv.add_bias"] if impl == "local" else [])
 
 
 def test_fused_gradients_leave_a_tensor_behind() -> None:

@@ -111,15 +111,15 @@ class Bucket:
 def fused_gradients(layer: Layer) -> frozenset[str]:
     """Return the parameters whose gradient the matmul adds to the buffer: the weights of linear layers.
 
-    Those are the ones whose gradient is a matmul (``wgrad_gemm_accum_fp32``); lookups, norms and biases are not.
+    Those are the ones whose gradient is a matmul (``wgrad_gemm_accum_fp32``); lookups, norms and biases are not. An op
+    that makes a bias's gradient too names it first (``sim.model.tape.linear``).
     """
     from sim.ir.ledger import Gemm
 
     return frozenset(
-        name
+        op.gradients[-1]
         for op in layer.backward
-        for name in op.gradients
-        if len(op.gradients) == 1 and any(isinstance(kernel, Gemm) for kernel in op.kernels)
+        if op.gradients and any(isinstance(kernel, Gemm) for kernel in op.kernels)
     )
 
 
