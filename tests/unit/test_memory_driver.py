@@ -117,9 +117,11 @@ def test_a_run_near_the_end_of_memory_takes_longer_and_says_so() -> None:
     share = f"allocator.memory_fraction={wanted / whole.scenario.cluster.gpu.total_memory_bytes:.5f}"
     scenario = load_scenario_text(TEXT, "part.yaml", (share,))
     part, alike = simulate(scenario), simulate(scenario, like=whole)
-    assert part.report.to_dict() == alike.report.to_dict() == simulate(scenario, fold=False).report.to_dict() | {
-        "memory": part.report.to_dict()["memory"]
-    }
+    assert (
+        part.report.to_dict()
+        == alike.report.to_dict()
+        == simulate(scenario, fold=False).report.to_dict() | {"memory": part.report.to_dict()["memory"]}
+    )
     assert tuple(part.undisturbed[1].spans) == tuple(whole.timeline.spans)
     assert part.report.time_ticks > whole.report.time_ticks
     assert sum(part.report.step_ticks.values()) == part.report.time_ticks
