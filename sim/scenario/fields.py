@@ -285,7 +285,9 @@ MEGATRON: dict[str, Key] = {
     "gradient_accumulation_fusion": boolean("Whether matmuls add weight gradients to the buffer themselves."),
     "apply_rope_fusion": boolean("Whether rotary embedding is one kernel, or op by op."),
     "bias_swiglu_fusion": boolean("Whether a gated activation is one kernel, or op by op."),
-    "async_tensor_model_parallel_allreduce": boolean("Whether tp sums input gradients beside the weight's product."),
+    "async_tensor_model_parallel_allreduce": boolean(
+        "Whether tp sums input gradients beside the weight's product; under deepspeed too (Megatron-DeepSpeed)."
+    ),
     "overlap_p2p_communication": boolean("Whether the interleaved schedule's messages run beside passes."),
     "scatter_gather_tensors_in_pipeline": boolean("Whether tp ranks send parts of messages (2021-23, without sp)."),
     "tp_comm_overlap": boolean("Whether tp's exchanges run in pieces beside those of the products (needs sp)."),

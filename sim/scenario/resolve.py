@@ -44,6 +44,9 @@ _OWN_DEFAULT = "sim's default"
 MEGATRON_DROPOUT = 0.1
 """``--hidden-dropout`` and ``--attention-dropout`` where they are left out (megatron/training/arguments.py)."""
 
+_LAYERS = {"async_tensor_model_parallel_allreduce"}
+"""Megatron's settings of its layers, which Megatron-DeepSpeed runs too: they may stand under deepspeed."""
+_LAYERS_IN_WORDS = "async_tensor_model_parallel_allreduce, which Megatron-DeepSpeed has too"
 _CP_COMM = {"fsdp2": "all_gather", "deepspeed": "a2a"}
 """Megatron's is p2p, torch's ``context_parallel`` gathers unless told otherwise, DeepSpeed's Ulysses swaps heads."""
 
@@ -725,12 +728,14 @@ class _Resolver:
 
     def settings(self, key: str, table: Any, given: object, framework: str | None, frameworks: str) -> dict[str, Any]:
         """Read a section of plain settings, which belongs to one framework or to any (``frameworks`` empty)."""
-        if given is not None and frameworks and framework is not None and framework != frameworks:
+        layers = key == "megatron" and framework == "deepspeed" and isinstance(given, Mapping) and set(given) <= _LAYERS
+        if given is not None and frameworks and framework is not None and framework != frameworks and not layers:
             self.problems.append(
                 Problem(
                     (key,),
                     f"{key} settings are given, but framework is {framework}",
-                    f"write framework: {frameworks}, or remove them",
+                    f"write framework: {frameworks}, or "
+                    + (f"only {_LAYERS_IN_WORDS}" if key == "megatron" and framework == "deepspeed" else "remove them"),
                 )
             )
             return {}

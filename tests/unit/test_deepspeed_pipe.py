@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sim.ir.program import Alloc, Collective, Compute, HostWait, Program, Recv, Send, World
+from sim.ir.ledger import Gemm
+from sim.ir.program import COMPUTE, Alloc, Collective, Compute, HostWait, Program, Recv, Send, Wait, World
 from sim.model.transformer import describe
 from sim.parallel.lower import lower
 from sim.scenario.load import load_scenario_text
@@ -18,7 +19,14 @@ PP, DP, MICROBATCHES = 4, 2, 6
 
 
 def world(
-    zero: int, *, tied: bool = False, tp: int = 1, pp: int = PP, code: str = "torch", settings: Any = None
+    zero: int,
+    *,
+    tied: bool = False,
+    tp: int = 1,
+    pp: int = PP,
+    code: str = "torch",
+    settings: Any = None,
+    megatron: Any = None,
 ) -> World:
     asked: dict[str, Any] = {
         "model": {
@@ -33,6 +41,7 @@ def world(
             "precision": "bf16", "code": code,
         },
         **({"deepspeed": settings} if settings else {}),
+        **({"megatron": megatron} if megatron else {}),
     }  # fmt: skip
     scenario = load_scenario_text(yaml.safe_dump(asked), "pipe.yaml")
     ledger = describe(
@@ -126,3 +135,17 @@ def test_tensor_parallel_ranks_send_parts_and_gather_them() -> None:
         gathers = [i.tensor_bytes for i in step if isinstance(i, Collective) and i.name == "parts"]
         assert gathers == [message] * (MICROBATCHES * (2, 3, 3, 1)[program.stage])
         assert sum(isinstance(i, HostWait) and i.event == "described" for i in step) == ways * MICROBATCHES
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_layers_of_2021_sum_input_gradients_before_the_weights_product(waits: bool) -> None:
+    """Megatron-DeepSpeed's linear layers: the stream waits for the sum at once, or after the weight's product."""
+    settings = {"async_tensor_model_parallel_allreduce": not waits}
+    program = world(0, tp=2, pp=1, code="megatron", megatron=settings).programs[0]
+    beside = 0
+    for chunk in {id(c): c for c in (program.chunks[call.chunk] for call in program.step)}.values():
+        for at, step in enumerate(chunk):
+            if isinstance(step, Collective) and step.axis == "tp" and step.kind == "all_reduce":
+                after = next(i for i, s in enumerate(chunk[at:], at) if isinstance(s, Wait) and s.stream == COMPUTE)
+                beside += any(isinstance(s, Compute) and isinstance(s.kernel, Gemm) for s in chunk[at:after])
+    assert (beside == 0) == waits
