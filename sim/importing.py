@@ -112,7 +112,7 @@ def _read(source: str, folder: FilePath, findings: list[Finding]) -> Imported:
         return read_torchtitan(text)
     if path.suffix in (".yaml", ".yml"):
         return _yaml(text, source, findings)
-    return read_megatron_args(text, os.environ)
+    return read_megatron_args(text, os.environ, path.parent)
 
 
 def _directory(path: FilePath, folder: FilePath) -> Imported:
@@ -153,6 +153,12 @@ def _json(path: FilePath, text: str, folder: FilePath) -> Imported:
         batch = content.get("train_micro_batch_size_per_gpu")
         if isinstance(batch, int):
             said.say("training.micro_batch_size", batch, "train_micro_batch_size_per_gpu")
+        steps, whole = content.get("gradient_accumulation_steps"), content.get("train_batch_size")
+        if isinstance(batch, int) and isinstance(steps, int) and isinstance(whole, int):
+            gpus, rest = divmod(whole, batch * steps or 1)
+            if gpus > 0 and not rest:
+                origin = "train_batch_size / train_micro_batch_size_per_gpu / gradient_accumulation_steps"
+                said.say("cluster.num_gpus", gpus, origin)
     elif "model_type" in content or "hidden_size" in content or "n_embd" in content:
         said.say("model", name, "Hugging Face's config.json")
     else:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
+from sim.catalog import load as catalog
 from sim.interop.imported import Imported
 from sim.interop.shell import words_of
 from sim.interop.values import Problem, show
@@ -23,7 +25,7 @@ _WHOLE = {
     "model.hidden_size": ("hidden-size",),
     "model.num_attention_heads": ("num-attention-heads",),
     "model.head_dim": ("kv-channels",),
-    "model.vocab_size": ("vocab-size", "padded-vocab-size"),
+    "model.vocab_size": ("vocab-size", "padded-vocab-size", "pad-vocab-size-to"),
     "model.num_local_experts": ("num-experts",),
     "model.num_experts_per_tok": ("moe-router-topk",),
     "model.moe_intermediate_size": ("moe-ffn-hidden-size",),
@@ -87,15 +89,23 @@ def options_of(words: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def read_megatron_args(script: str, environment: Mapping[str, str] | None = None) -> Imported:
-    """Return the scenario that a launch script, or a line of arguments, stands for when run in that environment."""
+def read_megatron_args(
+    script: str, environment: Mapping[str, str] | None = None, folder: FilePath | None = None
+) -> Imported:
+    """Return the scenario that a launch script, or a line of arguments, stands for when run in that environment.
+
+    ``folder`` is the script's own: files that it reads in are looked for there.
+    """
     said = Imported()
-    given = {name.replace("_", "-"): values for name, values in options_of(words_of(script, environment)).items()}
+    words = words_of(script, environment, lambda name: _sourced(folder, name))
+    given = {name.replace("_", "-"): values for name, values in options_of(words).items()}
     if "num-layers" not in given and "encoder-num-layers" not in given:
         said.problems.append(
             Problem((), "has no --num-layers: not a command of Megatron-LM", "name the script that starts training")
         )
         return said
+    if "tokenizer-type" not in given and ("merge-file" in given or any(w.endswith("pretrain_gpt.py") for w in words)):
+        given["tokenizer-type"] = ["GPT2BPETokenizer"]  # args_defaults of pretrain_gpt.py
     read: set[str] = set()
 
     def whole(path: str, *names: str) -> tuple[int | None, str]:
@@ -137,6 +147,17 @@ def read_megatron_args(script: str, environment: Mapping[str, str] | None = None
         if name not in read and not _SILENT.match(name):
             said.unread.append(f"--{name}")
     return said
+
+
+def _sourced(folder: FilePath | None, name: str) -> str | None:
+    """Return the text of a file that a script reads in, if it lies beside the script."""
+    if folder is None:
+        return None
+    path = folder / FilePath(name.strip("\"'")).name
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    except OSError:
+        return None
 
 
 def _sharding(said: Imported, word: Any, flag: Any) -> None:
@@ -203,17 +224,31 @@ def _model(said: Imported, given: _Values, whole: Any, word: Any, flag: Any) -> 
     said.say("model.tie_word_embeddings", not untied,
              "--untie-embeddings-and-output-weights" if untied else _DEFAULT)  # fmt: skip
     if not said.has("model.vocab_size"):
-        tokenizer = (given.get("tokenizer-type") or [""])[0]
-        if known := _VOCABULARIES.get(tokenizer):
-            said.say("model.vocab_size", known, f"--tokenizer-type {tokenizer}")
-        else:
-            said.problems.append(
-                Problem(
-                    ("model", "vocab_size"),
-                    "the vocabulary is that of a tokenizer which the script only names",
-                    "say it: --set model.vocab_size=128256",
-                )
-            )
+        _vocabulary(said, given)
+
+
+def _vocabulary(said: Imported, given: _Values) -> None:
+    """The tokenizer's, where everybody knows how many words that has."""
+
+    def first(*options: str) -> str:
+        return next((given[option][0] for option in options if given.get(option)), "")
+
+    kind, name = first("tokenizer-type"), first("tokenizer-model", "tokenizer-name-or-path")
+    if known := _VOCABULARIES.get(kind):
+        said.say("model.vocab_size", known, f"--tokenizer-type {kind}")
+        return
+    model = re.sub(r"^meta-|-hf$|-base$|-instruct(-v[\d.]+)?$", "", name.rpartition("/")[2].lower())
+    if model in catalog.names("model"):
+        said.say("model.vocab_size", catalog.model_config(model)["vocab_size"], f"the tokenizer of {name}")
+        return
+    which = f"{kind} {name}".strip() or "a tokenizer"
+    said.problems.append(
+        Problem(
+            ("model", "vocab_size"),
+            f"the vocabulary is that of {which}, which the script only names",
+            "say it: --set model.vocab_size=128256",
+        )
+    )
 
 
 def _dropout(said: Imported, word: Any) -> None:

@@ -1,9 +1,11 @@
 """The words of a shell script, as far as they can be known without running it.
 
 Launch scripts put their arguments into variables and arrays and expand them in one command at the end. Assignments
-are carried out in the order in which they stand, whatever branches surround them; ``$(commands)`` and positional
-arguments without a default are not known and stay as they are written. Source: POSIX, Shell Command Language, 2.2,
-2.3, 2.6; bash(1), Arrays.
+are carried out in the order in which they stand, those of branches where the condition holds; a condition that cannot
+be known (files, ``$(commands)``, positional arguments) counts as one that may hold. ``$(commands)`` and positional
+arguments without a default stay as they are written. What ``#SBATCH`` asks for is what Slurm tells the script.
+Sources: POSIX, Shell Command Language, 2.2, 2.3, 2.6, 2.9.4; bash(1), Arrays, CONDITIONAL EXPRESSIONS; sbatch(1),
+OUTPUT ENVIRONMENT VARIABLES.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import operator
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 _ASSIGNMENT = re.compile(r"(?:(?:export|local|readonly|declare(?:\s+-\w+)*)\s+)*([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(
@@ -29,27 +33,179 @@ _OPERATIONS: dict[type[ast.AST], Callable[[int, int], int]] = {
 }
 
 
-def words_of(script: str, environment: Mapping[str, str] | None = None) -> list[str]:
+def words_of(
+    script: str, environment: Mapping[str, str] | None = None, sourced: Callable[[str], str | None] = lambda name: None
+) -> list[str]:
     """Return the words of the command with the most options, or of the whole text where there is no such command.
 
     A text without any command (the arguments alone, from a file) is that whole text. Variables that the script does not
-    set are those of ``environment``.
+    set are those of ``environment``. ``sourced`` returns the text of a file that the script reads in, if there is one.
     """
     outside = dict(environment or {})
-    variables: dict[str, str] = {}
+    variables = _slurm(script)
     best: list[str] = []
-    for statement in _statements(script):
-        found = _ASSIGNMENT.fullmatch(statement.strip())
+    branches = _Branches()
+    for statement in _with_sourced(script, lambda name: sourced(_expand(name, {**outside, **variables}))):
+        known = {**outside, **variables}
+        text = branches.enter(statement.strip(), known)
+        if text is None:
+            continue
+        found = _ASSIGNMENT.fullmatch(text)
         if found and not _is_command(found[3]):
             name, append, value = found.groups()
-            value = _expand(_unwrapped(value), {**outside, **variables})
+            value = _expand(_unwrapped(value), known)
             variables[name] = f"{variables.get(name, '')} {value}" if append else value
             continue
-        words = _split(_expand(statement, {**outside, **variables}))
+        words = _split(_expand(text, known))
         if _options(words) > _options(best):
             best = words
     collected = [word for value in variables.values() for word in _split(value)]
     return best if _options(best) >= _options(collected) else [*best, *collected]
+
+
+_SBATCH = re.compile(r"^#SBATCH\s+(--?[\w-]+)(?:[= ]\s*)(\S+)", re.MULTILINE)
+_SLURM_NAMES = {
+    "--nodes": ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
+    "-N": ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
+    "--ntasks-per-node": ("SLURM_NTASKS_PER_NODE",),
+    "--gpus-per-node": ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"),
+    "--gres": ("SLURM_GPUS_ON_NODE",),
+}
+
+
+def _slurm(script: str) -> dict[str, str]:
+    """Return what Slurm tells a job of what its ``#SBATCH`` lines ask for."""
+    found: dict[str, str] = {}
+    for option, value in _SBATCH.findall(script):
+        number = value.rpartition(":")[2]  # gpu:a100:8
+        if number.isdigit():
+            found |= dict.fromkeys(_SLURM_NAMES.get(option, ()), number)
+    if "SLURM_NNODES" in found and "SLURM_NTASKS_PER_NODE" in found:
+        found["SLURM_NTASKS"] = str(int(found["SLURM_NNODES"]) * int(found["SLURM_NTASKS_PER_NODE"]))
+    return found
+
+
+_SOURCE = re.compile(r"(?:source|\.)\s+(\S+)")
+_MAX_SOURCED = 16
+
+
+def _with_sourced(script: str, sourced: Callable[[str], str | None]) -> Iterator[str]:
+    """Yield the statements of a script, those of the files that it reads in where it does."""
+    left = [_statements(script)]
+    files = 0
+    while left:
+        statement = next(left[-1], None)
+        if statement is None:
+            left.pop()
+            continue
+        found = _SOURCE.fullmatch(statement.strip())
+        text = sourced(found[1]) if found and files < _MAX_SOURCED else None
+        if text is None:
+            yield statement
+        else:
+            files += 1
+            left.append(_statements(text))
+
+
+@dataclass(slots=True)
+class _Branch:
+    """An ``if`` or ``case`` that is open. ``done``: a branch of it was taken for certain."""
+
+    live: bool
+    done: bool
+    case: str | None = None
+    """The word of a ``case``."""
+    patterns: list[str] = field(default_factory=list)
+
+
+class _Branches:
+    """Which statements are carried out."""
+
+    def __init__(self) -> None:
+        self._open: list[_Branch] = []
+
+    def enter(self, statement: str, variables: dict[str, str]) -> str | None:
+        """Return what of a statement is a plain one and is carried out; None if nothing is."""
+        first, _, rest = statement.partition(" ")
+        if first == "if":
+            self._open.append(_Branch(True, False))
+            self._next(_holds(rest, variables))
+            return None
+        if first == "case":
+            word = _emptied(_expand(rest.strip().removesuffix(" in").removesuffix("\tin").strip(), variables))
+            self._open.append(_Branch(False, False, " ".join(_split(word))))
+            return None
+        if self._open:
+            if first == "elif":
+                self._next(_holds(rest, variables))
+                return None
+            if first == "else":
+                self._next(True)
+                statement = rest.strip()
+            elif first in ("fi", "esac"):
+                self._open.pop()
+                return None
+            elif self._open[-1].case is not None:
+                statement = self._case(self._open[-1], statement)
+        while statement.startswith(("then ", "do ", "{ ")):
+            statement = statement.partition(" ")[2].strip()
+        return statement if all(branch.live for branch in self._open) else None
+
+    def _next(self, holds: bool | None) -> None:
+        branch = self._open[-1]
+        branch.live = not branch.done and holds is not False
+        branch.done = branch.done or holds is True
+
+    def _case(self, branch: _Branch, statement: str) -> str:
+        """Turn to the branch of a pattern, if the statement begins with one; alternatives come one by one before it."""
+        if re.fullmatch(r"\(?[^()\s=]+", statement) and statement != ";;":
+            branch.patterns.append(statement.strip("(\"'"))
+            return ""
+        found = re.match(r"\(?\s*([^()\s]+)\s*\)(.*)", statement, re.DOTALL)
+        if not found:
+            return statement
+        patterns = [*branch.patterns, found[1].strip("\"'")]
+        branch.patterns.clear()
+        unknown = "$" in (branch.case or "")
+        self._next(None if unknown else any(fnmatchcase(branch.case or "", pattern) for pattern in patterns))
+        return found[2].strip()
+
+
+_NUMBERS: dict[str, Callable[[int, int], bool]] = {
+    "-eq": operator.eq, "-ne": operator.ne, "-lt": operator.lt, "-le": operator.le, "-gt": operator.gt,
+    "-ge": operator.ge,
+}  # fmt: skip
+_TEXTS: dict[str, Callable[[str, str], bool]] = {"=": operator.eq, "==": operator.eq, "!=": operator.ne}
+
+
+def _holds(condition: str, variables: dict[str, str]) -> bool | None:
+    """Return whether a test holds; None where that cannot be known. A variable that nobody sets is empty."""
+    words = _split(_emptied(_expand(condition, variables)))
+    negated = words[:1] == ["!"]
+    words = words[negated:]
+    if words[:1] == ["test"]:
+        inner = words[1:]
+    elif words[:1] in (["["], ["[["]) and words[-1] in ("]", "]]"):  # else it goes on after && or ||
+        inner = words[1:-1]
+    else:
+        return None
+    found = None if any("$" in word or "`" in word for word in inner) else _compared(inner)
+    return found if found is None else found != negated
+
+
+def _compared(words: list[str]) -> bool | None:
+    match words:
+        case ["-z" | "-n" as kind, *value] if len(value) <= 1:
+            return bool(value and value[0]) == (kind == "-n")
+        case [left, op, right] if op in _TEXTS:
+            return _TEXTS[op](left, right)
+        case [left, op, right] if op in _NUMBERS and left.lstrip("-").isdigit() and right.lstrip("-").isdigit():
+            return _NUMBERS[op](int(left), int(right))
+    return None
+
+
+def _emptied(text: str) -> str:
+    return re.sub(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", "", text)
 
 
 def _options(words: list[str]) -> int:
@@ -73,6 +229,7 @@ def _unwrapped(value: str) -> str:
 
 
 def _split(text: str) -> list[str]:
+    text = re.sub(r"\$\(\(.*?\)\)", lambda found: found[0].replace(" ", ""), text)  # a sum that is not known
     try:
         return shlex.split(text, comments=True)
     except ValueError:  # a quote that does not end: take the words as they stand

@@ -133,11 +133,10 @@ def _training(said: Imported, config: Mapping[str, Any]) -> None:
     batch = training.get("global_batch_size")
     if isinstance(batch, int) and batch > 0:
         said.say("training.global_batch_size", batch, "training.global_batch_size")
-    converters = _section(config, "model").get("converters", [])
-    float8 = "float8" in config or "float8" in _section(_section(config, "quantize"), "linear")
-    if "float8" in converters or (not converters and float8):
+    if _float8(config):
         said.say("training.precision", "fp8", "model.converters float8")
-    elif "mx" in converters:
+        _float8_settings(said, config)
+    elif {"mx", "quantize.linear.mx"} & set(_converters(config)):
         said.say("training.precision", "mxfp8", "model.converters mx")
     else:
         dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(str(training.get("mixed_precision_param")), "bf16")
@@ -166,3 +165,29 @@ def _training(said: Imported, config: Mapping[str, Any]) -> None:
     norm = training.get("max_norm", 1.0)
     said.say("training.gradient_clipping", norm, "training.max_norm")
     said.say("training.attention", "sdpa", "torchtitan's attention")
+
+
+def _converters(config: Mapping[str, Any]) -> list[str]:
+    found = _section(config, "model").get("converters", [])
+    if isinstance(found, str):
+        found = found.split(",")
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _float8(config: Mapping[str, Any]) -> bool:
+    """Whether linears are torchao's: by a converter; in 2024 by a switch. The settings' section alone is not enough."""
+    switches = ("enable_float8_linear", "enable_fp8_linear")
+    said = any(_section(config, name).get(switch) is True for name in ("float8", "training") for switch in switches)
+    return said or bool({"float8", "quantize.linear.float8"} & set(_converters(config)))
+
+
+def _float8_settings(said: Imported, config: Mapping[str, Any]) -> None:
+    found = {**_section(config, "float8"), **_section(_section(_section(config, "quantize"), "linear"), "float8")}
+    recipe = found.get("recipe_name")
+    if recipe in ("tensorwise", "rowwise"):
+        said.say("fsdp2.float8_recipe", recipe, "float8.recipe_name")
+    elif recipe is not None:
+        said.say("fsdp2.float8_recipe", "rowwise", f"float8.recipe_name {recipe}")
+        said.notes.append(f"float8.recipe_name {recipe}: taken as rowwise")
+    if found.get("enable_fsdp_float8_all_gather") is True and recipe in (None, "tensorwise"):
+        said.say("fsdp2.float8_all_gather", True, "float8.enable_fsdp_float8_all_gather")

@@ -11,6 +11,7 @@ from sim.errors import ScenarioError
 from sim.importing import import_scenario
 from sim.interop.megatron_args import options_of, read_megatron_args
 from sim.interop.shell import words_of
+from sim.interop.torchtitan import read_torchtitan
 from sim.scenario.load import load_scenario_text
 
 SCRIPT = r"""#!/bin/bash
@@ -89,7 +90,8 @@ def test_a_quote_that_does_not_end_is_no_traceback():
 
 
 def test_a_megatron_script_becomes_a_scenario():
-    said = values(read_megatron_args(SCRIPT))
+    assert "parallelism.zero" not in values(read_megatron_args(SCRIPT))  # -n "$SP" does not hold
+    said = values(read_megatron_args(SCRIPT, {"SP": "1"}))
     assert said["model.num_hidden_layers"] == 96
     assert said["model.intermediate_size"] == 4 * 12288
     assert said["model.vocab_size"] == 50257
@@ -162,6 +164,94 @@ def test_a_models_directory_with_deepspeeds_settings(tmp_path):
     scenario = load_scenario_text(imported.text, "imported", simulate=False, folder=tmp_path)
     assert (scenario.framework, scenario.parallelism.zero) == ("deepspeed", 2)
     assert (scenario.training.micro_batch_size, scenario.training.precision) == (4, "bf16")
+
+
+BRANCHES = r"""#!/bin/bash
+#SBATCH --nodes=16
+#SBATCH --gres=gpu:a100:4
+SIZE=39B   # one of 7.5B, 39B, 76B
+if [ ${SIZE} == "7.5B" ]; then
+    TP=4
+    LAYERS=36
+elif [ ${SIZE} == "39B" ]; then TP=8; LAYERS=48
+    EXTRA="--num-layers-per-virtual-pipeline-stage 3"
+else
+    TP=1; LAYERS=12
+fi
+case $SIZE in
+    7.5B|18B) HIDDEN=4096 ;;
+    39B|76B)
+        HIDDEN=8192
+        ;;
+    *) HIDDEN=1 ;;
+esac
+if [[ -n "${DEBUG}" ]]; then LAYERS=2; fi
+if [ "$SLURM_NNODES" -gt 8 ] ; then PP=2; else PP=1; fi
+if [ -f $FILE ]; then BATCH=1536; fi
+srun torchrun --nnodes $SLURM_NNODES --nproc_per_node $SLURM_GPUS_ON_NODE pretrain_gpt.py $EXTRA \
+  --num-layers $LAYERS --hidden-size $HIDDEN --tensor-model-parallel-size $TP --pipeline-model-parallel-size $PP \
+  --global-batch-size ${BATCH} --seq-length $(( $UNKNOWN * 2 )) --bf16
+"""
+
+
+def test_branches_that_are_not_taken_change_nothing_and_slurm_says_how_many_nodes():
+    options = options_of(words_of(BRANCHES))
+    assert options["num-layers"] == ["48"]
+    assert options["hidden-size"] == ["8192"]
+    assert options["num-layers-per-virtual-pipeline-stage"][0] == "3"
+    assert (options["tensor-model-parallel-size"], options["pipeline-model-parallel-size"]) == (["8"], ["2"])
+    assert (options["nnodes"], options["nproc_per_node"][0]) == (["16"], "4")
+    assert options["global-batch-size"] == ["1536"]  # whether a file exists is not known: it may
+    assert options["seq-length"] == ["$(($UNKNOWN*2))"]
+    assert options_of(words_of(BRANCHES, {"DEBUG": "1"}))["num-layers"] == ["2"]
+    other = options_of(words_of(BRANCHES.replace("SIZE=39B", "SIZE=18B")))
+    assert (other["num-layers"], other["hidden-size"]) == (["12"], ["4096"])
+
+
+def test_a_script_reads_in_the_file_beside_it(tmp_path):
+    (tmp_path / "sizes.sh").write_text('ARGS="--num-layers ${N} --hidden-size 512 --seq-length 128"\n')
+    (tmp_path / "run.sh").write_text("N=7\n. `pwd`/sizes.sh\nsource missing.sh\npython pretrain_gpt.py $ARGS --bf16\n")
+    said = values(read_megatron_args((tmp_path / "run.sh").read_text(), {}, tmp_path))
+    assert (said["model.num_hidden_layers"], said["model.vocab_size"]) == (7, 50257)  # pretrain_gpt.py's tokenizer
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model meta-llama/Llama-3.1-8B-Instruct", 128256),
+        ("--tokenizer-type PretrainedFromHF --tokenizer-name-or-path x --pad-vocab-size-to 250880", 250880),
+        ("--vocab-file a.json --merge-file merges.txt", 50257),
+        ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model somebody/else", None),
+    ],
+)
+def test_the_vocabulary_is_that_of_a_known_tokenizer(words: str, size: int | None):
+    said = values(read_megatron_args(f"--num-layers 2 --hidden-size 64 {words}"))
+    assert said.get("model.vocab_size") == size
+
+
+def test_the_gpus_follow_from_deepspeeds_three_batches(tmp_path):
+    (tmp_path / "ds.json").write_text(
+        '{"train_batch_size": 256, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}'
+    )
+    sets = ["model=gpt2", "cluster.node=dgx-h100", "training.sequence_length=1024"]
+    imported = import_scenario([str(tmp_path / "ds.json")], None, sets, tmp_path)
+    assert load_scenario_text(imported.text, "imported", folder=tmp_path).cluster.num_gpus == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "precision"),
+    [
+        ("[float8]\nenable_fsdp_float8_all_gather = true\n", "bf16"),  # as torchtitan's own files have it, unused
+        ("[float8]\nenable_float8_linear = false\n", "bf16"),
+        ("[float8]\nenable_float8_linear = true\nenable_fsdp_float8_all_gather = true\n", "fp8"),
+        ("[training]\nenable_fp8_linear = true\n", "fp8"),
+        ("[quantize.linear.float8]\nfilter_fqns = ['output']\n", "bf16"),
+    ],
+)
+def test_torchtitan_computes_in_8_bits_where_a_converter_or_a_switch_says_so(words: str, precision: str):
+    said = values(read_torchtitan(f'[model]\nname = "llama3"\nflavor = "8B"\n{words}'))
+    assert said["training.precision"] == precision
+    assert said.get("fsdp2.float8_all_gather") == (True if "all_gather" in words and precision == "fp8" else None)
 
 
 def test_a_torchtitan_job(tmp_path):
