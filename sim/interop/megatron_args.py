@@ -72,7 +72,7 @@ _SILENT = re.compile(
     r"make-vocab|moe-aux|moe-router-load|moe-router-score|moe-router-pre|moe-z-loss|"
     r"empty-unused|one-logger|no-one-logger|ntasks|nodes|cpus|gpus-per|container|mpi|job|output|"
     r"no-initialization|calculate|enable-one|use-tp-pp-dp|te-rng|use-cpu-init|no-async|iteration|disable-"
-    r"straggler|ddp-average|ddp-num-buckets|use-dist|consumed|test-mode|skip|decoder-first-pipeline)"
+    r"straggler|abort-on|kill-|valid-|test-|wait|special-tokens|ddp-average|ddp-num-buckets|use-dist|consumed|test-mode|skip|decoder-first-pipeline)"
 )
 
 
@@ -130,7 +130,10 @@ def read_megatron_args(
             read.add(name)
         return name in given
 
-    said.say("framework", "megatron", "Megatron-LM's arguments")
+    if flag("deepspeed"):
+        _deepspeed(said, word)
+    else:
+        said.say("framework", "megatron", "Megatron-LM's arguments")
     for path, names in _WHOLE.items():
         value, origin = whole(path, *names)
         said.say(path, value, origin)
@@ -147,6 +150,18 @@ def read_megatron_args(
         if name not in read and not _SILENT.match(name):
             said.unread.append(f"--{name}")
     return said
+
+
+def _deepspeed(said: Imported, word: Any) -> None:
+    """Megatron-DeepSpeed: DeepSpeed's engine trains Megatron's model (megatron/arguments.py, ``_add_zero_args``)."""
+    said.say("framework", "deepspeed", "--deepspeed")
+    stage = word("zero-stage")
+    if stage is not None and stage.isdigit():
+        said.say("parallelism.zero", int(stage), "--zero-stage")
+    elif stage is not None:
+        said.problems.append(_unknown_value("parallelism.zero", "zero-stage", stage))
+    if config := word("deepspeed-config"):
+        said.notes.append(f"--deepspeed_config {config} is not read: name that file too")
 
 
 def _sourced(folder: FilePath | None, name: str) -> str | None:
@@ -206,8 +221,11 @@ def _model(said: Imported, given: _Values, whole: Any, word: Any, flag: Any) -> 
         said.say("model.num_key_value_heads", groups or 1, origin or "--group-query-attention")
     norm = word("normalization")
     said.say("model.norm", "rmsnorm" if norm == "RMSNorm" else "layernorm", "--normalization" if norm else _DEFAULT)
-    kind = word("position-embedding-type") or ("rope" if flag("use-rotary-position-embeddings") else None)
-    position = {"rope": "rope", "none": "none", "learned_absolute": "learned", None: "learned"}.get(kind)
+    rotary = flag("use-rotary-position-embeddings")
+    kind = word("position-embedding-type") or ("rope" if rotary else None)
+    names = {"rope": "rope", "none": "none", "learned_absolute": "learned", "absolute": "learned", "rotary": "rope",
+             "alibi": "alibi", None: "learned"}  # fmt: skip
+    position = names.get(kind)
     if position is None:
         said.notes.append(f"--position-embedding-type {kind}: taken as rope")
         position = "rope"
@@ -302,18 +320,21 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
     if flag("cross-entropy-loss-fusion"):
         native = word("cross-entropy-fusion-impl") in (None, "native")
         said.say("training.loss", "vocab-parallel-compiled" if native else "fused", "--cross-entropy-loss-fusion")
-    without = flag("no-create-attention-mask-in-dataloader")
-    origin = "--no-create-attention-mask-in-dataloader" if without else _DEFAULT
-    said.say("megatron.create_attention_mask_in_dataloader", not without, origin)
     if flag("no-masked-softmax-fusion"):
         said.say("megatron.masked_softmax_fusion", False, "--no-masked-softmax-fusion")
+    without = flag("no-create-attention-mask-in-dataloader")
+    if ("framework",) in said.values and said.values["framework",].value == "deepspeed":
+        return
+    origin = "--no-create-attention-mask-in-dataloader" if without else _DEFAULT
+    said.say("megatron.create_attention_mask_in_dataloader", not without, origin)
 
 
 def _recompute(said: Imported, word: Any, flag: Any) -> None:
     kind, origin = word("recompute-granularity"), "--recompute-granularity"
     if kind is None and flag("recompute-activations"):
         kind, origin = "selective", "--recompute-activations"
-    if kind is None and (flag("checkpoint-activations") or flag("deepspeed-activation-checkpointing")):
+    checkpoints = flag("checkpoint-activations") | flag("deepspeed-activation-checkpointing")
+    if kind is None and checkpoints:
         kind, origin = "full", "--checkpoint-activations"
     method, layers = word("recompute-method"), word("recompute-num-layers")
     word("recompute-modules")

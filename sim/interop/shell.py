@@ -276,12 +276,15 @@ def _arithmetic(text: str) -> str:
 
 def _statements(script: str) -> Iterator[str]:
     """Yield what stands between newlines, ``;`` and ``&`` outside of quotes and parentheses, comments left out."""
-    text = script.replace("\\\r\n", " ").replace("\\\n", " ")
+    text = script.replace("\r\n", "\n")
     piece: list[str] = []
     quote, depth, i = "", 0, 0
     while i < len(text):
         char = text[i]
-        if quote:
+        if char == "\\" and text[i + 1 : i + 2] == "\n":  # not at the end of a comment: that one ends with its line
+            piece.append(" ")
+            i += 1
+        elif quote:
             piece.append(char)
             if char == "\\" and quote == '"' and i + 1 < len(text):
                 i += 1

@@ -208,6 +208,25 @@ def test_branches_that_are_not_taken_change_nothing_and_slurm_says_how_many_node
     assert (other["num-layers"], other["hidden-size"]) == (["12"], ["4096"])
 
 
+def test_a_script_of_megatron_deepspeed_is_deepspeeds():
+    script = (
+        "#   --nproc_per_node 4 \\\nGPUS=8\n# a comment does not go on \\\nN=48\n"
+        'CMD=" --num-layers 70 --hidden-size 14336 --num-attention-heads 112 --position-embedding-type alibi \\\n'
+        ' --checkpoint-activations --deepspeed-activation-checkpointing --tensor-model-parallel-size 4"\n'
+        "srun torchrun --nproc_per_node $GPUS --nnodes $N pretrain_gpt.py $CMD --deepspeed --zero-stage 1 "
+        "--deepspeed_config ds.json --kill-switch-path x --bf16\n"
+    )
+    said = read_megatron_args(script)
+    assert values(said)["framework"] == "deepspeed"
+    assert values(said)["parallelism.zero"] == 1
+    assert values(said)["cluster.num_gpus"] == 8 * 48
+    assert values(said)["model.position"] == "alibi"
+    assert values(said)["training.recompute"] == "full"
+    assert not said.unread
+    assert said.notes == ["--deepspeed_config ds.json is not read: name that file too"]
+    assert "megatron.create_attention_mask_in_dataloader" not in values(said)
+
+
 def test_a_script_reads_in_the_file_beside_it(tmp_path):
     (tmp_path / "sizes.sh").write_text('ARGS="--num-layers ${N} --hidden-size 512 --seq-length 128"\n')
     (tmp_path / "run.sh").write_text("N=7\n. `pwd`/sizes.sh\nsource missing.sh\npython pretrain_gpt.py $ARGS --bf16\n")
