@@ -191,10 +191,10 @@ def test_measured_gpus_are_recognised_by_their_figures_and_others_say_whose_shar
 
 
 def test_a_power_limit_lowers_the_clock_as_measured() -> None:
-    """500 W instead of 700 W: ((5/7 - 0.3) / 0.7)^0.44 = 0.794, not (5/7)^(1/3) = 0.894."""
+    """500 W instead of 700 W: ((5/7 - 0.34) / 0.66)^0.31 = 0.839, not (5/7)^(1/3) = 0.894."""
     capped = dataclasses.replace(H100, power_w=500)
     source = efficiency.source_of(capped)
-    assert source.limited == pytest.approx(((5 / 7 - 0.3) / 0.7) ** 0.44)
+    assert source.limited == pytest.approx(((5 / 7 - 0.34) / 0.66) ** 0.31)
     assert source.power == pytest.approx((5 / 7) ** (1 / 3))
     assert efficiency.source_of(H100).limited == 1.0
     cost = model(capped)
