@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sim.cluster.topology import Cluster, build_cluster, degrade
 from sim.cost.model import CostModel, CostSettings
-from sim.cost.spread import slowest_of
+from sim.cost.spread import slowest_in
 from sim.engine.run import run
 from sim.errors import ContentionError, DeadlockError
 from sim.ir.footprint import Footprint
@@ -160,10 +160,8 @@ def _timed(
         cluster = degrade(build_cluster(scenario.cluster), faults.links)
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
     ledger, lowered = programs(scenario) if written is None else written
-    p = scenario.parallelism
-    slowest = slowest_of(p.world_size, p.pp, scenario.num_microbatches * p.vpp)
     settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
-                            slowest=slowest, calibration=scenario.calibration)  # fmt: skip
+                            slowest=slowest_in(scenario), calibration=scenario.calibration)  # fmt: skip
     try:
         world = _folded(lowered, cluster, slow, fold, fold, scenario, settings)
         cost = _cost(cluster, scenario, settings, world, like)

@@ -32,9 +32,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import erfc, expm1, log1p, sqrt
+from typing import TYPE_CHECKING
 
 from sim.catalog.schema import GpuFacts
 from sim.cost import efficiency
+
+if TYPE_CHECKING:
+    from sim.scenario.schema import Scenario
 
 _FAR = 9.0
 """Standard deviations beyond which no card is: one in 1e19."""
@@ -83,6 +87,12 @@ def slowest_of(num_gpus: int, num_stages: int = 1, num_passes: int = 1) -> Slowe
         of_stage = expected_largest(num_gpus // num_stages)
         largest = ((num_passes - 1) * largest + num_stages * of_stage) / (num_passes + num_stages - 1)
     return Slowest(num_gpus, largest)
+
+
+def slowest_in(scenario: Scenario) -> Slowest:
+    """Return whose pace all GPUs of a scenario have."""
+    p = scenario.parallelism
+    return slowest_of(p.world_size, p.pp, scenario.num_microbatches * p.vpp)
 
 
 def spread_of(gpu: GpuFacts) -> Spread:

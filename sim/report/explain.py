@@ -11,7 +11,7 @@ from sim.catalog import load
 from sim.catalog.schema import Fact
 from sim.cost import efficiency
 from sim.cost.residuals import whole_runs
-from sim.cost.spread import slowest_of, spread_of
+from sim.cost.spread import slowest_in, spread_of
 from sim.errors import Finding
 from sim.report.catalog import fact_rows
 from sim.report.layout import Cell, Line, Screen, fold, paragraphs, title
@@ -225,9 +225,7 @@ def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
 
 def _spread(scenario: Scenario) -> dict[str, Any]:
     """Return how much GPUs of one kind differ, and by how much all wait for the slowest of them."""
-    p = scenario.parallelism
-    slowest = slowest_of(p.world_size, p.pp, scenario.num_microbatches * p.vpp)
-    spread = spread_of(scenario.cluster.gpu)
+    slowest, spread = slowest_in(scenario), spread_of(scenario.cluster.gpu)
     own = scenario.cluster.gpu.facts.get("spread")
     facts = _measured("spread.yaml")
     return {

@@ -9,6 +9,7 @@ import pytest
 from sim.cost.calibrated import Calibrated, alone_s, distance, kernel_of, row_of, shape_of, slower
 from sim.cost.host import host_coefficients
 from sim.cost.model import CostModel, CostSettings
+from sim.cost.spread import slowest_of
 from sim.ir.program import Collective, Communicator, Copy
 from sim.pipeline import simulate
 from sim.scenario.calibration import (
@@ -53,6 +54,14 @@ def test_a_measured_shape_takes_the_measured_time(simulation):
     own = model(simulation, calibration(gemm=tuple(rows[:3]), attention=(rows[3],), memory=(rows[4],)))
     for row in rows:
         assert own.kernel_s(kernel_of(row), 0) == pytest.approx(row.time, rel=1e-12)
+
+
+def test_the_measured_card_is_the_average_of_those_that_wait_for_the_slowest(simulation):
+    """Of 16 the slowest is 1.766 deviations of 1.72 % slower."""
+    row = replace(ROWS[0], time=3e-4)
+    settings = CostSettings(slowest=slowest_of(16), calibration=calibration(gemm=(row,)))
+    own = CostModel(simulation.cluster, simulation.scenario.cluster.gpu, settings)
+    assert own.kernel_s(kernel_of(row), 0) == pytest.approx(3e-4 * (1 + 1.76599 * 0.0172), rel=1e-6)
 
 
 def test_a_near_shape_takes_the_ratio_of_the_nearest_and_a_far_one_the_median(simulation):
