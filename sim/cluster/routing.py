@@ -204,13 +204,22 @@ def gpu_route(node: NodeGraph, source: int, target: int) -> Route:
     return _bounce(node, socket, paths[socket], onward, kind if worse(kind, "PXN") else "PHB")
 
 
-def nic_route(node: NodeGraph, gpu: int, nic: int, to_nic: bool, gpudirect: bool, users: tuple[int, ...] = ()) -> Route:
+def nic_route(
+    node: NodeGraph,
+    gpu: int,
+    nic: int,
+    to_nic: bool,
+    gpudirect: bool,
+    users: tuple[int, ...] = (),
+    relays: tuple[int, ...] | None = None,
+) -> Route:
     """Return the route between a GPU and a NIC of its node.
 
     The NIC reads and writes GPU memory where the path is at most PXB (P2C where the GPU is on C2C); else a GPU
     that has NVLink to this one and is that near to the NIC relays (PXN), one of the ``users`` of that NIC before
-    others; else the data stops in the memory of the GPU's socket. Without GPUDirect it always does. Source: nccl
-    src/graph/paths.cc (ncclTopoCheckGdr, ncclTopoComputePaths), src/graph/topo.cc (ncclTopoGetLocalGpu).
+    others and of ``relays`` only, if these are given; else the data stops in the memory of the GPU's socket. Without
+    GPUDirect it always does. Source: nccl src/graph/paths.cc (ncclTopoCheckGdr, ncclTopoComputePaths),
+    src/graph/topo.cc (ncclTopoGetLocalGpu).
     """
     down = search(node, gpu, scale_up=False)
     kind = path_kind(node, down[nic]) if nic in down else "SYS"
@@ -218,15 +227,15 @@ def nic_route(node: NodeGraph, gpu: int, nic: int, to_nic: bool, gpudirect: bool
         return _route(node, down[nic] if to_nic else search(node, nic, scale_up=False)[gpu], kind)
     if gpudirect:
         fast = search(node, gpu, scale_up=True)
-        relays = []
-        for relay in node.gpus:
+        found = []
+        for relay in node.gpus if relays is None else relays:
             if relay == gpu or relay not in fast:
                 continue
             path = search(node, relay, scale_up=False).get(nic)
             if path is not None and not worse(path_kind(node, path), "P2C"):
-                relays.append((relay not in users, len(path), relay, path))
-        if relays:
-            *_, relay, path = min(relays)
+                found.append((relay not in users, len(path), relay, path))
+        if found:
+            *_, relay, path = min(found)
             if to_nic:
                 return _route(node, (*fast[relay], *path), "PXN")
             path = search(node, nic, scale_up=False)[relay]

@@ -94,6 +94,11 @@ class Cluster:
         return self.num_domains * self.links_per_domain + 2 * self.num_leaves
 
     @property
+    def relays(self) -> bool:
+        """Whether a GPU may send by another one's NIC, over NVLink (PXN): from NCCL 2.12 on."""
+        return self.spec.nccl >= (2, 12)
+
+    @property
     def first_nic_link(self) -> int:
         """Where the links of the NICs begin among those of a domain: for each NIC out, then in."""
         return self._nic_base
@@ -250,17 +255,32 @@ class Cluster:
             self._routes[key] = routing.gpu_route(self.node, self.node.gpus[source], self.node.gpus[target])
         return self._routes[key]
 
-    def local_nic_route(self, gpu: int, rail: int, outward: bool) -> Route:
-        """Return the route between a GPU and the network through NIC ``rail``; links local to its domain."""
-        key = (1 if outward else 2, gpu, rail)
+    def local_nic_route(self, gpu: int, rail: int, outward: bool, among: tuple[int, ...] | None = None) -> Route:
+        """Return the route between a GPU and the network through NIC ``rail``; links local to its domain.
+
+        ``among`` the GPUs of a communicator in this domain: none but these relay for it, as NCCL's picture of the node
+        has no others (nccl src/graph/topo.cc, ncclTopoGetSystem).
+        """
+        key: tuple[int, ...] = (1 if outward else 2, gpu, rail)
+        if among is not None and key in self._routes and self._routes[key].kind == "PXN":
+            key = (*key, *among)
         if key not in self._routes:
+            relays = None if among is None or len(key) == 3 else tuple(self.node.gpus[i] for i in among)
             users = tuple(device for device, nic in zip(self.node.gpus, self._nic_of, strict=True) if nic == rail)
             found = routing.nic_route(
-                self.node, self.node.gpus[gpu], self.node.nics[rail], outward, self.gpudirect, users
+                self.node,
+                self.node.gpus[gpu],
+                self.node.nics[rail],
+                outward,
+                self.gpudirect,
+                users,
+                relays if self.relays else (),
             )
             port = self._nic_base + 2 * rail + (0 if outward else 1)
             links = (*found.links, port) if outward else (port, *found.links)
             self._routes[key] = Route(links, found.latency_s, found.kind)
+            if among is not None and len(key) == 3 and found.kind == "PXN":
+                return self.local_nic_route(gpu, rail, outward, among)
         return self._routes[key]
 
     def leaf_of(self, domain: int, rail: int) -> int:
@@ -283,6 +303,8 @@ class Cluster:
         The same rail, through NVLink and the GPU beside that NIC if need be (PXN; nccl src/graph/search.cc,
         ncclTopoGetNetDev with NCCL_P2P_PXN_LEVEL 2); its own NIC where that would lead through a socket.
         """
+        if not self.relays:
+            return self._nic_of[source]
         far = routing.worse(self.local_nic_route(source, to_rail, outward=True).kind, "PXN")
         return self._nic_of[source] if far else to_rail
 

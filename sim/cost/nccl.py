@@ -14,6 +14,9 @@ Three steps, each as in NCCL (version 2.30):
 
 A *node* in this file is what NCCL calls one: a domain of the cluster (a node, or the trays of one NVLink rack).
 
+Of older versions (``cluster.nccl``) the algorithms there were, relays between GPUs and the channels of messages are
+theirs; the tuner's constants stay those of 2.30.
+
 Leaves out: CollNet and SHARP in the network; the tuner's per-version quirks; rings that differ between channels on
 NVSwitch (they load the wires alike).
 """
@@ -39,6 +42,8 @@ bus_bytes_per_s = collective.bus_bytes_per_s
 Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "pat"]
 Protocol = Literal["LL", "LL128", "Simple"]
 PROTOCOLS: tuple[Protocol, ...] = ("LL", "LL128", "Simple")
+SINCE: dict[Algorithm, tuple[int, int]] = {"nvls": (2, 17), "nvls_tree": (2, 18), "pat": (2, 23)}
+"""Versions that brought algorithms: NCCL_ALGO_* of the tags (src/include/nccl_common.h, devcomm.h before)."""
 
 # --- constants of nccl src/graph/tuning.cc (v2.30.7), microseconds and GB/s as there -------------
 
@@ -134,6 +139,8 @@ SPEEDS_INTER = (
     ),
 )
 """Speeds of a channel (GB/s) that the search tries; rows before sm90, sm90, sm100."""
+SPEED_STEP = 0.2
+"""A NIC sold for 25 GB/s is searched for at 24, one for 12.5 at 12 or 10: the speed found is up to a fifth below."""
 MAX_CHANNELS = 64
 MESH_SEARCH_STEPS = 20_000
 MAX_THREADS: dict[Protocol, int] = {"LL": 512, "LL128": 640, "Simple": 512}
@@ -177,11 +184,13 @@ class NodePattern(NamedTuple):
 
     ``orders`` one for each ring: local GPUs from the one that receives to the one that sends; ``rails`` the NIC of each
     (empty on a single node, where the rings are closed). ``loads`` (link, share) sums over all rings, each with an
-    equal share of the data. ``nvlink``: all hops are NVLink. ``inter`` is the farthest path to a NIC.
+    equal share of the data. ``nvlink``: all hops are NVLink. ``inter`` is the farthest path to a NIC. ``out_rails``:
+    the NIC by which each ring leaves; that by which it came in but for rings that cross.
     """
 
     orders: tuple[tuple[int, ...], ...]
     rails: tuple[int, ...]
+    out_rails: tuple[int, ...]
     loads: tuple[tuple[int, float], ...]
     nvlink: bool
     inter: PathKind
@@ -315,7 +324,7 @@ def _orders(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> 
         start = next(gpu for gpu in gpus if cluster.rail_of(gpu) == rail)
         at = gpus.index(start)
         order = (*gpus[at:], *gpus[:at])
-        far = {g: PATH_KINDS.index(cluster.local_nic_route(g, rail, outward=True).kind) for g in order[1:]}
+        far = {g: PATH_KINDS.index(cluster.local_nic_route(g, rail, True, gpus).kind) for g in order[1:]}
         ends = sorted(order[:0:-1], key=lambda gpu: far[gpu])
         order = (*(gpu for gpu in order if gpu != ends[0]), ends[0])
         if cycles and PATH_KINDS[far[ends[0]]] == "PXN":
@@ -339,6 +348,10 @@ def _pattern(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) ->
     if known is not None:
         return known
     orders = _orders(cluster, gpus, rails)
+    out_rails = rails
+    if not cluster.relays and cluster.gpudirect and _slowed(cluster, gpus, rails, orders):
+        out_rails = (*rails[1:], *rails[:1])
+        orders = _crossing(cluster, gpus, rails)
     loads: dict[int, float] = {}
     share = 1 / len(orders)
     nvlink = True
@@ -348,8 +361,8 @@ def _pattern(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) ->
         nvlink = nvlink and all(hop.kind in ("NVL", "NVB") for hop in hops)
         if rails:
             ends = [
-                cluster.local_nic_route(order[0], rails[i], outward=False),
-                cluster.local_nic_route(order[-1], rails[i], outward=True),
+                cluster.local_nic_route(order[0], rails[i], False, gpus),
+                cluster.local_nic_route(order[-1], out_rails[i], True, gpus),
             ]
             inter = max(inter, *(end.kind for end in ends), key=PATH_KINDS.index)
             hops += ends
@@ -359,9 +372,33 @@ def _pattern(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) ->
         for hop in hops:
             for link in hop.links:
                 loads[link] = loads.get(link, 0.0) + share
-    found = NodePattern(orders, rails, tuple(sorted(loads.items())), nvlink and len(gpus) > 1, inter)
+    found = NodePattern(orders, rails, out_rails, tuple(sorted(loads.items())), nvlink and len(gpus) > 1, inter)
     cluster.memo[key] = found
     return found
+
+
+def _slowed(
+    cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...], orders: tuple[tuple[int, ...], ...]
+) -> bool:
+    """Whether a ring that left by the NIC it came in by could not run at that NIC's speed, and may cross instead.
+
+    Without a relay the GPU at its end reaches that NIC through its socket, or another one; the search goes that way
+    rather than cross, but crosses rather than go slower (src/graph/search.cc of version 2.10, ncclTopoCompute:
+    typeInter, then crossNic, then a lower speed; NCCL_CROSS_NIC is 2).
+    """
+    if len(rails) < 2 or len(gpus) < 2 or _direct_wires(cluster, gpus):
+        return False
+    speed = cluster.nic_line_bytes_per_s * (1 - SPEED_STEP)
+    wires = len(cluster.node.wires)
+    ends = [cluster.local_nic_route(order[-1], rail, True, gpus) for order, rail in zip(orders, rails, strict=True)]
+    return any(link < wires and cluster.library_bytes_per_s(link) < speed for end in ends for link in end.links)
+
+
+def _crossing(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return rings that come in by one NIC and leave by the next, each at the GPU beside it."""
+    beside = [next(gpu for gpu in gpus if cluster.rail_of(gpu) == rail) for rail in rails]
+    ends = zip(beside, (*beside[1:], *beside[:1]), strict=True)
+    return tuple((start, *(gpu for gpu in gpus if gpu not in (start, end)), end) for start, end in ends)
 
 
 def _generation(cluster: Cluster) -> int:
@@ -651,7 +688,7 @@ def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidat
     nvls = _nvls_graph(cluster, graph)
     if nvls is not None:
         found.append(_nvls(shape, kind, *nvls))
-    return tuple(c for c in found if c is not None)
+    return tuple(c for c in found if c is not None and cluster.spec.nccl >= SINCE.get(c.algorithm, (2, 0)))
 
 
 def _at_size(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: int, candidate: Candidate) -> Candidate:
@@ -726,7 +763,7 @@ def _ring_loads(cluster: Cluster, graph: RingGraph, hop_bytes: float, loads: Loa
         each = hop_bytes / len(patterns[0].rails)
         for i, (node, _) in enumerate(nodes):
             j = (i + 1) % len(nodes)
-            for rail, to_rail in zip(patterns[i].rails, patterns[j].rails, strict=True):
+            for rail, to_rail in zip(patterns[i].out_rails, patterns[j].rails, strict=True):
                 _add(loads, 0, cluster.fabric(node, rail, nodes[j][0], to_rail), each)
     if kind in ("broadcast", "reduce"):
         each = -hop_bytes / len(patterns[0].orders)
@@ -747,10 +784,10 @@ def _between(cluster: Cluster, graph: RingGraph, i: int, j: int, ring: int, num_
     """Add bytes from the last GPU of ring ``ring`` on the group's i-th node to the first on its j-th."""
     stride = cluster.links_per_domain
     source, target = graph.patterns[i], graph.patterns[j]
-    out = cluster.local_nic_route(source.orders[ring][-1], source.rails[ring], outward=True)
-    into = cluster.local_nic_route(target.orders[ring][0], target.rails[ring], outward=False)
+    out = cluster.local_nic_route(source.orders[ring][-1], source.out_rails[ring], True, graph.nodes[i][1])
+    into = cluster.local_nic_route(target.orders[ring][0], target.rails[ring], False, graph.nodes[j][1])
     _add(loads, graph.nodes[i][0] * stride, out.links, num_bytes)
-    fabric = cluster.fabric(graph.nodes[i][0], source.rails[ring], graph.nodes[j][0], target.rails[ring])
+    fabric = cluster.fabric(graph.nodes[i][0], source.out_rails[ring], graph.nodes[j][0], target.rails[ring])
     _add(loads, 0, fabric, num_bytes)
     _add(loads, graph.nodes[j][0] * stride, into.links, num_bytes)
 
@@ -899,6 +936,22 @@ def p2p_limit(cluster: Cluster, num_ranks: int, spans: bool) -> int:
     return known
 
 
+def _net_channels(cluster: Cluster, num_ranks: int, limit: int) -> int:
+    """Return the channels of a message to another node, by NCCL's version.
+
+    One; from 2.12 on two (NCCL_NCHANNELS_PER_NET_PEER), while those of all ranks are no more than four times what
+    there are (until 2.17, and again from 2.22 on); from 2.29 on by the NIC's speed. Source: src/graph/paths.cc,
+    ncclTopoGetNchannels, and src/enqueue.cc, scheduleP2pTasksToPlan, of the tags.
+    """
+    version = cluster.spec.nccl
+    if version >= (2, 29):
+        most = -int(-cluster.nic_line_bytes_per_s // (P2P_CHANNEL_NET_BW * GB))
+        return 1 << (max(most, 2) - 1).bit_length()
+    if version < (2, 12) or (not (2, 18) <= version < (2, 22) and 2 * num_ranks > 4 * limit):
+        return 1
+    return 2
+
+
 def p2p_channels(cluster: Cluster, num_ranks: int, num_messages: int, num_bytes: float, spans: bool) -> int:
     """Return the channels of one of ``num_messages`` messages that a rank of a communicator sends together.
 
@@ -909,11 +962,10 @@ def p2p_channels(cluster: Cluster, num_ranks: int, num_messages: int, num_bytes:
     """
     limit = p2p_limit(cluster, num_ranks, spans)
     if spans:
-        most = -int(-cluster.nic_line_bytes_per_s // (P2P_CHANNEL_NET_BW * GB))
-        most = 1 << (max(most, 2) - 1).bit_length()
+        most = _net_channels(cluster, num_ranks, limit)
         if cluster.spec.network is not None and cluster.spec.network.channels_per_peer:
             most = cluster.spec.network.channels_per_peer
-        while most * -(-num_ranks // P2P_PER_BATCH) > limit and most > 1:
+        while cluster.spec.nccl >= (2, 29) and most * -(-num_ranks // P2P_PER_BATCH) > limit and most > 1:
             most //= 2
         return max(1, min(most, int(-(-num_bytes // (nccl_time.P2P_CHUNK["net"] // 2)))))
     route = cluster.local_route(0, 1)
@@ -921,6 +973,8 @@ def p2p_channels(cluster: Cluster, num_ranks: int, num_messages: int, num_bytes:
     wires = min(cluster.node.wires[link].count for link in route.links) if fast else 1
     most = min(1 << (2 * wires - 1).bit_length(), limit)
     least = most
+    while cluster.spec.nccl < (2, 23) and most * num_ranks > 4 * limit and most > 1:
+        most //= 2
     while least * num_ranks > limit and least > 1:
         least //= 2
     chunk = nccl_time.P2P_CHUNK["nvlink" if fast else "pci"]

@@ -67,6 +67,7 @@ class Draft(_Partial):
     beta: float | None
     num_nodes: int
     num_gpus: int
+    nccl: tuple[int, int]
     gives_nodes: bool
     """Whether the file itself says ``num_nodes``."""
     dp: int

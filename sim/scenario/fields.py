@@ -27,7 +27,9 @@ from sim.interop.values import (
     size,
     text,
 )
+from sim.scenario.schema import NCCL_VERSION
 
+OLDEST_NCCL = (2, 7)
 BACKENDS = ("nccl", "gloo", "alpha-beta")
 FRAMEWORKS = ("ddp", "fsdp2", "fsdp1", "deepspeed", "megatron")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
@@ -64,6 +66,21 @@ def _axis_order(value: object) -> tuple[str, ...]:
             f"{show(value)} is not an order of the axes", "write tp, cp, dp and pp, each once: tp-cp-dp-pp"
         )
     return axes
+
+
+def _nccl_version(value: object) -> tuple[int, int]:
+    """Return (major, minor) of "2.10" or "2.18.3". A number will not do: 2.10 is 2.1."""
+    found = re.fullmatch(r"2\.(\d{1,2})(\.\d{1,2})?", value) if isinstance(value, str) else None
+    newest = ".".join(map(str, NCCL_VERSION))
+    if found is None:
+        raise WrongValueError(f"{show(value)} is no version of NCCL", "write it in quotes: nccl: '2.18'")
+    version = (2, int(found[1]))
+    if not OLDEST_NCCL <= version <= NCCL_VERSION:
+        raise WrongValueError(
+            f"NCCL {value} is not known",
+            f"write one from 2.{OLDEST_NCCL[1]}, the first that sends and receives, to {newest}",
+        )
+    return version
 
 
 _FACTOR = number(1e-6, 1.0, "0.8", "What is left of it: 0.8 is four fifths of its speed.")

@@ -19,6 +19,7 @@ from sim.scenario.checks import mesh_fits_cluster, multiples, run_rules, write
 from sim.scenario.document import Document, UnreadableError, parse_json, read_text
 from sim.scenario.draft import Draft, ModelDraft, UnknownError
 from sim.scenario.schema import (
+    NCCL_VERSION,
     AllocatorConfig,
     ClusterSpec,
     DdpSettings,
@@ -220,7 +221,9 @@ class _Resolver:
                 self.sources["cluster.backend"] = _OWN_DEFAULT
         if not wrong & {"alpha", "beta"}:
             d.alpha, d.beta = values.get("alpha"), values.get("beta")
-        for key in ("backend", "alpha", "beta"):
+        if "nccl" not in wrong:
+            d.nccl = values.get("nccl", NCCL_VERSION)
+        for key in ("backend", "nccl", "alpha", "beta"):
             if key in values and isinstance(given, Mapping):
                 self.written[key] = values[key] if key == "backend" else given[key]
 
@@ -1356,6 +1359,7 @@ def _scenario(
             backend=cast("Any", d.backend),
             alpha_s=d.alpha or 0.0,
             beta_bytes_per_s=d.beta or 0.0,
+            nccl=d.nccl,
         ),
         framework=cast("Any", d.framework),
         parallelism=Parallelism(

@@ -14,6 +14,8 @@ from pydantic_core import core_schema
 from sim.catalog.schema import GpuFacts, NetworkFacts, NodeFacts
 from sim.interop.deepspeed_config import DeepSpeedSettings
 
+NCCL_VERSION = (2, 30)
+"""The version that ``sim.cost.nccl`` follows."""
 Framework = Literal["ddp", "fsdp2", "fsdp1", "deepspeed", "megatron"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
 Recompute = Literal["none", "selective", "selective-op", "full"]
@@ -91,12 +93,14 @@ class ClusterSpec(_Frozen):
     num_gpus: PositiveInt
     written: dict[str, Any] = Field(default_factory=dict)
     """``node``, ``network`` and ``gpu`` as a scenario file gives them, files by their absolute path; ``backend``,
-    ``alpha`` and ``beta`` where it does."""
+    ``nccl``, ``alpha`` and ``beta`` where it does."""
     backend: Literal["nccl", "gloo", "alpha-beta"] = "nccl"
     """Whose collectives: ``sim.cost.backend``."""
     alpha_s: float = 0.0
     beta_bytes_per_s: float = 0.0
     """Latency of a message and bandwidth of a GPU, each way, of the plain network; 0 under the others."""
+    nccl: tuple[int, int] = NCCL_VERSION
+    """NCCL's version: what it can do (``sim.cost.nccl``)."""
 
     @property
     def gpus_per_node(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from sim.catalog import load
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost import nccl
-from sim.cost.nccl import bus_bytes_per_s, plan_collective, plan_copy, plan_point_to_point
+from sim.cost.nccl import bus_bytes_per_s, plan_collective, plan_copy, plan_point_to_point, ring_graph
 from sim.ir.traffic import Traffic
 from sim.scenario.schema import ClusterSpec
 
@@ -224,6 +224,51 @@ def test_messages_of_a_large_communicator_get_few_channels() -> None:
     assert plan_point_to_point(cluster, [(0, 1)], 16 * MIB).sms == 16
     assert plan_point_to_point(cluster, pairs, 16 * MIB, 8).sms == 4
     assert plan_point_to_point(cluster, pairs, 16 * MIB, 16, spans=True).sms == 2
+
+
+def versioned(name: str, num_nodes: int, version: tuple[int, int]) -> Cluster:
+    spec = machine(name, num_nodes).spec
+    return build_cluster(spec.model_copy(update={"nccl": version}))
+
+
+def test_only_gpus_of_the_communicator_relay() -> None:
+    """DGX A100: GPUs 0 and 1 share a switch with NICs 0 and 1. Those of a group of odd GPUs relay by odd ones."""
+    cluster = machine("dgx-a100-80gb", 2)
+    even, odd = (ring_graph(cluster, tuple(range(first, 16, 4))) for first in (0, 1))
+    gpus = [{cluster.link(link).name for link, _ in graph.patterns[0].loads} for graph in (even, odd)]
+    assert even.patterns[0].inter == odd.patterns[0].inter == "PXN"
+    assert not any("gpu1>" in name or ">gpu1" in name for name in gpus[0])
+    assert not any("gpu0>" in name or ">gpu0" in name for name in gpus[1])
+
+
+def test_rings_without_relays_leave_through_the_socket_or_by_another_nic() -> None:
+    """NCCL 2.10 on DGX A100. Four GPUs on two sockets: each ring ends at another GPU of its NIC's socket, and leaves
+    through that socket's memory. Two GPUs on two sockets: 16 GB/s between sockets are fewer than the NIC's 24, so each
+    ring leaves by the NIC beside its last GPU."""
+    cluster = versioned("dgx-a100-80gb", 2, (2, 10))
+    four = ring_graph(cluster, tuple(range(0, 16, 2))).patterns[0]
+    two = ring_graph(cluster, tuple(range(0, 16, 4))).patterns[0]
+    assert (four.inter, four.out_rails) == ("PHB", four.rails)
+    assert "memory" in {cluster.link(link).kind for link, _ in four.loads}
+    assert two.out_rails == (two.rails[1], two.rails[0])
+    assert [(order[0], order[-1]) for order in two.orders] == [(0, 4), (4, 0)]
+    assert "memory" not in {cluster.link(link).kind for link, _ in two.loads}
+    assert ring_graph(versioned("dgx-a100-80gb", 2, (2, 12)), tuple(range(0, 16, 4))).patterns[0].inter == "PXN"
+
+
+@pytest.mark.parametrize(("minor", "channels"), [(10, 1), (12, 2), (28, 2), (29, 4)])
+def test_channels_of_a_message_between_nodes_by_version(minor: int, channels: int) -> None:
+    """src/graph/paths.cc of the tags: 1; NCCL_NCHANNELS_PER_NET_PEER 2; 50 GB/s by channels of 14."""
+    cluster = versioned("dgx-h100", 2, (2, minor))
+    assert plan_point_to_point(cluster, [(0, 8)], 64 * MIB).sms == channels
+
+
+def test_algorithms_come_with_their_versions() -> None:
+    """NVLS came with 2.17."""
+    group = tuple(range(8))
+    for minor, algorithm in ((16, "ring"), (17, "nvls")):
+        cluster = versioned("dgx-h100", 1, (2, minor))
+        assert plan_collective(cluster, [group], "all_reduce", 2**30).algorithm.startswith(f"{algorithm}/")
 
 
 @pytest.mark.parametrize("kind", KINDS)

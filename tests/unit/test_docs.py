@@ -39,6 +39,7 @@ DERIVED = {
     "model.name": "", "model.num_key_value_heads": "num_attention_heads",
     "model.head_dim": "hidden_size / num_attention_heads", "model.attention_output_bias": "attention_bias",
     "model.bias": "false", "model.config": "", "model.model_type": "",
+    "cluster.nccl": "`2.30`",
     "cluster.num_nodes": "1", "cluster.num_gpus": "all of num_nodes", "cluster.network": "the node's",
     "cluster.backend": "`nccl`", "cluster.alpha": "none", "cluster.beta": "none",
     "cluster.gpu": "the node's", "cluster.gpu.name": "the node's",
