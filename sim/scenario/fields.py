@@ -162,6 +162,8 @@ CLUSTER: dict[str, Key] = {
     "gpu": _anything({}, "Facts of the node's GPU, overridden; or another GPU's name."),
     "backend": choice(BACKENDS, "a library of collectives",
                       "Whose collectives: NCCL's, gloo's over TCP, or a plain network of alpha and beta."),
+    "nccl": Key(_nccl_version, {"type": "string", "examples": ["2.10"]},
+                "NCCL's version, in quotes; the newest that is known if left out."),
     "alpha": measured(units.parse_duration, "a duration", "5 us",
                       "Latency of a message under backend: alpha-beta."),
     "beta": rate("Bandwidth of a GPU, each way, under backend: alpha-beta."),
