@@ -226,7 +226,8 @@ def pointwise(
     ``grads[i]``: names of saved tensors that the gradient of input i needs besides the incoming one (inputs, ``out``
     or ``keeps``); None: no gradient. ``constants`` are buffers that the kernel reads. ``random``: forward draws a
     number for each element. ``backward_scratch``: tensors of the output's size and dtype that live while the backward
-    runs (formulas of several ATen ops).
+    runs, a kernel each: what is saved goes through them before it meets the incoming gradient (``pow_backward`` in
+    torch/csrc/autograd/FunctionsManual.cpp: ``grad * (exponent * self.pow(exponent - 1))``, two).
     """
     result = Value(
         Tensor(out, inputs[0].shape if shape is None else shape, dtype or inputs[0].dtype),
@@ -254,9 +255,14 @@ def pointwise(
             scratch = tuple(
                 Tensor(f"{name}.backward.scratch{j}", result.shape, result.dtype) for j in range(backward_scratch)
             )
+            factors = tuple(named[n] for n in saved)
+            kernels: list[Kernel] = []
+            for tensor in scratch:
+                kernels.append(Pointwise(kind, factors, (tensor,)))
+                factors = (tensor,)
             tape.back(
                 f"{name}.backward" if len(todo) == 1 else f"{name}.backward{i}",
-                (Pointwise(kind, (grad, *(named[n] for n in saved)), (new,)),),
+                (*kernels, Pointwise(kind, (grad, *factors), (new,))),
                 reads=(grad.name, *(n for n in saved if not n.startswith("buffer:"))), writes=(new,), scratch=scratch,
                 releases=(name,) if i == len(todo) - 1 and saves else (), module=module, region=region,
             )  # fmt: skip

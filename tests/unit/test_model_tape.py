@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sim.ir.ledger import Dim, DType, Tensor
+from sim.ir.ledger import Dim, DType, Pointwise, Tensor
 from sim.model.precision import Precision, promote
 from sim.model.tape import Tape, Value, add, cast, dropout, linear, pointwise, split
 
@@ -104,6 +104,16 @@ def test_nothing_happens_where_there_is_nothing_to_do() -> None:
     assert cast(tape, "cast", x, "bf16") is x
     assert dropout(tape, "dropout", x, 0.0, out="dropped") is x
     assert tape.forward == []
+
+
+def test_a_formula_of_several_ops_moves_what_each_of_them_reads_and_writes() -> None:
+    """grad * (2 * x.pow(1)): a copy of x, a product with 2, a product with the gradient: 7 tensors read or written."""
+    tape, x = tape_with_input("fp32")
+    y = pointwise(tape, "pow", (x,), "output", grads=(("input",),), backward_scratch=2)
+    tape.finish_backward(x, y)
+    (op,) = tape.backward
+    assert [len(k.reads) + len(k.writes) for k in op.kernels if isinstance(k, Pointwise)] == [2, 2, 3]
+    assert sum(k.moved_bytes for k in op.kernels if isinstance(k, Pointwise)) == 7 * x.tensor.num_bytes
 
 
 def test_dtypes() -> None:
