@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sim.catalog.schema import GpuFacts
 from sim.cluster.topology import Cluster
-from sim.cost.nccl import nvls_channels, p2p_channels, ring_graph
+from sim.cost.nccl import RingGraph, nvls_channels, p2p_channels, ring_graph
 from sim.ir.program import Program, World
 from sim.ir.timeline import Timeline
 from sim.memory.runtime import NcclCommunicator, Outside, outside_torch
@@ -56,14 +56,16 @@ def _communicators(
         local = graph.nodes[0][1]
         near = len(local) < 2 or cluster.route(local[0], local[1]).kind in _PEER_TO_PEER
         sends = any(algorithm.startswith("pairwise") for algorithm in algorithms)
+        channels, heads = _collnet(cluster, graph)
         yield NcclCommunicator(
             name=name,
             num_ranks=len(group),
             num_nodes=graph.num_nodes,
             link="p2p" if near else "shm",
-            num_channels=graph.compute_channels,
+            num_channels=channels,
             nvls_channels=nvls_channels(cluster, graph.num_nodes),
             algorithms=tuple(algorithm.replace("nvls_tree", "nvlstree") for algorithm in algorithms),
+            num_heads=heads,
             gpu_direct=cluster.gpudirect,
             **(
                 _messages(cluster, program.rank, tuple(g for g in group if g != program.rank), len(group))
@@ -82,6 +84,16 @@ def _communicators(
             gpu_direct=cluster.gpudirect,
             **_messages(cluster, program.rank, tuple(peers), 2),
         )
+
+
+def _collnet(cluster: Cluster, graph: RingGraph) -> tuple[int, int]:
+    """Return the channels of a communicator, and the GPUs of a node that have buffers for switches that reduce: those
+    are made whatever runs, where there are such switches."""
+    if cluster.spec.network is None or not cluster.spec.network.sharp or graph.num_nodes < 2:
+        return graph.compute_channels, 0
+    from sim.cost.collnet import num_channels, num_heads
+
+    return num_channels(cluster, graph), num_heads(graph)
 
 
 def _messages(cluster: Cluster, rank: int, peers: tuple[int, ...], num_ranks: int) -> dict[str, int]:

@@ -219,6 +219,7 @@ def network_in_words(text: str, node: NodeFacts) -> NetworkFacts:
         line_bytes_per_s=line_of_nic,
         connection_bytes_per_s=like.connection_bytes_per_s,
         channels_per_peer=like.channels_per_peer,
+        sharp=like.sharp,
     )
 
 
@@ -511,6 +512,7 @@ def _network(reader: _Reader, name: str) -> NetworkFacts:
             "connection_bandwidth", _positive(units.parse_rate), "connection_bytes_per_s", 0.0
         ),
         channels_per_peer=reader.fact("channels_per_peer", _count, "channels_per_peer", 0),
+        sharp=reader.fact("sharp", _flag, "sharp", False),
     )
     reader.finish()
     return facts

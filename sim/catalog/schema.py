@@ -97,6 +97,8 @@ class NetworkFacts:
     processor moves its packets; 0: as much as the NIC."""
     channels_per_peer: int = 0
     """Channels that NCCL gives a message to another node (NCCL_NCHANNELS_PER_NET_PEER); 0: by its own rule."""
+    sharp: bool = False
+    """Whether its switches reduce for NCCL (SHARP's plugin, NCCL_COLLNET_ENABLE=1)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ A *node* in this file is what NCCL calls one: a domain of the cluster (a node, o
 Of older versions (``cluster.nccl``) the algorithms there were, relays between GPUs and the channels of messages are
 theirs; the tuner's constants stay those of 2.30.
 
-Leaves out: CollNet and SHARP in the network; the tuner's per-version quirks; rings that differ between channels on
-NVSwitch (they load the wires alike).
+What switches that reduce add is in ``sim/cost/collnet.py``. Leaves out: the tuner's per-version quirks; rings that
+differ between channels on NVSwitch (they load the wires alike).
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from sim.ir.traffic import Phase, Traffic
 __all__ = ["assumption", "bus_bytes_per_s", "choose", "plan_collective", "plan_copy", "plan_point_to_point"]
 bus_bytes_per_s = collective.bus_bytes_per_s
 
-Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "pat"]
+Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "pat", "collnet_direct", "collnet_chain", "nvls_sharp"]
+OVER_SHARP = ("collnet_direct", "collnet_chain", "nvls_sharp")
+"""What ``sim/cost/collnet.py`` adds where switches reduce."""
 Protocol = Literal["LL", "LL128", "Simple"]
 PROTOCOLS: tuple[Protocol, ...] = ("LL", "LL128", "Simple")
-SINCE: dict[Algorithm, tuple[int, int]] = {"nvls": (2, 17), "nvls_tree": (2, 18), "pat": (2, 23)}
+SINCE: dict[Algorithm, tuple[int, int]] = {"nvls": (2, 17), "nvls_tree": (2, 18), "pat": (2, 23), "nvls_sharp": (2, 17)}
 """Versions that brought algorithms: NCCL_ALGO_* of the tags (src/include/nccl_common.h, devcomm.h before)."""
 
 # --- constants of nccl src/graph/tuning.cc (v2.30.7), microseconds and GB/s as there -------------
@@ -651,7 +653,7 @@ def _tree(shape: Shape, p: int) -> Candidate:
 
 
 def _nvls(shape: Shape, kind: str, heads: int, speed: float) -> Candidate | None:
-    """NVLS on one node; on several NVLSTree, all-reduce only (NVLS itself needs CollNet there)."""
+    """NVLS on one node; on several NVLSTree, all-reduce only (NVLS itself needs CollNet there: collnet.py)."""
     simple = PROTOCOLS.index("Simple")
     n, local = shape.num_ranks, shape.num_ranks / shape.num_nodes
     inside = speed * NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
@@ -676,6 +678,11 @@ def _pat(shape: Shape) -> Candidate:
     return Candidate("pat", "Simple", latency + shape.num_ranks * 2.8, shape.bus * 0.75)
 
 
+def _sharp(cluster: Cluster) -> bool:
+    """Whether the fabric's switches reduce: what that adds is in collnet.py."""
+    return cluster.spec.network is not None and cluster.spec.network.sharp
+
+
 def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidate, ...]:
     """Return everything NCCL may choose from, by nccl ncclTopoTuneModel (src/graph/tuning.cc)."""
     shape = _shape(cluster, graph)
@@ -688,6 +695,10 @@ def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidat
     nvls = _nvls_graph(cluster, graph)
     if nvls is not None:
         found.append(_nvls(shape, kind, *nvls))
+    if _sharp(cluster) and shape.num_nodes > 1:
+        from sim.cost import collnet
+
+        found += collnet.candidates(cluster, graph, shape, kind, nvls)
     return tuple(c for c in found if c is not None and cluster.spec.nccl >= SINCE.get(c.algorithm, (2, 0)))
 
 
@@ -731,6 +742,10 @@ def _sms(cluster: Cluster, graph: RingGraph, choice: Choice, tensor_bytes: int) 
     """
     if choice.algorithm in ("nvls", "nvls_tree"):
         return nvls_channels(cluster, graph.num_nodes)
+    if choice.algorithm in OVER_SHARP:
+        from sim.cost import collnet
+
+        return collnet.channels(cluster, graph, choice, tensor_bytes)
     threads = MAX_THREADS[choice.protocol]
     if choice.algorithm == "ring" and choice.protocol == "Simple" and graph.channels * graph.channel_bw <= 12.0:
         threads = 256
@@ -827,6 +842,13 @@ def _tree_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: 
 
 
 def _nvls_loads(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
+    """Add NVLS: in each node its switches reduce and multicast, between nodes the heads' parts go along trees."""
+    _nvls_inside(cluster, graph, kind, tensor_bytes, loads)
+    if graph.num_nodes > 1:
+        _tree_between(cluster, graph, tensor_bytes, loads)
+
+
+def _nvls_inside(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
     """Add what GPUs and switches exchange when switches reduce and multicast.
 
     Reducing: each head reads its part (S/heads), the switch fetches it from every GPU and adds: every GPU sends S and
@@ -841,19 +863,20 @@ def _nvls_loads(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: flo
             reduces, spreads = kind != "all_gather", kind != "reduce_scatter"
             _add(loads, base, (up,), tensor_bytes * reduces + part * spreads)
             _add(loads, base, (down,), part * reduces + tensor_bytes * spreads)
-    if graph.num_nodes > 1:
-        _tree_between(cluster, graph, tensor_bytes, loads)
 
 
 def _pat_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: Loads) -> None:
-    """Add parallel aggregated trees: as in Bruck's algorithm, rank i exchanges with ranks at distances 1, 2, 4, ...
+    """Add parallel aggregated trees: rank i exchanges with ranks at distances 1, 2, 4, ..., most with the nearest.
 
-    Source: nccl src/collectives, PAT; Bruck et al. 1997. Every rank sends (n-1)/n S in all.
+    Each rank's part runs down a binomial tree: what is s ranks ahead of its own came over a distance of s's lowest set
+    bit, so a distance d is that of every odd multiple of d below n. Every rank sends (n-1)/n S in all. Source: nccl
+    src/include/collectives.h, PatAGAlgorithm (``sendDim = firstBitSet(s)``); Jeaugey, "PAT: a new algorithm for
+    all-gather and reduce-scatter operations at scale", arXiv:2506.20252.
     """
     n = graph.num_nodes
     distance = 1
     while distance < n:
-        each = min(distance, n - distance) * tensor_bytes / n / len(graph.patterns[0].rails)
+        each = ((n - 1) // distance + 1) // 2 * tensor_bytes / n / len(graph.patterns[0].rails)
         for i in range(n):
             for ring in range(len(graph.patterns[0].rails)):
                 _between(cluster, graph, i, (i + distance) % n, ring, each, loads)
@@ -1025,12 +1048,20 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
             _tree_loads(cluster, graph, volume, loads)
         elif choice.algorithm == "pat":
             _pat_loads(cluster, graph, volume, loads)
+        elif choice.algorithm in OVER_SHARP:
+            from sim.cost import collnet
+
+            collnet.add_loads(cluster, graph, choice.algorithm, kind, volume, loads)
         else:
             _nvls_loads(cluster, graph, kind, volume, loads)
         group_s = group_s or _links_s(cluster, loads)
     sms = _sms(cluster, graphs[0], choice, tensor_bytes)
     latency_s, flow_s = _kernel_s(cluster, graphs[0], choice, kind, tensor_bytes, sms)
     if graphs[0].num_nodes > 1:
+        if choice.algorithm in OVER_SHARP:
+            from sim.cost import collnet
+
+            flow_s = max(flow_s, collnet.inside_s(cluster, graphs[0], choice.algorithm, kind, volume))
         hop_bytes = volume if choice.algorithm == "tree" else collective.ring_hop_bytes(kind, n, volume)
         flow_s = max(flow_s, _connections_s(cluster, hop_bytes, sms))
     cap = tensor_bytes / flow_s if flow_s > 0 else 0.0

@@ -34,6 +34,9 @@ NET_SHARED_BYTES = 16 * 128 * KIB
 """Send and receive over the network share, for each channel, 16 slots of the network's chunk (src/transport/net.cc)."""
 NVLS_SLOT_BYTES = 8 * 128 * KIB
 """NCCL_STEPS x NCCL_NVLS_CHUNKSIZE; one up, one down, for each head and channel (src/transport/nvls.cc)."""
+COLLNET_BYTES = 2 * SIMPLE_BYTES
+"""Of each channel on a GPU that hands its node's part to switches that reduce: one to send, one to receive, made with
+the communicator (src/transport/coll_net.cc, sharedBuffersInit)."""
 MAX_TREE_PEERS = 3
 """NCCL_MAX_TREE_ARITY of a node's head: one up, two down (src/include/device.h)."""
 
@@ -45,12 +48,13 @@ class NcclCommunicator:
     ``num_ranks``       of the group; ``num_nodes`` that it spans, evenly
     ``link``            between GPUs of a node: ``p2p`` (NVLink, PCIe with peer access) or ``shm`` (through the host)
     ``num_channels``    channels of its collectives
-    ``algorithms``      those in use ("ring", "tree", "nvls", "nvlstree"; "pairwise", "direct": messages, counted by
-                        their peers; a protocol after a slash is ignored): from
-                        NCCL 2.22 on, an algorithm's connections are made when it is first used
+    ``algorithms``      those in use ("ring", "tree", "nvls", "nvlstree", "pat", "collnet_direct", "collnet_chain",
+                        "nvls_sharp"; "pairwise", "direct": messages, counted by their peers; a protocol after a slash
+                        is ignored): from NCCL 2.22 on, an algorithm's connections are made when it is first used
     ``nvls_channels``   channels of NVLS, where in use
     ``num_peers``       ranks of the same node to which it sends or from which it receives, ``num_remote_peers`` of
                         other nodes, with ``num_p2p_channels`` channels to each
+    ``num_heads``       GPUs of a node that hand parts to switches that reduce (SHARP): one for each NIC; 0: none
     ``gpu_direct``      whether the NIC reads and writes GPU memory; else network buffers are in host memory
     """
 
@@ -64,6 +68,7 @@ class NcclCommunicator:
     num_peers: int = 0
     num_remote_peers: int = 0
     num_p2p_channels: int = 0
+    num_heads: int = 0
     gpu_direct: bool = True
 
 
@@ -94,11 +99,15 @@ def nccl_bytes(communicator: NcclCommunicator) -> int:
 
         channels x (10 MiB x receiving + 2 MiB x sending ends in the node) + 9.1 MB x ends over the network
         + 2 MiB x heads x NVLS channels + 12 MiB x p2p channels x peers + 2 MiB x p2p channels, over the network
+        + 8 MiB x channels, with CollNet
 
     A connection is one channel, one peer, one direction; algorithms share it (src/transport.cc: connected ones are
-    skipped). A ring has one receiving and one sending end, a tree both with each of its neighbours, of which there are
-    two in the chain inside a node. With several nodes one of a node's GPUs has a channel's network ends, in turn.
-    Leaves out: the work queue and other structures of some MiB, registered user buffers, CollNet and PAT.
+    skipped). A ring has one receiving and one sending end, a tree and CollNet's chain both with each of its neighbours,
+    of which there are two in the chain inside a node, and CollNet's direct exchange two of each with every head, and of
+    a head with every GPU (src/transport/coll_net.cc, ncclCollNetDirectBufferSetup). With several nodes one of a node's
+    GPUs has a channel's network ends, in turn; of PAT each rank, to and from the ranks 1, 2, 4, ... before and after
+    it (src/transport/generic.cc, ncclTransportPatConnect). Leaves out: the work queue and other structures of some MiB,
+    registered user buffers.
     """
     c = communicator
     if c.num_ranks < 2:
@@ -106,16 +115,19 @@ def nccl_bytes(communicator: NcclCommunicator) -> int:
     algorithms = {algorithm.split("/")[0].lower() for algorithm in c.algorithms}
     local_ranks = -(-c.num_ranks // c.num_nodes)
     tree = bool(algorithms & {"tree"})
-    ring = bool(algorithms - {"tree", "nvls", "nvlstree", "pairwise", "direct"})
-    neighbours = min(2 if tree else 1, local_ranks - 1) if ring or tree else 0
+    chain = bool(algorithms & {"collnet_chain"})
+    ring = bool(algorithms - _NO_RING)
+    neighbours = min(2 if tree or chain else 1, local_ranks - 1) if ring or tree or chain else 0
     # channels on which this GPU has the node's network end; there a ring has no neighbour inside
     outer = -(-c.num_channels // local_ranks) if c.num_nodes > 1 and (ring or tree) else 0
-    inner_ends = c.num_channels * neighbours - (outer if ring and not tree and neighbours else 0)
+    inner_ends = c.num_channels * neighbours - (outer if ring and not (tree or chain) and neighbours else 0)
+    if "collnet_direct" in algorithms:
+        inner_ends += c.num_channels * (c.num_heads - 1 + local_ranks - 1)
     total = 0
     if c.link == "p2p":
         total += inner_ends * (P2P_RECEIVE_BYTES + P2P_SEND_BYTES)
         total += c.num_peers * c.num_p2p_channels * (P2P_RECEIVE_BYTES + P2P_SEND_BYTES)
-        if algorithms & {"nvls", "nvlstree"}:
+        if algorithms & {"nvls", "nvlstree", "nvls_sharp"}:
             total += local_ranks * c.nvls_channels * 2 * NVLS_SLOT_BYTES
     if c.gpu_direct and c.num_nodes > 1:
         net_peers = (1 if ring else 0) + (min(MAX_TREE_PEERS, c.num_nodes - 1) if tree else 0)
@@ -123,9 +135,24 @@ def nccl_bytes(communicator: NcclCommunicator) -> int:
             net_peers += min(MAX_TREE_PEERS, c.num_nodes - 1)
             outer = max(outer, -(-c.nvls_channels // local_ranks))
         total += outer * net_peers * 2 * NET_BYTES
+        if "pat" in algorithms:
+            total += c.num_channels * _pat_ends(c.num_nodes, ring) * NET_BYTES
+        if c.num_heads:
+            total += c.num_channels * COLLNET_BYTES
         if c.num_remote_peers:
             total += c.num_p2p_channels * 2 * NET_SHARED_BYTES
     return total
+
+
+_NO_RING = {"tree", "nvls", "nvlstree", "pairwise", "direct", "pat", "collnet_direct", "collnet_chain", "nvls_sharp"}
+
+
+def _pat_ends(num_nodes: int, ring: bool) -> int:
+    """Return the network ends of PAT on one channel: two to send, two to receive for each power of two below the number
+    of nodes; one each where before and after are the same rank. A ring has two of those to its neighbours."""
+    distances = [1 << k for k in range((num_nodes - 1).bit_length())]
+    ends = sum(2 if 2 * distance == num_nodes else 4 for distance in distances)
+    return ends - (2 if ring else 0)
 
 
 def outside_torch(

@@ -642,6 +642,25 @@ def plain_network_has_numbers(d: Draft) -> Iterator[Problem]:
             )
 
 
+def switches_reduce_in_infiniband(d: Draft) -> Iterator[Problem]:
+    """SHARP is of InfiniBand's switches, from EDR on, and NCCL's alone reaches it (nccl-rdma-sharp-plugins)."""
+    path = ("cluster", "sharp" if d.sharp else "network")
+    if d.network is None or not d.network.sharp:
+        if d.sharp:
+            problem = "cluster.sharp is true, but there is no network"
+            yield Problem(path, problem, "write num_nodes: 2, or leave sharp out")
+        return
+    if d.network.fabric != "infiniband":
+        yield Problem(
+            path,
+            f"cluster.sharp is true, but {d.network.name} is {d.network.fabric}: SHARP is InfiniBand's",
+            "write an InfiniBand network such as ib-ndr-400-rail, or leave sharp out",
+        )
+    if d.backend != "nccl":
+        problem = f"cluster.sharp is true, but backend is {d.backend}"
+        yield Problem(path, problem, "write backend: nccl, or leave sharp out")
+
+
 def gloo_sends_from_the_host(d: Draft) -> Iterator[Problem]:
     """ProcessGroupGloo stages collectives of CUDA tensors in host memory, but its send and recv hand the tensor's own
     address to the socket (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp; docs/source/distributed.md, "Backends")."""
@@ -866,6 +885,7 @@ RULES: tuple[Rule, ...] = (
     gpu_has_precision,
     attention_kernel_runs,
     plain_network_has_numbers,
+    switches_reduce_in_infiniband,
     gloo_sends_from_the_host,
     nodes_are_connected,
     framework_has_zero,

@@ -63,11 +63,13 @@ class Draft(_Partial):
     gpu: GpuFacts
     network: NetworkFacts | None
     backend: str
+    sharp: bool | None
+    """As the file says; the network's own where it does not."""
     alpha: float | None
     beta: float | None
+    nccl: tuple[int, int]
     num_nodes: int
     num_gpus: int
-    nccl: tuple[int, int]
     gives_nodes: bool
     """Whether the file itself says ``num_nodes``."""
     dp: int

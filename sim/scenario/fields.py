@@ -164,6 +164,7 @@ CLUSTER: dict[str, Key] = {
                       "Whose collectives: NCCL's, gloo's over TCP, or a plain network of alpha and beta."),
     "nccl": Key(_nccl_version, {"type": "string", "examples": ["2.10"]},
                 "NCCL's version, in quotes; the newest that is known if left out."),
+    "sharp": boolean("Whether the network's switches reduce for NCCL (NCCL_COLLNET_ENABLE=1 with SHARP's plugin)."),
     "alpha": measured(units.parse_duration, "a duration", "5 us",
                       "Latency of a message under backend: alpha-beta."),
     "beta": rate("Bandwidth of a GPU, each way, under backend: alpha-beta."),

@@ -44,10 +44,10 @@ _MODEL_DEFAULTS = {
 _OWN_DEFAULT = "sim's default"
 MEGATRON_DROPOUT = 0.1
 """``--hidden-dropout`` and ``--attention-dropout`` where they are left out (megatron/training/arguments.py)."""
-
 _LAYERS = {"async_tensor_model_parallel_allreduce"}
 """Megatron's settings of its layers, which Megatron-DeepSpeed runs too: they may stand under deepspeed."""
 _LAYERS_IN_WORDS = "async_tensor_model_parallel_allreduce, which Megatron-DeepSpeed has too"
+
 _CP_COMM = {"fsdp2": "all_gather", "deepspeed": "a2a"}
 """Megatron's is p2p, torch's ``context_parallel`` gathers unless told otherwise, DeepSpeed's Ulysses swaps heads."""
 
@@ -209,6 +209,8 @@ class _Resolver:
                 self._size(node, values.get("num_nodes"), values.get("num_gpus"))
             if "network" not in wrong:
                 self._network(node, values.get("network"))
+                if d.knows("network") and d.network is not None and d.knows("sharp") and d.sharp is not None:
+                    d.network = dataclasses.replace(d.network, sharp=d.sharp)
         elif isinstance(values.get("gpu"), Mapping):
             read_mapping(values["gpu"], fields.GPU, ("cluster", "gpu"), self.problems)
 
@@ -219,11 +221,13 @@ class _Resolver:
             d.backend = values.get("backend", "nccl")
             if "backend" not in values:
                 self.sources["cluster.backend"] = _OWN_DEFAULT
+        if "sharp" not in wrong:
+            d.sharp = values.get("sharp")
         if not wrong & {"alpha", "beta"}:
             d.alpha, d.beta = values.get("alpha"), values.get("beta")
         if "nccl" not in wrong:
             d.nccl = values.get("nccl", NCCL_VERSION)
-        for key in ("backend", "nccl", "alpha", "beta"):
+        for key in ("backend", "nccl", "sharp", "alpha", "beta"):
             if key in values and isinstance(given, Mapping):
                 self.written[key] = values[key] if key == "backend" else given[key]
 

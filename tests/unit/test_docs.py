@@ -41,7 +41,7 @@ DERIVED = {
     "model.bias": "false", "model.config": "", "model.model_type": "",
     "cluster.nccl": "`2.30`",
     "cluster.num_nodes": "1", "cluster.num_gpus": "all of num_nodes", "cluster.network": "the node's",
-    "cluster.backend": "`nccl`", "cluster.alpha": "none", "cluster.beta": "none",
+    "cluster.backend": "`nccl`", "cluster.sharp": "the network's", "cluster.alpha": "none", "cluster.beta": "none",
     "cluster.gpu": "the node's", "cluster.gpu.name": "the node's",
     "parallelism.dp": "what remains", "parallelism.zero": "the framework's", "parallelism.schedule": "1f1b",
     "parallelism.cp_comm": "`all_gather` under FSDP2, `a2a` under DeepSpeed, else `p2p`",
