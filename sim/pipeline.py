@@ -239,7 +239,7 @@ def _cache_notes(
         notes.append(
             f"the allocator empties its cache {flushes} x a step to make room, which waits for the GPU and has the "
             f"driver map memory anew: {format_duration(seconds(longer))} of the step ({longer / timeline.end:.1%}); "
-            "allocator.expandable_segments: true or a smaller micro_batch_size avoids it"
+            f"{_way_out(held)}a smaller micro_batch_size avoids it"
         )
     elif flushes:
         notes.append(
@@ -252,6 +252,11 @@ def _cache_notes(
             "waits for the GPU, which is not in the step's time"
         )
     return tuple(notes)
+
+
+def _way_out(held: tuple[Footprint, ...]) -> str:
+    expandable = any(calls.expandable for footprint in held for calls in footprint.driver)
+    return "" if expandable else "allocator.expandable_segments: true or "
 
 
 def _assumptions(outside: Mapping[int, Outside]) -> tuple[str, ...]:

@@ -128,5 +128,8 @@ def test_a_run_near_the_end_of_memory_takes_longer_and_says_so() -> None:
     assert part.report.step_ticks["other"] > whole.report.step_ticks["other"]
     flushes = sum(calls.given > 0 for calls in part.report.fullest.driver)
     assert any(f"empties its cache {flushes} x a step" in words for words in part.report.warnings)
+    assert any("expandable_segments: true or a smaller micro_batch_size" in words for words in part.report.warnings)
+    expanded = simulate(load_scenario_text(TEXT, "part.yaml", (share, "allocator.expandable_segments=true")))
+    assert any("expandable_segments: true" not in words and "avoids it" in words for words in expanded.report.warnings)
     again = simulate(load_scenario_text(TEXT, "whole.yaml"), like=part)
     assert again.report.to_dict() == whole.report.to_dict()
