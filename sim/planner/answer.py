@@ -34,13 +34,7 @@ def answer(search: Search, runner: Runner, say: Callable[[str], None] = lambda w
     say("simulating whole runs")
     for one in {id(one): one for one in (*([best] if best else []), *front)}.values():
         entries[id(one)]["run"]["distribution"] = _distribution(plan, one, economics)
-    rejected = [
-        *(_rejected(plan, one.candidate, _does_not_fit(plan, one), _nearest(search, one.candidate))
-          for one in search.tried if one.cost is None),
-        *(_rejected(plan, one.candidate, _discarded(plan, one),
-                    _nearest(search, one.candidate) if one.over_bytes else "") for one in search.discarded),
-    ]  # fmt: skip
-    rejected += [_rejected(plan, candidate, why, "") for candidate, why in search.refused]
+    rejected = _all_rejected(search, economics, {one.candidate.site for one in fitting})
     return {
         "schema_version": SCHEMA_VERSION,
         "plan": plan.name,
@@ -147,20 +141,24 @@ def _sensitivity(
     data: list[dict[str, Any]] = []
     for flip in found:
         then = f"{cluster_words(plan, flip.then.candidate)}, {flip.then.candidate.words()}" if flip.then else None
+        sure = flip.surely if flip.at_least else flip
         data.append({
             "what": flip.what, "flips_at": flip.factor, "at_least": flip.at_least, "then": then,
-            "value_change_of_10_percent": flip.value_change,
+            "surely_at": sure.factor if sure else None, "value_change_of_10_percent": flip.value_change,
         })  # fmt: skip
-        if flip.factor is not None:
-            change = flip.factor - 1
-            said = f"{abs(change):.1%} {'more' if change > 0 else 'less'}" if abs(change) >= 5e-4 else "any change"
-            result = f"{then} {'may be' if flip.at_least else 'is'} better" if then else "nothing keeps the goal"
-            if words and words[-1].endswith(
-                f": at {said}, {result}"
-            ):  # what is rented costs as much more as it is slower
-                words[-1] = f"{words[-1].partition(': ')[0]}, or {flip.what}: at {said}, {result}"
-            else:
-                words.append(f"{flip.what}: at {said}, {result}")
+        if flip.factor is None:
+            continue
+        result = f"at {_change(flip.factor)}, " + (
+            f"{then} {'may be' if flip.at_least else 'is'} better" if then else "nothing keeps the goal"
+        )
+        if flip.at_least and sure is not None and sure.factor is not None:
+            result += f"; at {_change(sure.factor)} " + (
+                f"{cluster_words(plan, sure.then.candidate)} is" if sure.then else "nothing keeps the goal"
+            )
+        if words and words[-1].endswith(f": {result}"):  # what is rented costs as much more as it is slower
+            words[-1] = f"{words[-1].partition(': ')[0]}, or {flip.what}: {result}"
+        else:
+            words.append(f"{flip.what}: {result}")
     networks = []
     measured = on_slower_networks(plan, best, runner)
     for share, outcome in measured[1:]:
@@ -171,6 +169,12 @@ def _sensitivity(
         words.append(f"the network between nodes: the step is {said}")
     words.append(f"memory: it still fits if {margin:.1%} more is needed than was simulated")
     return {"flips": data, "networks": networks, "memory_margin": margin, "words": words}
+
+
+def _change(factor: float) -> str:
+    """Return "12.5% more" of a factor."""
+    change = factor - 1
+    return f"{abs(change):.1%} {'more' if change > 0 else 'less'}" if abs(change) >= 5e-4 else "any change"
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -192,15 +196,25 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
     )
     if (band := best.outcome["step_band_s"]) is not None:
         low, high = (time_s / best.outcome["step_s"] - 1 for time_s in band)
-        text += f" {round(10 * COVERAGE)} like runs of 10 would take from {-low:.0%} less to {high:.0%} more."
+        text += f" {round(10 * COVERAGE)} like runs of 10 would take from {-low:.0%} less to {high:.0%} more"
+        text += f"{_at_worst(plan, best, Economics(plan), band[1])}."
     if (sure := best.outcome["probability_fits"]) is not None:
         text += f" It fits with a probability of {min(max(sure, 0.001), 0.999):.1%}."
     other = next((o for o in ranked if o is not best and o.candidate.site != c.site), None)
     if other is not None and other.cost is not None:
         name = plan.sites[other.candidate.site].name
-        text += f" The best on {name} would take {format_duration(other.cost.time_s)} and cost "
+        text += f" On {name} it would take {format_duration(other.cost.time_s)} and cost "
         text += f"{format_money(other.cost.usd)}."
     return text
+
+
+def _at_worst(plan: Plan, best: Tried, economics: Economics, step_s: float) -> str:
+    """Say whether deadline and budget are kept at the slow end of the step's band; "" without such limits."""
+    limits = [name for name, limit in (("deadline", plan.goal.deadline_s), ("budget", plan.goal.budget_usd)) if limit]
+    if not limits:
+        return ""
+    missed = misses(plan, economics.cost(best.candidate, step_s, min(best.bound.compute_s, step_s)))
+    return f", and then be {missed}" if missed else f", which keeps the {' and the '.join(limits)}"
 
 
 def _nothing(plan: Plan, ranked: Sequence[Tried], search: Search) -> str:
@@ -308,6 +322,36 @@ def _discarded(plan: Plan, one: Discarded) -> str:
 def _rejected(plan: Plan, candidate: Candidate, why: str, nearest: str) -> dict[str, Any]:
     found = {"candidate": f"{cluster_words(plan, candidate)}: {candidate.words()}", "why": why}
     return {**found, "nearest_change": nearest} if nearest else found
+
+
+def _all_rejected(search: Search, economics: Economics, ranked: set[int]) -> list[dict[str, Any]]:
+    """Return what is not ranked, and why: the best of each machine and framework first, of machines not ranked before.
+
+    What cannot fit comes after what can.
+    """
+    plan = search.plan
+    entries: list[tuple[tuple[int, int, str], tuple[bool, float, Candidate], Tried | Discarded]] = []
+    losers: list[Tried | Discarded] = [one for one in search.tried if one.cost is None]
+    losers += search.discarded
+    for one in losers:
+        c, bound = one.candidate, one.bound
+        best = economics.cost(c, bound.time_s, min(bound.compute_s, bound.time_s))
+        short = isinstance(one, Tried) or bool(one.over_bytes)
+        entries.append(((c.site, c.num_gpus, c.framework), (short, goal_value(plan, best), c), one))
+    groups: dict[tuple[int, int, str], list[tuple[tuple[bool, float, Candidate], Tried | Discarded]]] = {}
+    for group, place, one in sorted(entries, key=lambda entry: entry[:2]):
+        groups.setdefault(group, []).append((place, one))
+    found: list[tuple[tuple[int, bool, bool, float, Candidate], Tried | Discarded]] = []
+    for group, members in groups.items():
+        found += [((nth, group[0] in ranked, *place), one) for nth, (place, one) in enumerate(members)]
+    rejected = []
+    for _, one in sorted(found, key=lambda entry: entry[0]):
+        if isinstance(one, Tried):
+            why, change = _does_not_fit(plan, one), True
+        else:
+            why, change = _discarded(plan, one), bool(one.over_bytes)
+        rejected.append(_rejected(plan, one.candidate, why, _nearest(search, one.candidate) if change else ""))
+    return [*rejected, *(_rejected(plan, candidate, why, "") for candidate, why in search.refused)]
 
 
 _CHANGES = ("recompute", "micro_batch_size", "zero", "shard_size", "vpp", "tp", "pp", "cp")

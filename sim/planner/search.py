@@ -2,6 +2,7 @@
 
 A candidate is discarded only where its lower bound says so: it holds more memory than the GPU has, it misses the plan's
 deadline or budget at best, or a simulated candidate is at least as good as its bound in time, money, energy and GPUs.
+Of a kind of node that bounds exclude whole the best one is simulated nevertheless, so that it has figures to compare.
 None of these can discard a candidate of the front, which is of those that keep the plan's limits; so the front is that
 of an exhaustive search (tests/laws/test_planner_laws.py).
 
@@ -25,6 +26,8 @@ from sim.units import format_duration, format_money, format_power
 
 WAVE = 4
 """Candidates of a wave."""
+REPRESENTED = 3
+"""Candidates of a kind of node that are simulated at most, to have one of it that fits."""
 
 
 class Runner(Protocol):
@@ -135,6 +138,8 @@ def search(
     if not any(one.cost is not None and keeps_goal(plan, one.cost) for one in found.tried):
         kept.go(late, 1, first=True)  # nothing keeps the goal: what comes nearest is simulated, to say by how much
         late = kept.left
+    elif not exhaustive:
+        kept.represent()
     found.discarded += [Discarded(candidate, bound, best, None) for _, candidate, bound, best in late]
     return found
 
@@ -177,6 +182,32 @@ class _Waves:
             found.tried += fresh
             self.say(f"{len(found.tried):,} simulated, {len(self.left):,} left of {found.num_candidates:,}")
 
+    def represent(self) -> None:
+        """Simulate what is best by its bound on each kind of node of which nothing was, so that each has figures.
+
+        What is discarded for another is no better than that one, whatever it takes: the front stays as it is.
+        """
+        plan, found = self.plan, self.found
+        for _ in range(REPRESENTED):
+            known = {one.candidate.site for one in found.tried if one.cost is not None}
+            first: dict[int, Discarded] = {}
+            for one in found.discarded:
+                site = one.candidate.site
+                if one.by is None or site in known:
+                    continue
+                if site not in first or _place(plan, one) < _place(plan, first[site]):
+                    first[site] = one
+            if not first:
+                return
+            chosen = [one for _, one in sorted(first.items())]
+            outcomes = self.runner.run([scenario_of(plan, one.candidate) for one in chosen], plan.folder)
+            gone = {id(one) for one in chosen}
+            found.discarded = [one for one in found.discarded if id(one) not in gone]
+            for one, outcome in zip(chosen, outcomes, strict=True):
+                cost = _cost(plan, self.economics, one.candidate, one.bound, outcome)
+                found.tried.append(Tried(one.candidate, one.bound, outcome, cost))
+            self.say(f"{len(found.tried):,} simulated, one of each kind of node")
+
     def _wave(self, size: int, fresh: Sequence[Tried]) -> list[_Entry]:
         """Take the next wave from what is left, and discard what cannot be on the front any more.
 
@@ -196,6 +227,10 @@ class _Waves:
                 rest.append(entry)
         self.left = rest
         return wave
+
+
+def _place(plan: Plan, one: Discarded) -> tuple[bool, float, Candidate]:
+    return not keeps_goal(plan, one.best), goal_value(plan, one.best), one.candidate
 
 
 def _beats(tried: Tried, bound: Cost, slack: float) -> bool:

@@ -1,8 +1,9 @@
 """How sure the recommendation is: what changes it, and how much of that it takes.
 
 Every simulated candidate is priced again with one thing changed; nothing is simulated anew but the recommended one on
-slower networks. A *flip* is the smallest factor, found by bisection, at which another candidate is best. A kind of node
-all of whose candidates bounds excluded is represented by its best bound: it takes that much at the least.
+slower networks. A *flip* is the smallest factor, found by bisection, at which another candidate is best. What bounds
+excluded of a kind of node is represented by its best bound: it takes that much at the least; and by the one of it that
+was simulated: with that much another is best for certain.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from sim.planner.economics import Cost, Economics
 from sim.planner.schema import Plan
 from sim.planner.search import Discarded, Runner, Search, Tried, goal_value, keeps_goal
-from sim.planner.space import scenario_of
+from sim.planner.space import Candidate, scenario_of
 
 FURTHEST = 4.0
 """Factors beyond this are not looked for."""
@@ -36,6 +37,8 @@ class Flip:
     """By how much 10 % more of it changes the recommended one's value."""
     at_least: bool = False
     """Whether it rests on a bound and not on a simulation."""
+    surely: Flip | None = None
+    """Then: where something that was simulated is best instead."""
 
 
 def _priced(plan: Plan, one: Tried, economics: Economics, slower: dict[int, float]) -> Cost:
@@ -57,19 +60,26 @@ def best_of(plan: Plan, fitting: Sequence[Tried], slower: dict[int, float] | Non
 
 
 def optimistic(plan: Plan, search: Search) -> list[Tried]:
-    """Return, for each kind of node of which nothing fitting was simulated, its best bound as if it were an outcome."""
-    known = {one.candidate.site for one in search.tried if one.cost is not None}
+    """Return the best bound of what was not simulated of each kind of node, as if it were an outcome.
+
+    Only where nothing that was simulated of that kind is as good.
+    """
     found: dict[int, Discarded] = {}
     for one in search.discarded:
         site = one.candidate.site
-        if site not in known and not one.over_bytes:
-            place = (not keeps_goal(plan, one.best), goal_value(plan, one.best), one.candidate)
-            other = found.get(site)
-            if other is None or place < (
-                not keeps_goal(plan, other.best), goal_value(plan, other.best), other.candidate,
-            ):  # fmt: skip
-                found[site] = one
+        if not one.over_bytes and (
+            site not in found or _place(plan, one.best, one) < _place(plan, found[site].best, found[site])
+        ):
+            found[site] = one
+    for tried in search.tried:
+        rival = found.get(tried.candidate.site)
+        if rival and tried.cost is not None and _place(plan, tried.cost, tried) <= _place(plan, rival.best, rival):
+            del found[tried.candidate.site]
     return [Tried(one.candidate, one.bound, {"step_s": one.bound.time_s}, one.best) for _, one in sorted(found.items())]
+
+
+def _place(plan: Plan, cost: Cost, one: Tried | Discarded) -> tuple[bool, float, Candidate]:
+    return not keeps_goal(plan, cost), goal_value(plan, cost), one.candidate
 
 
 def flips(plan: Plan, best: Tried, fitting: Sequence[Tried], bounded: Sequence[Tried] = ()) -> list[Flip]:
@@ -102,23 +112,32 @@ def flips(plan: Plan, best: Tried, fitting: Sequence[Tried], bounded: Sequence[T
     def same(plan: Plan, factor: float) -> Plan:
         return plan
 
-    found = [
-        _flip(plan, best, fitting, f"the price of {name}", price(site), upwards=True),
-        _flip(plan, best, fitting, f"the step on {name} (its MFU)", same, upwards=True, slows=site),
-    ]
     of = {one.candidate.site: one for one in bounded}
+    others = [one for rival, one in of.items() if rival != site]
+
+    def found(what: str, change: Change, rivals: Sequence[Tried], upwards: bool, slows: int | None = None) -> Flip:
+        """Where something is best instead, and where what was simulated is."""
+        sure = _flip(plan, best, fitting, what, change, upwards=upwards, slows=slows)
+        if not rivals:
+            return sure
+        first = _flip(plan, best, [*fitting, *rivals], what, change, upwards=upwards, slows=slows)
+        if first.factor is None or first.then is None or not any(first.then is one for one in rivals):
+            return first
+        return replace(first, at_least=True, surely=sure)
+
+    flipped = [
+        found(f"the price of {name}", price(site), others, True),
+        found(f"the step on {name} (its MFU)", same, others, True, site),
+    ]
     for rival in sorted({one.candidate.site for one in (*fitting, *bounded)} - {site}):
         other = plan.sites[rival].name
-        field = [*fitting, of[rival]] if rival in of else fitting
-        pair = (
-            _flip(plan, best, field, f"the price of {other}", price(rival), upwards=False),
-            _flip(plan, best, field, f"the step on {other} (its MFU)", same, upwards=False, slows=rival),
-        )
-        found += [replace(flip, at_least=rival in of) for flip in pair]
-    found.append(_flip(plan, best, fitting, "the rate of failures", failures, upwards=True))
+        mine = [of[rival]] if rival in of else []
+        flipped.append(found(f"the price of {other}", price(rival), mine, False))
+        flipped.append(found(f"the step on {other} (its MFU)", same, mine, False, rival))
+    flipped.append(_flip(plan, best, fitting, "the rate of failures", failures, upwards=True))
     if any(s.offer.pays_power or s.owned_gpus for s in plan.sites):
-        found.append(_flip(plan, best, fitting, "the price of power", power, upwards=True))
-    return found
+        flipped.append(_flip(plan, best, fitting, "the price of power", power, upwards=True))
+    return flipped
 
 
 def _flip(

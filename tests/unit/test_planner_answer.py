@@ -51,7 +51,7 @@ def test_the_recommended_is_the_cheapest_that_keeps_the_deadline(content) -> Non
     best = content["recommended"]
     keeping = [one for one in content["ranked"] if one["time_s"] <= 90 * 86400]
     assert best["usd"] == min(one["usd"] for one in keeping)
-    assert "9 like runs of 10 would take from 10% less to 50% more." in best["words"]  # as plan_world has it
+    assert "9 like runs of 10 would take from 10% less to 50% more, which keeps the deadline." in best["words"]  # as plan_world has it
     for figure in (format_duration(best["time_s"]), format_money(best["usd"]), f"{best['step']['mfu']:.0%}"):
         assert figure in best["words"]
 
