@@ -100,6 +100,9 @@ def test_the_context_lies_in_its_band():
 def test_payload_is_below_the_line():
     for name in load.names("network"):
         network = load.network(name)
+        if network.connection_bytes_per_s:  # a processor moves the packets, on two queues
+            assert network.nic_bytes_per_s == 2 * network.connection_bytes_per_s <= network.line_bytes_per_s, name
+            continue
         assert 0.7 * network.line_bytes_per_s < network.nic_bytes_per_s <= network.line_bytes_per_s, name
 
 

@@ -316,3 +316,6 @@ def test_verbs_over_omni_path_carry_what_their_connections_do() -> None:
     message = plan_point_to_point(cluster, [(0, 4)], 64 << 20)
     assert message.sms == 1
     assert alone_s(cluster, message) == pytest.approx((64 << 20) / 1.7e9, rel=0.01)
+    groups = [everyone[i::4] for i in range(4)]  # 8 connections a node, on 4 queues
+    together = alone_s(cluster, plan_collective(cluster, groups, "all_gather", 1_000_000_000))
+    assert 4 * 1e9 * 15 / 16 / together * 8 == pytest.approx(54.5e9, rel=0.02)
