@@ -7,7 +7,7 @@ thought for speed; the two must agree on every address.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -521,6 +521,22 @@ def test_quiet_microbatches_stay_quiet_where_what_they_keep_fills_segments(progr
         long.peak_reserved_bytes,
     )
     assert (short.peak_position, short.at_peak) == (long.peak_position, long.at_peak)
+
+
+@given(programs(), configurations, st.floats(0, 1))
+def test_what_is_asked_of_the_driver_is_found_however_steps_are_replayed(
+    program: Program, settings: AllocatorSettings, share: float
+) -> None:
+    """With a capacity between what is allocated and what would be cached: the same calls at the same places where the
+    replay is watched, and where no microbatch is skipped as each call has a name of its own."""
+    roomy = replay(program, replace(settings, capacity_bytes=None, allowed_bytes=None))
+    cached = roomy.peak_reserved_bytes - roomy.peak_allocated_bytes
+    tight = replace(settings, capacity_bytes=int(roomy.peak_allocated_bytes + share * cached))
+    calls = tuple(Call(f"{call.chunk}.{index}", call.microbatch) for index, call in enumerate(program.step))
+    chunks = {**program.chunks, **{f"{c.chunk}.{i}": program.chunks[c.chunk] for i, c in enumerate(program.step)}}
+    found = replay(program, tight).driver
+    assert replay(program, tight, record=True).driver == found
+    assert replay(Program((0,), 0, chunks, program.setup, calls, calls), tight).driver == found
 
 
 @given(programs(), configurations)
