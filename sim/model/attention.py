@@ -40,13 +40,15 @@ def fused_attention(
     module: str,
     name: str = "",
     causal: bool = True,
+    sample_length: int = 0,
 ) -> Value:
     """One kernel forward, one backward; scores are never in memory, dropout is redone from the random state.
 
     ``kernel``: flash-1 (its CUDA kernels), flash-triton, flash-2, flash-3, cudnn, or memory-efficient (what SDPA takes
     for fp32, and where there is a bias).
     Saves q, k, v, out, the log-sum-exp in fp32 [batch, heads, seq] and the state of the random generator. ``causal`` is
-    False where the mask is a tensor: then nothing is skipped.
+    False where the mask is a tensor: then nothing is skipped. ``sample_length``: mean tokens of samples packed into the
+    sequence; the kernel works on each by itself, as on a batch of them.
     """
     batch, seq, heads, head_dim = head_dims(q)
     kv_heads = k.shape[2:3]
@@ -59,9 +61,15 @@ def fused_attention(
     state = Tensor(f"{out}.rng_state", (Dim("state", 2),), "int64")
     result = Value(Tensor(out, q.shape, q.dtype))
 
+    each, query, keys = batch, seq, key_seq(k)
+    if 0 < sample_length < size(seq):
+        samples = max(1, round(size(seq) / sample_length))
+        length = -(-size(seq) // samples)
+        each, query, keys = (*batch, Dim("samples", samples)), (Dim("seq", length),), (Dim("key_seq", length),)
+
     def call(direction: str) -> Attention:
         return Attention(
-            kernel, "forward" if direction == "forward" else "backward", batch, heads, kv_heads, seq, key_seq(k),
+            kernel, "forward" if direction == "forward" else "backward", each, heads, kv_heads, query, keys,
             head_dim, causal, tape.precision.gemm,
         )  # fmt: skip
 

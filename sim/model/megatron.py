@@ -274,10 +274,16 @@ def _core(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Value:
         )
     chosen = "flash-2" if kernel == "sdpa" else kernel
     if chosen == "cudnn" or d.batch.size == 1:
-        return core.fused_attention(tape, q, k, v, kernel=chosen, out="attention", module=module, name=module)
+        return core.fused_attention(
+            tape, q, k, v, kernel=chosen, out="attention", module=module, name=module,
+            sample_length=c.training.sample_length,
+        )  # fmt: skip
     # flash takes and gives [batch, seq, ...]; Megatron's layers are [seq, batch, ...]: what it gives is kept, and its
     # transpose is what the projection keeps (FlashAttention.forward in .../dot_product_attention/backends.py)
-    given = core.fused_attention(tape, q, k, v, kernel=chosen, out="attention.batch_first", module=module, name=module)
+    given = core.fused_attention(
+        tape, q, k, v, kernel=chosen, out="attention.batch_first", module=module, name=module,
+        sample_length=c.training.sample_length,
+    )  # fmt: skip
     return core.contiguous(tape, f"{module}.transpose", given, "attention", module=module)
 
 

@@ -202,10 +202,15 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def matmul_flops(model: ModelConfig, training: Training) -> int:
-    """Return the useful FLOPs of one microbatch, forward and backward, by ``FLOPS_FORMULA``."""
+    """Return the useful FLOPs of one microbatch, forward and backward, by ``FLOPS_FORMULA``.
+
+    Scores of packed samples are those within each.
+    """
     tokens = training.micro_batch_size * training.sequence_length
     weights = model.num_hidden_layers * _matrices_of_block(model) + _matrices_of_ends(model)
-    scores = 4 * tokens * training.sequence_length * model.num_attention_heads * model.head_dim
+    scores = (
+        4 * tokens * (training.sample_length or training.sequence_length) * model.num_attention_heads * model.head_dim
+    )
     return 3 * (2 * tokens * weights + model.num_hidden_layers * scores)
 
 

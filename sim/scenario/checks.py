@@ -386,6 +386,22 @@ def expert_parallelism_divides(d: Draft) -> Iterator[Problem]:
         )
 
 
+def samples_are_packed(d: Draft) -> Iterator[Problem]:
+    """Samples in a row of tokens: kernels that take where each begins (``cu_seqlens``), as Megatron calls them."""
+    if not d.sample_length:
+        return
+    where = ("training", "sample_length")
+    if d.sample_length > d.sequence_length:
+        text = f"training.sample_length = {d.sample_length} is longer than sequence_length = {d.sequence_length}"
+        yield Problem(where, text, "leave sample_length out, or write the mean tokens of a sample")
+    if d.code != "megatron" or d.attention in ("math", "memory-efficient"):
+        text = f"training.sample_length: samples are not packed by code: {d.code} with attention: {d.attention}"
+        yield Problem(where, text, "leave sample_length out")
+    elif d.cp > 1:
+        text = f"training.sample_length with parallelism.cp = {d.cp}: sim does not divide packed samples"
+        yield Problem(where, text, "write cp: 1, or leave sample_length out")
+
+
 def context_parallelism_divides(d: Draft) -> Iterator[Problem]:
     """Each rank holds two equal pieces of the sequence, an early and a late one, so that a causal mask is fair."""
     twice = "" if d.framework == "deepspeed" else "2 * "  # by heads, without load balance
@@ -872,6 +888,7 @@ RULES: tuple[Rule, ...] = (
     interleaving_needs_full_groups,
     expert_parallelism_divides,
     context_parallelism_divides,
+    samples_are_packed,
     heads_divide_over_context,
     exchange_is_the_frameworks,
     optimizer_steps_there,

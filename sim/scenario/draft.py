@@ -96,6 +96,7 @@ class Draft(_Partial):
     norms: str | None
     metrics: int
     launch_blocking: bool
+    sample_length: int
     recompute_interval: int
     code: str
     checkpoint: str

@@ -233,6 +233,7 @@ TRAINING: dict[str, Key] = {
     "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
     "compile": boolean("Whether torch.compile fuses the model."),
     "launch_blocking": boolean("CUDA_LAUNCH_BLOCKING=1: the host waits for each kernel."),
+    "sample_length": integer(0, 2**27, 200, "Mean tokens of samples packed into a sequence, each by itself; 0: none."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),
 }  # fmt: skip
 

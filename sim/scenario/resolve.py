@@ -546,6 +546,7 @@ class _Resolver:
         d.norms = values.get("norms")
         d.metrics = values.get("metrics", 0)
         d.launch_blocking = values.get("launch_blocking", False)
+        d.sample_length = values.get("sample_length", 0)
         d.recompute_interval = values.get("recompute_interval", 1)
         if d.recompute_interval > 1 and d.knows("recompute") and d.recompute == "none":
             self.warnings.append(f"recompute_interval {d.recompute_interval} changes nothing: recompute is none")
@@ -1395,6 +1396,7 @@ def _scenario(
             norms=cast("Any", d.norms),
             metrics=d.metrics,
             launch_blocking=d.launch_blocking,
+            sample_length=d.sample_length,
             recompute_interval=d.recompute_interval,
             checkpoint=cast("Any", d.checkpoint),
         ),

@@ -134,6 +134,8 @@ class Training(_Frozen):
     micro_batch_size: PositiveInt
     global_batch_size: PositiveInt
     precision: Precision
+    sample_length: int = 0
+    """Mean tokens of the samples packed into a sequence, each of which attends to itself alone; 0: one fills it."""
     optimizer: Literal["adamw", "adam", "sgd", "sgd-momentum", "adafactor", "adam-8bit", "lion", "muon"] = "adamw"
     recompute: Recompute = "none"
     recompute_interval: PositiveInt = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from sim.ir.ledger import Ledger, Pointwise
+from sim.ir.ledger import Attention, Ledger, Pointwise, size
 from sim.model.megatron import batches_of_a_block
 from sim.model.transformer import describe
 from sim.scenario.load import load_scenario_text
@@ -78,3 +78,32 @@ def test_softmax_is_torchs_where_its_fusion_is_turned_off() -> None:
     fused, plain = (softmax_kernels(ledger_of(4, 1, fused_softmax=way)) for way in (True, False))
     assert fused == (1, 1)
     assert plain == softmax_kernels(ledger_of(8, 1))
+
+
+def test_packed_samples_attend_to_themselves() -> None:
+    """1024 tokens of samples of 200: five of 205, as if they were a batch; what is saved stays as it was."""
+    kernels: dict[int, list[Attention]] = {}
+    saved, flops = {}, {}
+    for length in (0, 200):
+        asked = {
+            "model": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16,
+                      "vocab_size": 1024, "tie_word_embeddings": False},
+            "cluster": {"node": "dgx-h100", "num_gpus": 8}, "framework": "megatron",
+            "training": {"sequence_length": 1024, "micro_batch_size": 1, "global_batch_size": 8, "precision": "bf16",
+                         "attention": "cudnn", **({"sample_length": length} if length else {})},
+        }  # fmt: skip
+        scenario = load_scenario_text(yaml.safe_dump(asked), "packed.yaml")
+        ledger = describe(
+            scenario.model, scenario.training, parameter_dtype="bf16", compute_dtype="bf16", autocast=False,
+            megatron=MegatronSettings(),
+        )  # fmt: skip
+        block = ledger.layers[1]
+        kernels[length] = [
+            k for op in (*block.forward, *block.backward) for k in op.kernels if isinstance(k, Attention)
+        ]
+        saved[length] = [op.saves for op in block.forward]
+        flops[length] = ledger.matmul_flops
+    assert flops[0] - flops[200] == 3 * 2 * 4 * 1024 * (1024 - 200) * 256
+    assert [(size(k.batch), size(k.query), size(k.key)) for k in kernels[200]] == [(5, 205, 205)] * 2
+    assert [(size(k.batch), size(k.query)) for k in kernels[0]] == [(1, 1024)] * 2
+    assert saved[0] == saved[200]
