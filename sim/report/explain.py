@@ -182,7 +182,8 @@ def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
     own = "measured on this GPU" if source.same else f"stands for {gpu.name}: {source.why}"
     if source.power != 1.0:
         own += f"; clock {min(source.power, source.limited):.2f} of it, as its power allows"
-    for family in ("gemm", "attention", "nccl"):
+    own_backend = scenario.cluster.backend
+    for family in ("gemm", "attention", *(("nccl",) if own_backend == "nccl" else ())):
         file = f"{family}_{source.name.replace('-', '_')}.yaml"
         if not (efficiency.MEASURED / file).exists():
             yield {"family": family, "file": "", "machine": source.name, "words": own, "source": "", "fits": []}
@@ -196,6 +197,19 @@ def _cost(scenario: Scenario) -> Iterator[dict[str, Any]]:
             "words": own,
             "source": words,
             "fits": list(_fits(data)),
+        }
+    if own_backend == "gloo":
+        data = _measured("gloo.yaml")
+        yield {
+            "family": "gloo",
+            "file": "sim/catalog/measured/gloo.yaml",
+            "machine": data["machine"],
+            "words": "seconds of a process for a collective, a message, a byte",
+            "source": data["source"],
+            "fits": [
+                {"of": f"{name} ({fact['what']})", "value": fact["value"], "kind": fact["kind"]}
+                for name, fact in data["coefficients"].items()
+            ],
         }
     memory = efficiency.memory_coefficients(gpu)
     yield {

@@ -12,6 +12,8 @@ import pytest
 from sim.catalog import load
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost import gloo
+from sim.report.explain import explanation, given_document
+from sim.scenario.load import load_scenario
 from sim.scenario.schema import ClusterSpec
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +115,13 @@ def test_trays_of_a_rack_meet_over_their_nics() -> None:
     kinds = {cluster.link(link).kind for link, _ in loads}
     assert "nic" in kinds
     assert "nvlink" not in kinds
+
+
+def test_explain_says_what_gloos_times_rest_on() -> None:
+    file = ROOT / "scenarios" / "gpt2_gloo.yaml"
+    content = explanation(load_scenario(file), given_document(file, ()))
+    families = {entry["family"]: entry for entry in content["cost"]}
+    assert "nccl" not in families
+    assert families["gloo"]["file"] == "sim/catalog/measured/gloo.yaml"
+    values = [fit["value"] for fit in families["gloo"]["fits"]]
+    assert values == list(gloo.coefficients())

@@ -21,9 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from sim.cost.gloo import Coefficients, everyone, latency_s, processors_s, work
 
 CORES = 2
-UNITS = {"call_s": "a collective", "message_s": "a message", "near_s": "a byte in caches, into or out of the kernel",
-         "far_s": "a byte not in caches", "copy_s": "a byte copied",
-         "fault_s": "a byte of a buffer mapped anew"}  # fmt: skip
+UNITS = {
+    "call_s": "a collective",
+    "message_s": "a message",
+    "near_s": "a byte into or out of the kernel that caches hold",
+    "far_s": "one that they do not hold",
+    "copy_s": "a byte copied",
+    "fault_s": "a byte of a buffer mapped anew",
+}
 OUT = Path(__file__).parents[2] / "sim" / "catalog" / "measured" / "gloo.yaml"
 
 
@@ -97,11 +102,14 @@ def main(path: str, write: bool) -> None:
         head = next(line for line in Path(path).read_text().splitlines() if line.startswith("#")).lstrip("# ")
         lines = [
             "# What torch's collectives over gloo take beside the wires. Written by validation/measure/fit_gloo.py.",
-            f"# Measured by validation/measure/measure_gloo.py over the loopback of: {head}.",
-            "# Least times of repeats, fp32 tensors in host memory, 2 ranks on 2 cores.",
+            f"machine: {head.split(';')[0]}",
+            f"date: {head.split(';')[1].strip()}",
+            "source: >-",
+            "  validation/measure/measure_gloo.py over the machine's loopback: least times of repeats, fp32 tensors in",
+            "  host memory, 2 ranks on 2 cores that other work shared",
             "coefficients:",
             *(
-                f"  {name.removesuffix('_s')}: {{value: {value:.4g}, unit: s, kind: measured, source: {UNITS[name]}}}"
+                f"  {name.removesuffix('_s')}: {{value: {value:.4g}, unit: s, kind: measured, what: {UNITS[name]}}}"
                 for name, value in c._asdict().items()
             ),
             "residuals:  # predicted / measured - 1: median, median absolute",
