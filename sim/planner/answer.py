@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sim.errors import ScenarioError
+from sim.planner.bounds import Bounds
 from sim.planner.economics import Economics
 from sim.planner.goodput import distribution
-from sim.planner.schema import Plan
+from sim.planner.schema import Plan, Site
 from sim.planner.search import Discarded, Runner, Search, Tried, excess, goal_value, keeps_goal, misses
 from sim.planner.sensitivity import flips, memory_margin, on_slower_networks, optimistic
-from sim.planner.space import Candidate, scenario_of
+from sim.planner.space import Candidate, candidates, scenario_of
 from sim.report.certainty import COVERAGE
 from sim.units import format_bytes, format_duration, format_energy, format_money, format_si
 
@@ -219,25 +221,62 @@ def _at_worst(plan: Plan, best: Tried, economics: Economics, step_s: float) -> s
 
 def _nothing(plan: Plan, ranked: Sequence[Tried], search: Search) -> str:
     """Say what comes nearest where nothing keeps the plan's limits."""
+    more = _with_more(plan)
     if not ranked:
         near = min(search.tried, key=lambda t: t.outcome["short_bytes"] or 1 << 62, default=None)
         if near is not None:
             return f"Nothing fits. Nearest: {cluster_words(plan, near.candidate)}, {near.candidate.words()}: " + (
-                _does_not_fit(plan, near)
+                _does_not_fit(plan, near) + f".{more}"
             )
         best = min(search.discarded, key=lambda d: d.over_bytes, default=None)
         if best is None:
             return "No candidate is valid: no axis divides the model and the GPUs that the plan names."
         return (
             f"Nothing fits. Nearest: {cluster_words(plan, best.candidate)}, {best.candidate.words()}, "
-            f"{format_bytes(best.over_bytes)} over on stage {best.bound.stage} at the least."
+            f"{format_bytes(best.over_bytes)} over on stage {best.bound.stage} at the least.{more}"
         )
     near_one = min(ranked, key=lambda one: excess(plan, one.cost) if one.cost else 0.0)
     assert near_one.cost is not None
     return (
         f"Nothing keeps the goal. Nearest: {cluster_words(plan, near_one.candidate)}, {near_one.candidate.words()}: "
-        f"{misses(plan, near_one.cost)}."
+        f"{misses(plan, near_one.cost)}.{more}"
     )
+
+
+MOST_GPUS = 1 << 17
+
+
+def _with_more(plan: Plan) -> str:
+    """Say how many GPUs there must be at least, by bounds: the first doubling of a plan's most with which one may do.
+
+    "" if no doubling helps, or the plan allows none.
+    """
+    economics = Economics(plan)
+    for doubling in range(1, 8):
+        sites = []
+        for site in plan.sites:
+            count = max(site.num_gpus, default=0) << doubling
+            alone = site.network is None and count > site.node.num_gpus
+            allowed = 0 < count <= (plan.constraints.max_gpus or MOST_GPUS) and not alone
+            sites.append(site.model_copy(update={"num_gpus": (count,) if allowed else ()}))
+        larger = plan.model_copy(update={"sites": tuple(sites)})
+        bounds, found = Bounds(larger), []
+        for c in candidates(larger):
+            try:
+                bound = bounds.bound(c)
+            except ScenarioError:
+                continue
+            room = plan.sites[c.site].gpu.total_memory_bytes * (1 - plan.constraints.memory_margin)
+            cost = economics.cost(c, bound.time_s, min(bound.compute_s, bound.time_s))
+            if bound.memory_bytes <= room and keeps_goal(plan, cost):
+                found.append((goal_value(plan, cost), c, cost))
+        if found:
+            _, c, cost = min(found, key=lambda one: one[:2])
+            return (
+                f" {cluster_words(larger, c)} may do: at best {format_duration(cost.time_s)} and "
+                f"{format_money(cost.usd)}."
+            )
+    return ""
 
 
 def _why(plan: Plan, one: Tried, best: Tried | None) -> str:
@@ -283,11 +322,20 @@ def _largest_loss(plan: Plan, one: Tried) -> str:
     axis = max(outcome["exposed"], key=lambda name: (outcome["exposed"][name], name), default="dp")
     short = axis.split(".")[0]
     name = AXES_IN_WORDS.get(short, axis)
-    wires = {kind for _, _, kind, _ in site.node.wires}
-    fast = any(kind.startswith(("nvlink", "xgmi", "nvswitch")) for kind in wires)
     inside = c.num_gpus <= site.node.num_gpus or (short == "tp" and c.tp <= site.node.num_gpus)
-    over = ("NVLink" if fast else "PCIe") if inside else (site.network.name if site.network else "the node")
+    over = (
+        _inside(site, c.tp if short == "tp" else c.num_gpus) if inside else site.network.name if site.network else "it"
+    )
     return f"{name} across {over}: {exposed:.0%} of the step is exposed communication"
+
+
+def _inside(site: Site, gpus: int) -> str:
+    """Return what so many GPUs of a node exchange over: bridges join two, links between processors none."""
+    gpu = {name for name, kind in site.node.devices if kind == "gpu"}
+    kinds = {kind for one, other, kind, _ in site.node.wires if one in gpu or other in gpu}
+    if any(kind.startswith("nvlink") and (gpus <= 2 or "bridge" not in kind) for kind in kinds):
+        return "NVLink"
+    return "xGMI" if any(kind.startswith("xgmi") for kind in kinds) else "PCIe"
 
 
 def _does_not_fit(plan: Plan, one: Tried) -> str:
@@ -330,18 +378,18 @@ def _all_rejected(search: Search, economics: Economics, ranked: set[int]) -> lis
     What cannot fit comes after what can.
     """
     plan = search.plan
-    entries: list[tuple[tuple[int, int, str], tuple[bool, float, Candidate], Tried | Discarded]] = []
+    entries: list[tuple[tuple[int, int, str], tuple[int, float, Candidate], Tried | Discarded]] = []
     losers: list[Tried | Discarded] = [one for one in search.tried if one.cost is None]
     losers += search.discarded
     for one in losers:
         c, bound = one.candidate, one.bound
         best = economics.cost(c, bound.time_s, min(bound.compute_s, bound.time_s))
-        short = isinstance(one, Tried) or bool(one.over_bytes)
+        short = one.outcome["short_bytes"] or 1 if isinstance(one, Tried) else one.over_bytes
         entries.append(((c.site, c.num_gpus, c.framework), (short, goal_value(plan, best), c), one))
-    groups: dict[tuple[int, int, str], list[tuple[tuple[bool, float, Candidate], Tried | Discarded]]] = {}
+    groups: dict[tuple[int, int, str], list[tuple[tuple[int, float, Candidate], Tried | Discarded]]] = {}
     for group, place, one in sorted(entries, key=lambda entry: entry[:2]):
         groups.setdefault(group, []).append((place, one))
-    found: list[tuple[tuple[int, bool, bool, float, Candidate], Tried | Discarded]] = []
+    found: list[tuple[tuple[int, bool, int, float, Candidate], Tried | Discarded]] = []
     for group, members in groups.items():
         found += [((nth, group[0] in ranked, *place), one) for nth, (place, one) in enumerate(members)]
     rejected = []

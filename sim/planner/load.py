@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal
 
 from sim import units
 from sim.catalog import economy
@@ -230,6 +230,10 @@ class _Reader:
     def _sites(
         self, candidates: Mapping[str, Any], prices: Mapping[str, Any], goal: Goal, limits: Mapping[str, Any]
     ) -> list[Site]:
+        if candidates["nodes"] == []:
+            self.problems.append(
+                Problem(("candidates", "nodes"), "candidates.nodes: the list is empty", "write nodes: [dgx-h100]")
+            )
         quotes = self._quotes(prices)
         owned = self._owned(candidates.get("owned"))
         sites: list[Site] = []
@@ -455,6 +459,9 @@ class _Reader:
             self.problems.append(Problem(at, f"{finding.file}: {finding.problem}", finding.remedy))
 
 
+_PRICED: tuple[Literal["gpu", "node"], ...] = ("gpu", "node")
+
+
 def _offer_of(entry: object, key: str, per: str, at: tuple[str, ...], problems: list[Problem]) -> Quote | None:
     before = len(problems)
     table = dict(fields.OFFER)
@@ -462,16 +469,14 @@ def _offer_of(entry: object, key: str, per: str, at: tuple[str, ...], problems: 
         required=True, doc="write '2.10 USD/h'" if per == "h" else "write '30000 USD/GPU'"
     )
     values, _ = read_mapping(entry, table, at, problems)
-    if len(problems) > before:
-        return None
-    for kind in ("gpu", "node"):
-        if kind in values and values[kind] not in catalog.names(kind) and "/" not in values[kind]:
-            problems.append(
-                Problem((*at, kind), f"unknown {kind} {show(values[kind])}", suggest(values[kind], catalog.names(kind)))
-            )
-            return None
-    if "gpu" not in values and "node" not in values:
+    problems += [
+        Problem((*at, kind), f"unknown {kind} {show(values[kind])}", suggest(values[kind], catalog.names(kind)))
+        for kind in _PRICED
+        if kind in values and values[kind] not in catalog.names(kind) and "/" not in values[kind]
+    ]
+    if isinstance(entry, Mapping) and "gpu" not in entry and "node" not in entry:
         problems.append(Problem(at, f"{dotted(at)} says neither gpu nor node", "write gpu: h100-sxm-80gb"))
+    if len(problems) > before:
         return None
     return Quote(
         values.get("gpu", ""), values.get("node", ""), values.get("provider", "given"),

@@ -35,6 +35,10 @@ _OUR_TAGS = {
 }
 
 
+_SCHEMAS = {"a plan": "plan"}
+"""What a kind of file is called where that is not a scenario."""
+
+
 class UnreadableError(Exception):
     """A file that cannot be read at all. Carries the one finding that says why."""
 
@@ -129,7 +133,9 @@ def parse_yaml(
     """Return the mapping that a YAML text holds. Raises UnreadableError; duplicate keys are findings."""
     root = _tree(text, file, what)
     if root.kind == "scalar" and root.value is None:
-        raise UnreadableError(Finding(file, 0, "is empty", f"see 'sim schema scenario' for what {what} holds"))
+        raise UnreadableError(
+            Finding(file, 0, "is empty", f"see 'sim schema {_SCHEMAS.get(what, 'scenario')}' for what {what} holds")
+        )
     if root.kind != "mapping":
         kind = "a list" if root.kind == "list" else f"the text {root.value!r:.40}"
         raise UnreadableError(
@@ -216,7 +222,7 @@ def _tree(text: str, file: str, what: str) -> _Node:  # noqa: PLR0912, PLR0915 -
         if loader is not None:
             loader.dispose()
     if root is None:
-        raise refuse(0, "is empty", f"see 'sim schema scenario' for what {what} holds")
+        raise refuse(0, "is empty", f"see 'sim schema {_SCHEMAS.get(what, 'scenario')}' for what {what} holds")
     return root
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from plan_world import TWO_SITES, Pretended, outcome, plan_of
 
-from sim.planner.answer import answer
+from sim.planner.answer import _inside, answer
 from sim.planner.economics import Economics
 from sim.planner.page import page
 from sim.planner.save import save
@@ -51,7 +51,9 @@ def test_the_recommended_is_the_cheapest_that_keeps_the_deadline(content) -> Non
     best = content["recommended"]
     keeping = [one for one in content["ranked"] if one["time_s"] <= 90 * 86400]
     assert best["usd"] == min(one["usd"] for one in keeping)
-    assert "9 like runs of 10 would take from 10% less to 50% more, which keeps the deadline." in best["words"]  # as plan_world has it
+    assert (
+        "9 like runs of 10 would take from 10% less to 50% more, which keeps the deadline." in best["words"]
+    )  # as plan_world has it
     for figure in (format_duration(best["time_s"]), format_money(best["usd"]), f"{best['step']['mfu']:.0%}"):
         assert figure in best["words"]
 
@@ -72,6 +74,14 @@ def test_a_loser_is_told_its_largest_loss() -> None:
     found = answer(search(plan, runner, exhaustive=True), runner)
     why = [one["why"] for one in found["ranked"] if " tp " in one["strategy"]]
     assert any(re.search(r"tensor parallelism across PCIe: 30% of the step is exposed communication", w) for w in why)
+
+
+@pytest.mark.parametrize("node", ["pcie-8x-h100", "pcie-8x-l40s"])
+def test_links_between_processors_join_no_gpus(node: str) -> None:
+    """L40S's node joins its two EPYCs by xGMI."""
+    plan = plan_of(TWO_SITES.replace("dgx-h100", node).replace(", dgx-a100-80gb", ""))
+    assert _inside(plan.sites[0], 4) == "PCIe"
+    assert _inside(plan_of(TWO_SITES).sites[0], 8) == "NVLink"
 
 
 def test_what_stays_in_one_node_is_not_laid_on_the_network() -> None:
@@ -249,3 +259,36 @@ def test_a_scenario_that_is_refused_is_an_outcome_with_its_reason() -> None:
     found = trial(scenario, ".")
     assert not found["fits"]
     assert "'horovod' is not a framework" in found["refused"]
+
+
+def test_where_nothing_does_it_says_with_how_many_gpus_something_may() -> None:
+    """405B needs 16 bytes a parameter and more: 6.5 TB are 76 H100 at the least, so 64 are too few and 128 may do."""
+    text = (
+        "model: llama-3.1-405b\nworkload: {tokens: 1e9, sequence_length: 8192}\n"
+        "candidates: {nodes: dgx-h100, num_gpus: 8}\n"
+    )
+    plan = plan_of(text)
+    found = answer(search(plan, Pretended(plan)), Pretended(plan))
+    assert found["recommended"] is None
+    gpus = int(re.search(r"at the least\. \d+ x dgx-h100 \((\d+) GPUs\) may do: at best", found["nothing"])[1])
+    assert gpus in (128, 256)
+    few = plan_of(text, "constraints.max_gpus=64")
+    assert answer(search(few, Pretended(few)), Pretended(few))["nothing"].endswith("at the least.")
+
+
+def test_of_what_was_rejected_the_nearest_of_each_machine_come_first() -> None:
+    plan = plan_of(TWO_SITES)
+    runner = Pretended(plan)
+    found = search(plan, runner)
+    first = answer(found, runner)["rejected"][:6]
+    groups = {(one["candidate"].split(" (")[0], one["candidate"].split(": ")[1].split()[0]) for one in first}
+    assert len(groups) == 6
+    assert {tried.candidate.site for tried in found.tried if tried.cost} == {0, 1}  # each kind of node has figures
+    assert not any("does not fit" in one["why"] for one in first)
+
+
+def test_a_flip_by_a_bound_comes_before_one_that_is_certain(content) -> None:
+    flips_ = [one for one in content["sensitivity"]["flips"] if one["at_least"] and one["surely_at"]]
+    assert flips_
+    for one in flips_:
+        assert abs(one["flips_at"] - 1) <= abs(one["surely_at"] - 1) + 1e-3, one

@@ -96,3 +96,22 @@ def test_the_schema_names_every_section() -> None:
     properties = plan_schema()["properties"]
     assert set(properties) >= {"model", "workload", "goal", "candidates", "prices", "failures", "storage"}
     assert "deadline" in properties["goal"]["properties"]
+
+
+def test_all_that_is_wrong_with_an_offer_is_said_at_once(tmp_path) -> None:
+    (tmp_path / "prices.yaml").write_text("rent:\n  - {gpu: h100, price: 2.1, date: yesterday}\n  - {price: 2 USD/h}\n")
+    text = "model: llama-3-8b\nworkload: {tokens: 1e9, sequence_length: 8192}\nprices: {file: prices.yaml}\n"
+    with pytest.raises(ScenarioError) as error:
+        load_plan_text(text + "candidates: {nodes: []}\n", "x.yaml", folder=tmp_path)
+    said = [(finding.line, finding.problem) for finding in error.value.findings]
+    assert said == [
+        (2, "rent.0.price: 2.1 is not a price per h"), (2, "rent.0.date: 'yesterday' is not a date"),
+        (2, "unknown gpu 'h100'"), (3, "rent.1 says neither gpu nor node"),
+        (4, "candidates.nodes: the list is empty"),
+    ]  # fmt: skip
+
+
+def test_an_empty_plan_names_its_own_schema() -> None:
+    with pytest.raises(ScenarioError) as error:
+        load_plan_text("", "x.yaml")
+    assert str(error.value) == "x.yaml: is empty\n    see 'sim schema plan' for what a plan holds"
