@@ -50,12 +50,24 @@ def low_precision_of_shards(d: Draft) -> Iterator[Problem]:
         )
 
 
+def rings_over_gloo(d: Draft) -> Iterator[Problem]:
+    """torch's ring attention moves gradients by an all-to-all that only neighbours take part in (``permute_tensor``),
+    which is laid out as messages; those gloo cannot send from GPUs."""
+    if d.backend == "gloo" and d.framework == "fsdp2" and d.cp > 1 and d.cp_comm == "all_gather":
+        yield Problem(
+            ("parallelism", "cp"),
+            f"parallelism.cp = {d.cp} of fsdp2 over gloo is not simulated yet",
+            "write backend: nccl, or leave cp out",
+        )
+
+
 NOT_YET: tuple[Rule, ...] = (
     experts_axis,
     compiled,
     experts,
     offload,
     low_precision_of_shards,
+    rings_over_gloo,
 )
 
 

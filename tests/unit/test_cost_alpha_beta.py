@@ -8,7 +8,13 @@ from sim.catalog import load
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost import alpha_beta
 from sim.cost.backend import backend
+from sim.cost.model import CostModel
+from sim.engine.run import run
+from sim.ir.program import Call, Collective, Program, World
+from sim.parallel.fold import fold
+from sim.parallel.mesh import mesh_of
 from sim.scenario.schema import ClusterSpec
+from sim.units import ticks
 
 
 def machine(num_gpus: int = 8) -> Cluster:
@@ -70,3 +76,28 @@ def test_every_library_is_in_the_table() -> None:
     from sim.scenario.fields import BACKENDS
 
     assert [backend(name).is_nccl for name in BACKENDS] == [True, False, False]
+
+
+def run_two(streams: tuple[str, str]) -> int:
+    """Return the ticks of two all-gathers of 10 MB, of pairs on two axes, on these streams of four GPUs."""
+    mesh = mesh_of({"tp": 2, "dp": 2})
+    folding = fold(mesh, [0] * 4, axes=("tp", "dp"))
+    step = tuple(
+        Collective(axis, "all_gather", axis, 10_000_000, "bf16", stream)
+        for axis, stream in zip(("tp", "dp"), streams, strict=True)
+    )
+    calls = (Call("pass"),)
+    programs = tuple(
+        Program(ranks, 0, {"pass": step}, (), calls, calls, axes)
+        for ranks, axes in zip(folding.classes, folding.axes, strict=True)
+    )
+    cluster = machine(4)
+    return run(World(4, programs, folding.communicators), CostModel(cluster, cluster.spec.gpu)).end
+
+
+def test_collectives_of_two_streams_share_the_port_and_those_of_one_wait() -> None:
+    """Each sends 5 MB, 0.5 ms of a port's 10 GB/s. The port rests for the latency of each that waits for the other, once
+    where they go together."""
+    apart, together = run_two(("one", "one")), run_two(("one", "two"))
+    assert apart > 2 * ticks(5e-6 + 0.5e-3)
+    assert together == apart - ticks(5e-6)
