@@ -153,8 +153,32 @@ def shares(outcome: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {parts[key]:.2f} s" for key in PARTS[:3])
 
 
+FIGURE_13 = ((2, 32), (4, 16), (8, 8), (16, 4), (32, 2))
+"""Pipeline and tensor parallelism of 162.2B on 64 GPUs (SC 2021, figure 13; examples/academic_paper_scripts/sc21 of
+Megatron-LM, run_figure_13.sh)."""
+
+
+def figure_13() -> None:
+    """Print what the simulation says of a comparison that its authors measured: they found tp 8, a node, best."""
+    base = run_of(sc21("39.1B", [], [], []))
+    model = {**base["model"], "hidden_size": 20480, "intermediate_size": 81920, "num_hidden_layers": 32,
+             "num_attention_heads": 128, "num_key_value_heads": 128}  # fmt: skip
+    print("\n| figure 13 | " + " | ".join(f"tp {tp} pp {pp}" for pp, tp in FIGURE_13) + " |\n|---|" + "---|" * 5)
+    for batch in (32, 128):
+        steps = []
+        for pp, tp in FIGURE_13:
+            run = {**base, "model": model, "cluster": {**base["cluster"], "num_gpus": 64},
+                   "parallelism": {**base["parallelism"], "dp": 1, "tp": tp, "pp": pp},
+                   "training": {**base["training"], "micro_batch_size": 1, "global_batch_size": batch}}  # fmt: skip
+            steps.append(trial(run, str(RUNS))["step_s"])
+        print(f"| batch {batch} | " + " | ".join(f"{step:.2f} s" for step in steps) + " |", flush=True)
+
+
 def main() -> None:
     gc.disable()
+    if sys.argv[1:] == ["figure-13"]:
+        figure_13()
+        return
     chosen = [case for case in CASES if not sys.argv[1:] or case.id in sys.argv[1:]]
     print("| run | published layout | step | best found | step | gap |\n|---|---|---|---|---|---|")
     for case in chosen:
