@@ -44,9 +44,12 @@ def _communicators(
     world: World, program: Program, used: dict[tuple[int, str], list[str]], cluster: Cluster
 ) -> Iterator[NcclCommunicator]:
     peers: dict[int, None] = {}
+    together: tuple[int, ...] = ()
     for axis, name in program.axes.items():
         if axis.endswith((".send", ".recv")):
-            pair = next(g for g in world.communicators[name].groups if program.rank in g)
+            communicator = world.communicators[name]
+            together = together or next((g for g in communicator.within if program.rank in g), ())
+            pair = next(g for g in communicator.groups if program.rank in g)
             peers.update(dict.fromkeys(rank for rank in pair if rank != program.rank))
         algorithms = used.get((program.rank, axis))
         if not algorithms:
@@ -82,7 +85,7 @@ def _communicators(
             link="p2p" if near else "shm",
             algorithms=("direct",),
             gpu_direct=cluster.gpudirect,
-            **_messages(cluster, program.rank, tuple(peers), 2),
+            **_messages(cluster, program.rank, tuple(peers), max(len(together), 2), together),
         )
 
 
@@ -96,9 +99,13 @@ def _collnet(cluster: Cluster, graph: RingGraph) -> tuple[int, int]:
     return num_channels(cluster, graph), num_heads(graph)
 
 
-def _messages(cluster: Cluster, rank: int, peers: tuple[int, ...], num_ranks: int) -> dict[str, int]:
+def _messages(
+    cluster: Cluster, rank: int, peers: tuple[int, ...], num_ranks: int, together: tuple[int, ...] = ()
+) -> dict[str, int]:
     """Return to how many ranks of its node and of others a rank sends, and over how many channels each: all that a peer
-    may get are connected when the first message goes (nccl src/enqueue.cc, p2pTaskAppend)."""
+    may get are connected when the first message goes (nccl src/enqueue.cc, p2pTaskAppend). ``together``: the ranks of
+    their communicator, where those are more than the peers; on several nodes it has few channels for any of them."""
     near = sum(cluster.domain_of(peer) == cluster.domain_of(rank) for peer in peers)
-    channels = p2p_channels(cluster, num_ranks, 1, 2**40, near < len(peers))
+    spans = any(cluster.domain_of(other) != cluster.domain_of(rank) for other in (*peers, *together))
+    channels = p2p_channels(cluster, num_ranks, 1, 2**40, spans)
     return {"num_peers": near, "num_remote_peers": len(peers) - near, "num_p2p_channels": channels}

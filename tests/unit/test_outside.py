@@ -33,6 +33,13 @@ def test_messages_to_other_nodes_share_the_networks_buffers() -> None:
     assert held == 4 * 2 * 16 * 128 * 1024
 
 
+def test_a_communicator_on_several_nodes_has_few_channels_inside_one_too() -> None:
+    """16 stages on two nodes of 8 A100: two channels for a NIC of 25 GB/s, and for the neighbour beside it."""
+    cluster = machine("dgx-a100-80gb", 2)
+    assert _messages(cluster, 3, (2, 4), 16, tuple(range(16)))["num_p2p_channels"] == 2
+    assert _messages(cluster, 3, (2, 4), 2)["num_p2p_channels"] == 32
+
+
 def test_a_stage_in_the_middle_has_two_neighbours(tmp_path: Path) -> None:
     """Four stages in a node: the inner ones have one neighbour more, over 32 channels; the outer ones a ring of 24
     channels between the two ends of the tied embedding."""
