@@ -15,9 +15,10 @@ node over its loopback. gloo's algorithms, for n ranks and S bytes (``tensor_byt
     barrier         dissemination (gloo/barrier.cc)
 
 Time: ``call`` for a collective, ``message`` for each message that a rank sends in turn, and its processors' work for
-the bytes: a thread that sends, one that receives. All ranks of a node share its cores, its memory (each copy into
-or out of the kernel reads and writes) and its NIC. Coefficients: ``sim/catalog/measured/gloo.yaml``, fitted by
-``validation/measure/fit_gloo.py`` to torch over the loopback of one machine.
+the bytes: a thread that sends, one that receives. All ranks of a node share its cores (a link of seconds of them), its
+memory (each copy into or out of the kernel reads and writes) and its NIC. Coefficients:
+``sim/catalog/measured/gloo.yaml``, fitted by ``validation/measure/fit_gloo.py`` to torch over the loopback of one
+machine.
 
 Leaves out: ranks of one node that TCP over other interfaces could use, processors of other speed than the one that was
 measured, congestion control, torch's second thread for collectives that overlap.
@@ -34,7 +35,7 @@ from typing import NamedTuple
 from sim.cluster import routing
 from sim.cluster.topology import Cluster
 from sim.cost import nccl
-from sim.ir.traffic import Phase, Traffic
+from sim.ir.traffic import Link, Phase, Traffic
 
 MAX_SEGMENT_BYTES = 2**20
 """gloo/allreduce.h, kMaxSegmentSize; likewise reduce.h."""
@@ -150,28 +151,25 @@ def staged(kind: str, n: int, tensor_bytes: int) -> tuple[int, int]:
 # --- time ----------------------------------------------------------------------------------------
 
 
-def processors_s(one: Work, ranks: int, cores: int, c: Coefficients, everyone: float = 1.0) -> float:
-    """Return the time that processors need for the bytes of a collective, where each of ``ranks`` shares ``cores``.
-
-    A rank sends on one thread and receives on another; copies go before and after. ``everyone`` is the part of
-    the busiest rank's work that the ranks have on average.
-    """
+def byte_s(one: Work, ranks: int, c: Coefficients) -> float:
+    """Return what a byte into or out of the kernel costs a core, where so many ranks of a node have such buffers."""
     cached = min(1.0, CACHE_BYTES / max(ranks * one.buffer_bytes, 1))
-    byte_s = cached * c.near_s + (1 - cached) * c.far_s
-    both = one.sent_bytes + (one.received_bytes or one.sent_bytes)
-    busiest = max(one.sent_bytes, one.received_bytes, both * ranks * everyone / cores)
-    copy_s = c.copy_s + (c.fault_s if one.copied_bytes > MAPPED_BYTES else 0.0)
-    return busiest * byte_s + one.copied_bytes * copy_s * max(1.0, ranks / cores)
+    return cached * c.near_s + (1 - cached) * c.far_s
+
+
+def copy_s(one: Work, c: Coefficients) -> float:
+    """Return the time of a rank's copies from buffer to buffer."""
+    return one.copied_bytes * (c.copy_s + (c.fault_s if one.copied_bytes > MAPPED_BYTES else 0.0))
+
+
+def thread_s(one: Work, ranks: int, c: Coefficients) -> float:
+    """Return the time of the busiest rank's busier thread: one sends, one receives; copies go before and after."""
+    return max(one.sent_bytes, one.received_bytes) * byte_s(one, ranks, c) + copy_s(one, c)
 
 
 def latency_s(one: Work, ranks: int, cores: int, c: Coefficients, network_s: float = 0.0) -> float:
     """Return the time of a collective beside its bytes: ``network_s`` of the network for each message both ways."""
     return (c.call_s + one.num_messages * c.message_s) * max(1.0, ranks / cores) + one.num_messages * 2 * network_s
-
-
-def everyone(kind: str, n: int) -> float:
-    """Return what part of the busiest rank's work the ranks of a group do on average: a tree's n - 1 messages."""
-    return (n - 1) / n / (n - 1).bit_length() if kind == "broadcast" else 1.0
 
 
 # --- the wires -----------------------------------------------------------------------------------
@@ -219,29 +217,39 @@ def _rail(cluster: Cluster, gpu: int) -> int:
     return tray * (cluster.num_nics // cluster.nodes_per_domain)
 
 
+def links(cluster: Cluster) -> tuple[Link, ...]:
+    """Return the machine's links, then one for each node: its cores, of which processes need seconds."""
+    cores = float(cluster.spec.node.num_cpu_cores)
+    return (*cluster.links, *(Link(f"node{node}.cores", "cores", cores) for node in range(cluster.num_nodes)))
+
+
 def _tcp_phase(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: str, tensor_bytes: int) -> Phase:
-    """Return gloo's own part: over the memory of hosts, their loopbacks and the network."""
-    n, loads = len(groups[0]), dict[int, float]()
+    """Return gloo's own part: over the memory and the cores of hosts, their loopbacks and the network."""
+    first, n, c, one = groups[0], len(groups[0]), coefficients(), work(kind, len(groups[0]), tensor_bytes)
+    ranks, cores = max(Counter(map(cluster.node_of, first)).values()), cluster.spec.node.num_cpu_cores
+    each_s, own_s = byte_s(one, ranks, c), copy_s(one, c)
+    loads: dict[int, float] = {}
     group_s = 0.0
     for group in groups:
         for i, j, num_bytes in sends(kind, n, tensor_bytes):
-            for link, each in _process_route(cluster, group[i], group[j]):
-                loads[link] = loads.get(link, 0.0) + each * num_bytes
-        group_s = group_s or max((load / cluster.bytes_per_s(link) for link, load in loads.items()), default=0.0)
-    c, one, ranks = coefficients(), work(kind, n, tensor_bytes), _ranks_of_a_node(cluster, groups)
-    spans = any(cluster.node_of(gpu) != cluster.node_of(groups[0][0]) for gpu in groups[0])
-    network_s = cluster.network_latency_s if spans else 0.0
-    cores = cluster.spec.node.num_cpu_cores
-    waits_s = latency_s(one, ranks, cores, c, network_s)
-    flow_s = processors_s(one, ranks, cores, c, everyone(kind, n))
+            for link, share in _process_route(cluster, group[i], group[j]):
+                loads[link] = loads.get(link, 0.0) + share * num_bytes
+            for gpu in (group[i], group[j]):
+                link = cluster.num_links + cluster.node_of(gpu)
+                loads[link] = loads.get(link, 0.0) + each_s * num_bytes
+        for gpu in group:
+            link = cluster.num_links + cluster.node_of(gpu)
+            loads[link] = loads.get(link, 0.0) + own_s
+        group_s = group_s or max(
+            (load / (cluster.bytes_per_s(link) if link < cluster.num_links else cores) for link, load in loads.items()),
+            default=0.0,
+        )
+    spans = any(cluster.node_of(gpu) != cluster.node_of(first[0]) for gpu in first)
+    waits_s = latency_s(one, ranks, cores, c, cluster.network_latency_s if spans else 0.0)
+    flow_s = thread_s(one, ranks, c)
     entries = tuple((link, loads[link]) for link in sorted(loads) if loads[link] > 0)
-    return Phase(waits_s, entries, float(tensor_bytes) if flow_s else 0.0, tensor_bytes / flow_s if flow_s else 0.0,
-                 group_s)  # fmt: skip
-
-
-def _ranks_of_a_node(cluster: Cluster, groups: Sequence[tuple[int, ...]]) -> int:
-    """Return how many ranks the fullest node has that run this collective at once."""
-    return max(Counter(cluster.node_of(gpu) for group in groups for gpu in group).values())
+    rate = tensor_bytes / flow_s if flow_s else 0.0
+    return Phase(waits_s, entries, float(tensor_bytes) if flow_s else 0.0, rate, group_s)
 
 
 def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: str, tensor_bytes: int) -> Traffic:

@@ -96,8 +96,8 @@ def run_two(streams: tuple[str, str]) -> int:
 
 
 def test_collectives_of_two_streams_share_the_port_and_those_of_one_wait() -> None:
-    """Each sends 5 MB, 0.5 ms of a port's 10 GB/s. The port rests for the latency of each that waits for the other, once
-    where they go together."""
+    """Each sends 5 MB, 0.5 ms of a port's 10 GB/s. The port rests for the latency of each where one waits for the
+    other, once where they go together."""
     apart, together = run_two(("one", "one")), run_two(("one", "two"))
     assert apart > 2 * ticks(5e-6 + 0.5e-3)
     assert together == apart - ticks(5e-6)

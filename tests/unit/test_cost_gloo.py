@@ -82,6 +82,7 @@ def test_between_nodes_the_first_nic_carries_everything() -> None:
     traffic = gloo.plan_collective(cluster, [tuple(range(16))], "all_gather", 16_000_000)
     assert traffic.algorithm == "ring/TCP"
     assert len(traffic.phases) == 3
+    every = gloo.links(cluster)
     loads = dict(traffic.phases[1].loads)
     ports = [link for link in loads if cluster.is_nic(link)]
     assert {cluster.link(link).name for link in ports} == {
@@ -89,8 +90,24 @@ def test_between_nodes_the_first_nic_carries_everything() -> None:
     }
     seconds = 15_000_000 * 1538 / 1448 / cluster.nic_line_bytes_per_s
     assert [loads[link] / cluster.bytes_per_s(link) for link in ports] == pytest.approx([seconds] * 4)
-    memory = sum(load for link, load in loads.items() if cluster.link(link).kind == "memory")
+    memory = sum(load for link, load in loads.items() if every[link].kind == "memory")
     assert memory == pytest.approx(15_000_000 * (14 * 4 + 2 * 6))  # each hop in a node 4 times, between nodes 6
+
+
+def test_ranks_share_the_cores_of_their_node() -> None:
+    """All-gather of 8 x 8 MiB: each rank sends and receives 56 MiB, and copies 64 MiB that are mapped anew. Two such
+    groups need twice the cores' seconds."""
+    cluster, c = machine(2), gloo.coefficients()
+    one = gloo.work("all_gather", 8, 64 * MIB)
+    assert one.sent_bytes == one.received_bytes == 56 * MIB
+    cached = 16 / (8 * 64)
+    a_byte = cached * c.near_s + (1 - cached) * c.far_s
+    seconds = 8 * (112 * MIB * a_byte + 64 * MIB * (c.copy_s + c.fault_s))
+    groups = [tuple(range(8)), tuple(range(8, 16))]
+    loads = dict(gloo.plan_collective(cluster, groups, "all_gather", 64 * MIB).phases[1].loads)
+    assert [loads[cluster.num_links + node] for node in (0, 1)] == pytest.approx([seconds] * 2)
+    assert [link.name for link in gloo.links(cluster)[-2:]] == ["node0.cores", "node1.cores"]
+    assert gloo.links(cluster)[-1].bytes_per_s == cluster.spec.node.num_cpu_cores
 
 
 def test_gpu_tensors_are_copied_to_the_host_and_back() -> None:
@@ -111,8 +128,10 @@ def test_gpu_tensors_are_copied_to_the_host_and_back() -> None:
 def test_trays_of_a_rack_meet_over_their_nics() -> None:
     """GB200: 8 GPUs on two trays of one NVLink domain; TCP knows no NVLink."""
     cluster = machine(2, "gb200-nvl72")
-    loads = gloo.plan_collective(cluster, [tuple(range(8))], "all_reduce", MIB).phases[1].loads
-    kinds = {cluster.link(link).kind for link, _ in loads}
+    every = gloo.links(cluster)
+    kinds = {
+        every[i].kind for i, _ in gloo.plan_collective(cluster, [tuple(range(8))], "all_reduce", MIB).phases[1].loads
+    }
     assert "nic" in kinds
     assert "nvlink" not in kinds
 

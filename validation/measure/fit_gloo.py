@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from sim.cost.gloo import Coefficients, everyone, latency_s, processors_s, work
+from sim.cost.gloo import Coefficients, byte_s, copy_s, latency_s, sends, thread_s, work
 
 CORES = 2
 UNITS = {
@@ -56,12 +56,13 @@ def read(path: Path) -> list[Row]:
 def model_s(row: Row, c: Coefficients) -> float:
     """Return the time that a row should take on these cores: tensors are in host memory, ranks in one node."""
     one = work(row.kind, row.ranks, row.tensor_bytes)
-    busy = 2 if row.kind == "send" else row.ranks
     if row.kind == "reduce_scatter":
         one = one._replace(copied_bytes=row.tensor_bytes)
     if row.kind == "send":
-        return c.message_s + processors_s(one, 1, CORES, c)
-    return latency_s(one, busy, CORES, c) + processors_s(one, busy, CORES, c, everyone(row.kind, row.ranks))
+        return c.message_s + thread_s(one, 1, c)
+    moved = 2 * sum(num_bytes for _, _, num_bytes in sends(row.kind, row.ranks, row.tensor_bytes))
+    cores_s = (moved * byte_s(one, row.ranks, c) + row.ranks * copy_s(one, c)) / CORES
+    return latency_s(one, row.ranks, CORES, c) + max(thread_s(one, row.ranks, c), cores_s)
 
 
 def fit(rows: list[Row]) -> Coefficients:
