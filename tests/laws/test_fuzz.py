@@ -41,6 +41,9 @@ LINKS = (
     ["node0.gpu0", "node0.nvswitch0"], ["node0.gpu0", "node0.gpu1"], ["node0.nic0", "leaf"], ["node1.nic0", "leaf"],
     ["leaf0", "spine"], ["node0.cpu0", "node0.cpu1"],
 )  # fmt: skip
+BACKENDS: tuple[dict[str, Any], ...] = (
+    {"backend": "gloo"}, {"backend": "alpha-beta", "alpha": "5 us", "beta": "20 GB/s"}, {"sharp": True},
+)  # fmt: skip
 
 
 def valid(draw: random.Random) -> dict[str, Any]:
@@ -74,6 +77,8 @@ def valid(draw: random.Random) -> dict[str, Any]:
         scenario["allocator"] = draw.choice(
             [{"expandable_segments": True}, {"max_split_size": "21 MiB"}, {"roundup_power2_divisions": 4}]
         )
+    if draw.random() < 0.2:
+        scenario["cluster"] |= draw.choice(BACKENDS)
     return scenario
 
 
