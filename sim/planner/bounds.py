@@ -32,7 +32,7 @@ from typing import Any
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost.model import CostModel, CostSettings
 from sim.cost.nccl import plan_collective
-from sim.cost.spread import Slowest, slowest_of
+from sim.cost.spread import Slowest, pipelines_of, slowest_of
 from sim.engine.beside import durations_beside
 from sim.engine.network import flow_of
 from sim.ir.ledger import Kernel, Layer, Ledger
@@ -414,7 +414,8 @@ def _copies_s(c: Candidate, cost: CostModel, layer: Layer) -> tuple[float, float
 
 def _slowest(c: Candidate) -> Slowest:
     """Return a pace that the slowest GPU of a candidate does not beat, one of few."""
-    exact = slowest_of(c.num_gpus, c.pp, c.num_microbatches * c.vpp)
+    pipelines = pipelines_of(c.framework, c.zero, c.dp)
+    exact = slowest_of(c.num_gpus, c.pp, c.num_microbatches * c.vpp, pipelines)
     return Slowest(1, exact.deviations // _DEVIATIONS * _DEVIATIONS)
 
 
