@@ -55,6 +55,7 @@ class HostCoefficients:
 
     launch_s: Mapping[Caller, float]
     collective_s: float
+    wait_s: float
     python_step_s: float
     cpu_adam_fraction: float
     points: float
@@ -89,6 +90,7 @@ def host_coefficients(cpu: str, code: str, compiled: bool, measured: HostTimes |
             "checkpoint": forward_s + slower * _duration(facts, "checkpoint"),
         },
         collective_s=slower * _duration(facts, "collective"),
+        wait_s=_duration(facts, "wait"),
         python_step_s=slower * _duration(facts, "python_step"),
         cpu_adam_fraction=float(facts["cpu_adam_fraction"]["value"]),
         points=points,

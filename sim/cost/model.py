@@ -293,6 +293,10 @@ class CostModel:
         """Return the time that the CPU takes to issue a collective, message or copy, in seconds."""
         return self._host.collective_s
 
+    def wait_s(self) -> float:
+        """Return the time from the end of what the CPU waits for until it goes on, in seconds."""
+        return self._host.wait_s
+
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
         """Return the time of CPU work that all of ``ranks`` do at the same time, in seconds."""
         element_bytes = host.ELEMENT_BYTES.get(work.kind)

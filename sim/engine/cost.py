@@ -41,6 +41,10 @@ class Cost(Protocol):
         """Time that the host takes to issue a collective, send, receive or copy."""
         ...
 
+    def wait_s(self) -> float:
+        """Time from the end of what the host waits for until it goes on."""
+        ...
+
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
         """Time of CPU work, with the ranks of the same node that do it at the same time."""
         ...

@@ -337,7 +337,8 @@ class Host:
             happening.then(self.go)
             yield
             self.waits_for = ""
-        self.clock = max(self.clock, happening.at)
+        if happening.at > self.clock:
+            self.clock = happening.at + self._prices.wait
         self._note(position)
 
     def _compute(self, work: HostCompute, place: Place) -> None:

@@ -143,6 +143,7 @@ class Prices:
         self._of: dict[Caller, dict[int, tuple[int, int]]] = {}
         self._alone: dict[int, int] = {}
         self.issue = ticks(cost.issue_s(rank))
+        self.wait = ticks(cost.wait_s())
 
     def of(self, kernel: Kernel, caller: Caller) -> tuple[int, int]:
         """Return (ticks of the host to launch it, ticks on the GPU)."""
@@ -210,7 +211,7 @@ def compile_chunk(
                 duration = beside.get(index, duration)
             kernels.append((index, offset, duration))
             if step.blocking:
-                offset += duration
+                offset += duration + (prices.wait if duration else 0)
             continue
         elif isinstance(step, Mark):
             if step == mark:

@@ -4,7 +4,7 @@ CUDA C++ Programming Guide, "Concurrent Execution between Host and Device": the 
 launches. What the host takes for a kernel is then hidden behind nothing, and nothing overlaps with the kernels of
 collectives, which are waited for too. Copies stay asynchronous.
 
-Leaves out: how long the driver takes to see a kernel's end; that sends and receives between pipeline stages hold the
+Leaves out: that sends and receives between pipeline stages hold the
 host as well (what is computed from a message waits for it anyway).
 """
 

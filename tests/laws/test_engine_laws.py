@@ -75,6 +75,9 @@ class RandomCost:
     def issue_s(self, rank: int) -> float:
         return 3e-7
 
+    def wait_s(self) -> float:
+        return 2e-7
+
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
         return work.num_elements * 1e-7
 
@@ -297,8 +300,11 @@ def slow_run(world: World, cost: RandomCost, depth: int) -> tuple[Found, dict[in
                 elif isinstance(step, Wait) and step.event in recorded:
                     put(step.stream, recorded[step.event])
                 elif isinstance(step, HostWait) and step.event in recorded:
+                    asked = env.now
                     if not recorded[step.event].processed:
                         yield recorded[step.event]
+                    if env.now > asked:
+                        yield env.timeout(ticks(cost.wait_s()))
                 elif isinstance(step, Alloc | Free | UseOn):
                     key = (step.storage.name, call.microbatch if step.storage.per_microbatch else 0)
                     if isinstance(step, UseOn):

@@ -60,6 +60,9 @@ class OnlyBlocks:
     def issue_s(self, rank: int) -> float:
         return 0.0
 
+    def wait_s(self) -> float:
+        return 0.0
+
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
         return 0.0
 

@@ -46,6 +46,7 @@ class UnitCost:
 
     links: tuple[Link, ...] = (Link("wire", "nvlink", 1.0 / UNIT_S),)
     issue: int = 0
+    wait: int = 0
     routes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def kernel_s(self, kernel: Kernel, rank: int) -> float:
@@ -58,6 +59,9 @@ class UnitCost:
 
     def issue_s(self, rank: int) -> float:
         return self.issue * UNIT_S
+
+    def wait_s(self) -> float:
+        return self.wait * UNIT_S
 
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
         return work.num_elements * UNIT_S

@@ -117,6 +117,12 @@ def test_the_host_waits_for_an_event_and_then_goes_on_issuing() -> None:
     assert times(timeline)["late"] == (14, 15)  # 1 + 10, then 3 to launch
 
 
+def test_who_waits_sees_the_end_a_little_later() -> None:
+    """Only where there is something to wait for: the second event is long past."""
+    step = (kernel(10, 1), Record("e", "compute"), HostWait("e"), HostWait("e"), kernel(1, 3, op="late"))
+    assert times(run(world(program((0,), *step)), UnitCost(wait=2)))["late"] == (16, 17)  # 1 + 10, 2, then 3 to launch
+
+
 def test_work_of_the_cpu_holds_up_what_is_issued_after_it() -> None:
     timeline = run(world(program((0,), HostCompute("adam", "cpu_adam", 20), kernel(1))), UnitCost())
     assert times(timeline) == {"adam": (0, 20), "op": (20, 21)}
