@@ -62,8 +62,10 @@ def speeds(cluster: Cluster, graph: RingGraph, num_channels: int, direct: bool) 
     """Return GB/s of a channel (inside a node, between nodes): the fastest of NCCL's list that NICs and wires carry.
 
     The search takes one speed for both, then tries faster ones inside until they are twice as fast. A direct exchange
-    has a channel for each head.
+    has a channel for each head. Over PCIe, whose wires chains share as rings do, chains are as fast as those.
     """
+    if graph.hw != "nvlink" and not direct:
+        return graph.channel_bw, graph.channel_bw
     listed = nccl.SPEEDS_INTER[max(nccl._generation(cluster) - 1, 0)]
     nic = cluster.nic_line_bytes_per_s / nccl.GB * len(graph.patterns[0].rails) / num_channels
     gpus, most = graph.nodes[0][1], nic
