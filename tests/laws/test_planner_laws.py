@@ -28,6 +28,9 @@ PLANS = {
     "PCIe": TINY + "goal: {fastest: true}\ncandidates: {nodes: pcie-8x-l40s, num_gpus: [8, 16]}\n",
     "stages of whole nodes": TINY + "goal: {fastest: true}\ncandidates: {nodes: pcie-8x-h100, num_gpus: [16, 32]}\n"
     "axes: {tp: [1, 2], pp: [2, 4], vpp: [1, 2], micro_batch_size: [1, 4]}\nframeworks: [megatron]\n",
+    "FSDP2's pipelines": TINY.replace("num_hidden_layers: 4", "num_hidden_layers: 8") + "goal: {fastest: true}\n"
+    "candidates: {nodes: [dgx-h100, pcie-8x-l40s], num_gpus: [8, 16]}\nframeworks: [fsdp2]\n"
+    "axes: {tp: [1, 2], pp: [2, 4], vpp: [1, 2], schedule: [1f1b, interleaved, gpipe, zb-v], shard_size: [2, 16]}\n",
     "context parallelism": TINY + "goal: {fastest: true}\ncandidates: {nodes: dgx-a100-80gb, num_gpus: 8}\n"
     "axes: {tp: [1, 2], cp: [1, 2, 4], pp: [1, 2]}\n",
 }
