@@ -34,8 +34,31 @@ def catalogue(kind: str | None, name: str | None) -> dict[str, Any]:
         "facts": [
             {"name": row.name, "value": row.value, "kind": row.kind, "source": row.source, "note": row.note}
             for row in describe.describe(known, name)
-        ],
+        ]
+        + _offers(known, name),
     }
+
+
+def _offers(kind: Kind, name: str) -> list[dict[str, str]]:
+    """Return what a GPU or a node is offered for, as facts: what ``sim plan`` reckons with, the cheapest first."""
+    if kind not in ("gpu", "node"):
+        return []
+    from sim.catalog import economy
+
+    found = []
+    for word, unit, quotes in (("rent", "h", economy.rents()), ("buy", "GPU", economy.purchases())):
+        own = [quote for quote in quotes if (quote.gpu if kind == "gpu" else quote.node) == name]
+        for quote in sorted(own, key=lambda quote: quote.usd):
+            of = f" of {quote.node}" if kind == "gpu" and quote.node else ""
+            rented = word == "rent"
+            found.append({
+                "name": f"rent.{quote.provider}" if rented else "buy",
+                "value": f"{quote.usd:.10g} USD/{unit}",
+                "kind": "datasheet",
+                "source": "; ".join(filter(None, (quote.source, quote.date))),
+                "note": f"{quote.term}{of}" if rented else "",
+            })  # fmt: skip
+    return found
 
 
 def print_catalogue(screen: Screen, content: dict[str, Any]) -> None:

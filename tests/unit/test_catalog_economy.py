@@ -47,3 +47,16 @@ def test_prices_name_what_they_are_per() -> None:
         units.parse_money_per("2 USD/day", "h")
     assert units.format_money(1.234e6) == "1.23 MUSD"
     assert units.format_energy(3.6e9) == "1.00 MWh"
+
+
+def test_the_catalogue_shows_what_a_gpu_is_offered_for() -> None:
+    """Each offer of the prices' file with its date, the cheapest first, beside the GPU's facts."""
+    from sim.report.catalog import catalogue
+
+    facts = [one for one in catalogue("gpu", "h100-sxm-80gb")["facts"] if one["name"].startswith(("rent.", "buy"))]
+    quotes = [quote for quote in (*economy.rents(), *economy.purchases()) if quote.gpu == "h100-sxm-80gb"]
+    assert len(facts) == len(quotes) > 5
+    rents = [float(one["value"].removesuffix(" USD/h")) for one in facts if one["name"].startswith("rent.")]
+    assert rents == sorted(quote.usd for quote in quotes if quote in economy.rents())
+    assert all(any(one["source"].endswith(quote.date) for quote in quotes) for one in facts)
+    assert not [one for one in catalogue("link", "nvlink4")["facts"] if one["name"].startswith("rent.")]
