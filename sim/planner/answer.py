@@ -383,7 +383,10 @@ def _all_rejected(search: Search, economics: Economics, ranked: set[int]) -> lis
     losers += search.discarded
     for one in losers:
         c, bound = one.candidate, one.bound
-        best = economics.cost(c, bound.time_s, min(bound.compute_s, bound.time_s))
+        if isinstance(one, Discarded):
+            best = one.best
+        else:
+            best = economics.cost(c, bound.time_s, min(bound.compute_s, bound.time_s))
         short = one.outcome["short_bytes"] or 1 if isinstance(one, Tried) else one.over_bytes
         entries.append(((c.site, c.num_gpus, c.framework), (short, goal_value(plan, best), c), one))
     groups: dict[tuple[int, int, str], list[tuple[tuple[int, float, Candidate], Tried | Discarded]]] = {}
