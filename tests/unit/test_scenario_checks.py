@@ -49,7 +49,7 @@ def test_every_rule_says_what_it_is_for() -> None:
     assert not set(RULES) & set(NOT_YET)
 
 
-_KEY = re.compile(r"(?:^|; or |, or )write ([a-z_.]+): ([^\s,;]+)")
+_KEY = re.compile(r"(?:^|; or |, or )write ([a-z_.]+): ([\d.]+ [KMGT]?i?B/s|[^\s,;]+)")
 _NO_RULE = (  # mistakes of other kinds than a relation of fields
     "unit_", "unknown_", "set_", "ds_", "number_", "gpu_", "model_", "not_yet_", "section_",
 )  # fmt: skip
@@ -74,7 +74,7 @@ def _dotted(key: str, problem: str) -> str:
             "optimizer",
         ),
         "model": ("num_attention_heads", "head_dim", "num_key_value_heads", "num_experts_per_tok"),
-        "cluster": ("num_gpus",),
+        "cluster": ("num_gpus", "num_nodes", "backend", "beta"),
     }.items():
         if key in keys:
             return f"{name}.{key}"
