@@ -67,7 +67,7 @@ def _communicators(
             link="p2p" if near else "shm",
             num_channels=channels,
             nvls_channels=nvls_channels(cluster, graph.num_nodes),
-            algorithms=tuple(algorithm.replace("nvls_tree", "nvlstree") for algorithm in algorithms),
+            algorithms=tuple(algorithms),
             num_heads=heads,
             gpu_direct=cluster.gpudirect,
             **(

@@ -54,7 +54,7 @@ class GpuFacts:
     cuda_context_band_bytes: tuple[int, int] = (0, 0)
     """What has been seen of it, least and most: no table by driver is published."""
     spread: float | None = None
-    """Standard deviation of matmuls' speed from card to card; None: as measured (sim/cost/spread.py)."""
+    """Standard deviation of matmuls' speed from GPU to GPU; None: as measured (sim/cost/spread.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,9 +95,12 @@ def _sent(kind: str, n: int, place: int, tensor_bytes: int) -> tuple[float, floa
 
 
 def plan_point_to_point(
-    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, num_ranks: int = 2
+    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, num_ranks: int = 2, spans: bool = False
 ) -> Traffic:
-    """Return the traffic of messages of ``tensor_bytes`` from the first to the second GPU of each pair, together."""
+    """Return the traffic of messages of ``tensor_bytes`` from the first to the second GPU of each pair, together.
+
+    Who else is in their communicator changes nothing.
+    """
     moving = [pair for pair in pairs if pair[0] != pair[1]]
     if not moving:
         return Traffic("none", (), 0)

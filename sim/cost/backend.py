@@ -20,14 +20,15 @@ class Backend(NamedTuple):
     """What a library does, each on groups or pairs of GPUs that run together.
 
     ``plan_collective``      (cluster, groups, kind, tensor_bytes) -> traffic
-    ``plan_point_to_point``  (cluster, pairs, tensor_bytes) -> traffic
+    ``plan_point_to_point``  (cluster, pairs, tensor_bytes, num_ranks, spans) -> traffic of messages in communicators of
+                             so many ranks, which stand on several nodes or not
     ``assumption``           (cluster, groups) -> what its times rest on, in words; "" if nothing
     ``links``                (cluster) -> all links that ``Phase.loads`` of its traffic index into
     ``is_nccl``              kernels of NCCL run: they keep buffers on the GPU, and what users measured of them holds
     """
 
     plan_collective: Callable[[Cluster, Groups, str, int], Traffic]
-    plan_point_to_point: Callable[[Cluster, Sequence[tuple[int, int]], int], Traffic]
+    plan_point_to_point: Callable[[Cluster, Sequence[tuple[int, int]], int, int, bool], Traffic]
     assumption: Callable[[Cluster, Groups], str]
     links: Callable[[Cluster], Sequence[Link]]
     is_nccl: bool

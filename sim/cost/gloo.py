@@ -40,8 +40,8 @@ from sim.ir.traffic import Link, Phase, Traffic
 MAX_SEGMENT_BYTES = 2**20
 """gloo/allreduce.h, kMaxSegmentSize; likewise reduce.h."""
 WIRE_PER_BYTE = 1538 / 1448
-"""Bytes on an Ethernet of MTU 1500 for each byte of a TCP stream: 38 of Ethernet (RFC 1042 framing, preamble, gap) and
-52 of IP and TCP with timestamps around 1448."""
+"""Bytes on an Ethernet of MTU 1500 for each byte of a TCP stream: 38 of Ethernet (IEEE 802.3: preamble, header,
+checksum, gap) and 52 of IP and TCP with timestamps (RFC 7323) around 1448."""
 CACHE_BYTES = 16 * 2**20
 """Of the buffers of a node's ranks, what lies in caches: about where a byte gets dearer on the machine measured."""
 MAPPED_BYTES = 32 * 2**20
@@ -274,7 +274,7 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
 
 
 def plan_point_to_point(
-    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, num_ranks: int = 2
+    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, num_ranks: int = 2, spans: bool = False
 ) -> Traffic:
     """gloo sends no GPU tensors: scenarios that would need it are refused."""
     raise AssertionError("gloo has no messages of GPU tensors")

@@ -72,7 +72,7 @@ class CostModel:
 
     def __init__(self, cluster: Cluster, gpu: GpuFacts, settings: CostSettings = _DEFAULT) -> None:
         self._cluster = cluster
-        self.gpu = self._gpu = gpu
+        self.gpu = gpu
         self._settings = settings
         self._source = efficiency.source_of(gpu)
         calibration = settings.calibration
@@ -90,7 +90,6 @@ class CostModel:
         self._attentions: dict[tuple[str, bool, str, int], tuple[AttentionCoefficients, str, Machine]] = {}
         self._by_identity: dict[int, tuple[float, Kernel]] = {}
         self._by_value: dict[tuple[object, ...], float] = {}
-        self._links: Sequence[Link] | None = None
         self._traffic: dict[tuple[object, ...], Traffic] = {}
         self._planned: dict[tuple[object, ...], Traffic] = {}
         self._spans: dict[int, bool] = {}
@@ -123,8 +122,8 @@ class CostModel:
 
     def beside_s(self, kernel: Kernel, rank: int, sms: int, memory_bytes_per_s: float) -> float:
         """Return the time of ``kernel`` while collectives hold so many SMs and move so much of the GPU's memory."""
-        memory_share = min(memory_bytes_per_s / self._gpu.memory_bytes_per_s, MOST_TAKEN)
-        beside = Beside(min(sms, int(self._gpu.num_sms * MOST_TAKEN)), memory_share)
+        memory_share = min(memory_bytes_per_s / self.gpu.memory_bytes_per_s, MOST_TAKEN)
+        beside = Beside(min(sms, int(self.gpu.num_sms * MOST_TAKEN)), memory_share)
         return self._price(kernel, beside) * self._settings.slow.get(rank, 1.0)
 
     def memory_bytes(self, traffic: Traffic) -> float:
@@ -199,7 +198,7 @@ class CostModel:
     def _machine(self, dtype: str) -> Machine:
         machine = self._machines.get(dtype)
         if machine is None:
-            machine = self._machines[dtype] = machine_of(self._gpu, dtype)
+            machine = self._machines[dtype] = machine_of(self.gpu, dtype)
         return machine
 
     def _matmul_machine(self, dtype: str) -> Machine:
@@ -216,14 +215,14 @@ class CostModel:
     def _gemm(self, kernel: Gemm, beside: Beside | None) -> tuple[float, str]:
         dtype = kernel.dtype
         if dtype not in self._gemms:
-            rate_of = peak_of(self._gpu, dtype)[1]
+            rate_of = peak_of(self.gpu, dtype)[1]
             coefficients, whose = efficiency.gemm_coefficients(self._source, rate_of)
             if self._settings.sustained:
                 droop = efficiency.sustained_droop(self._source, rate_of, coefficients.droop)
                 coefficients = replace(coefficients, droop=droop)
             assumed = ""
             if whose:
-                assumed = f"matmuls in {dtype} on {self._gpu.name}: shares of peak and bandwidth are those of {whose}"
+                assumed = f"matmuls in {dtype} on {self.gpu.name}: shares of peak and bandwidth are those of {whose}"
             if rate_of != dtype:
                 assumed += f"{'; ' if assumed else f'matmuls in {dtype}: '}run at the rate of {rate_of}"
             self._gemms[dtype] = (coefficients, assumed)
@@ -237,12 +236,12 @@ class CostModel:
         m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)
         over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
         rows = (m, n) if over_tokens else (n, k)
-        alignment = efficiency.alignment_of(self._gpu, dtype, batch)
+        alignment = efficiency.alignment_of(self.gpu, dtype, batch)
         factor = alignment_factor(*rows, machine.element_bytes, alignment)
         if self._source.limited == 1.0:
             factor *= self._source.power
         if kernel.promotes and machine.element_bytes == 1:
-            factor /= efficiency.promotion(self._gpu)
+            factor /= efficiency.promotion(self.gpu)
         time_s = gemm_s(m, n, k, batch * kernel.pieces, machine, coefficients, factor, self._settings.sustained)
         time_s /= kernel.pieces
         if kernel.accumulates or kernel.result is not None:
@@ -255,12 +254,12 @@ class CostModel:
         backward = kernel.direction == "backward"
         key = (kernel.kernel, backward, kernel.dtype, size(kernel.head_dim))
         if key not in self._attentions:
-            name, chosen = efficiency.sdpa_kernel(self._gpu) if kernel.kernel == "sdpa" else (kernel.kernel, "")
+            name, chosen = efficiency.sdpa_kernel(self.gpu) if kernel.kernel == "sdpa" else (kernel.kernel, "")
             coefficients, assumed = efficiency.attention_coefficients(self._source, name, backward, key[3])
             if chosen:
                 self._assume(chosen)
             if assumed:
-                assumed = f"attention ({name}, {kernel.direction}) on {self._gpu.name}: {assumed}"
+                assumed = f"attention ({name}, {kernel.direction}) on {self.gpu.name}: {assumed}"
             machine = self._machine(kernel.dtype)
             if limit := efficiency.LEGACY_FLOPS_PER_CLOCK.get(name, 0.0) * machine.num_sms * machine.clock_hz:
                 machine = replace(machine, peak_flops=min(machine.peak_flops, limit))
@@ -321,12 +320,10 @@ class CostModel:
 
         return backend(self._cluster.spec.backend)
 
-    @property
+    @cached_property
     def links(self) -> Sequence[Link]:
         """All links; ``Phase.loads`` index into it."""
-        if self._links is None:
-            self._links = self._backend.links(self._cluster)
-        return self._links
+        return self._backend.links(self._cluster)
 
     def take_over(self, other: CostModel) -> None:
         """Know what another model planned, for the same communicators in the same cluster."""
@@ -355,30 +352,28 @@ class CostModel:
         traffic = self._traffic.get(key) or self._planned.get(key)
         if traffic is None:
             pairs = tuple((group[0], group[1]) for group in self._groups(communicator))
-            if communicator.within and self._backend.is_nccl:
-                traffic = self._in_group(pairs, communicator.within, message.tensor_bytes)
-            else:
-                traffic = self._backend.plan_point_to_point(self._cluster, pairs, message.tensor_bytes)
+            num_ranks, spans = self._members(communicator)
+            plan = self._backend.plan_point_to_point
+            traffic = plan(self._cluster, pairs, message.tensor_bytes, num_ranks, spans)
             if self.calibrated is not None and self._backend.is_nccl:
                 traffic = self.calibrated.collective(traffic, "send", pairs, message.tensor_bytes)
             self._traffic[key] = traffic
         return traffic
 
-    def _in_group(
-        self, pairs: Sequence[tuple[int, int]], within: Sequence[tuple[int, ...]], tensor_bytes: int
-    ) -> Traffic:
-        """Return the traffic of messages in communicators of more than the two ranks, which may stand on several nodes.
+    def _members(self, communicator: Communicator) -> tuple[int, bool]:
+        """Return the ranks of the communicator that a message goes in, and whether these stand on several nodes.
 
-        All are taken to do so where one does: folding does not ask.
+        All such communicators are taken to do so where one does: folding does not ask.
         """
-        from sim.cost.nccl import plan_point_to_point
-
+        within = communicator.within
+        if not within:
+            return 2, False
         spans = self._spans.get(id(within))
         if spans is None:
             domain = self._cluster.domain_of
             spans = any(len({domain(gpu) for gpu in self._place(group)}) > 1 for group in within)
             self._spans[id(within)] = spans
-        return plan_point_to_point(self._cluster, pairs, tensor_bytes, len(within[0]), spans)
+        return len(within[0]), spans
 
     def copy(self, copy: Copy, ranks: tuple[int, ...]) -> Traffic:
         """Return the traffic of ``copy`` on all of ``ranks`` together."""
@@ -429,26 +424,26 @@ class CostModel:
         for text, count in self._assumed.items():
             if text == _FAMILIES:
                 families = ", ".join(self._guessed_families)
-                text = f"{families} kernels on {self._gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901
+                text = f"{families} kernels on {self.gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901
             kernels = f" ({count} different kernel{'s' if count > 1 else ''})" if count else ""
             texts.append(text + kernels)
         if self._pace > 1:
             whose = "as V100 has it at its power limit; cluster.gpu.spread says otherwise"
-            if self._gpu.spread is not None:
+            if self.gpu.spread is not None:
                 whose = "cluster.gpu.spread"
             texts.append(
                 f"{self._settings.slowest.num_gpus:,} GPUs wait for the slowest of them: matmuls and attention take "
-                f"{self._pace - 1:.1%} longer than on an average card (standard deviation from card to card "
+                f"{self._pace - 1:.1%} longer than on an average GPU (standard deviation from GPU to GPU "
                 f"{self._spread.matmul:.1%}, {whose})"
             )
         if self._source.limited < 1:
             texts.append(
-                f"{self._gpu.name} under a power limit: clock of compute-bound kernels assumed at "
+                f"{self.gpu.name} under a power limit: clock of compute-bound kernels assumed at "
                 f"{self._source.limited:.0%}, as matmuls of H100, B200 and GB300 have it in bf16"
             )
         elif self._source.power < 1 and any(key[0] == "gemm" for key in self._by_value):
             texts.append(
-                f"{self._gpu.name} draws less power per FLOP/s than {self._source.name}: "
+                f"{self.gpu.name} draws less power per FLOP/s than {self._source.name}: "
                 f"clock of compute-bound kernels assumed at {self._source.power:.0%} (cube root of the ratio)"
             )
         return tuple(texts)

@@ -1,10 +1,10 @@
 """GPUs of one kind differ, and the slowest of those that wait for each other sets the pace.
 
-At one power limit each card holds a clock of its own: leakage, voltage and cooling differ from card to card. Speeds
-are taken to be normal, with the standard deviations of ``sim/catalog/measured/spread.yaml``. A card's speed stays what
-it is, so who waits for others waits for the same card all step long:
+At one power limit each GPU holds a clock of its own: leakage, voltage and cooling differ from one to the next. Speeds
+are taken to be normal, with the standard deviations of ``sim/catalog/measured/spread.yaml``. A GPU's speed stays what
+it is, so who waits for others waits for the same one all step long:
 
-    time on the slowest of N  =  time on an average card * (1 + sigma * E[largest of N standard normals])
+    time on the slowest of N  =  time on an average GPU * (1 + sigma * E[largest of N standard normals])
     E  =  integral from 0 to infinity of  1 - P(x)^N - (1 - P(x))^N,     P the distribution function
 
 All ranks of a synchronous job wait for each other at least once a step, when gradients are reduced. In a pipeline of
@@ -18,12 +18,12 @@ for each other in every microbatch; its pace has the mean E(g) and the deviation
 Exact for stages that are alike and d = 1. With more pipelines both terms are taken from the worst of them, which need
 not be one: 0.15 deviations too much at most where held against clusters drawn at random, 0.3 % of the time.
 
-Which card a table of kernels was measured on is not known; an average one is assumed. A calibrated card
+Which GPU a table of kernels was measured on is not known; an average one is assumed. A calibrated GPU
 (``sim calibrate``) stands for the average of its machine.
 
 Source of the integral: David and Nagaraja, "Order Statistics", 3rd ed., section 3.1.
-Leaves out: cards that are out of order (``faults`` says so), a clock that changes in the course of a run, GPUs that do
-not reach their power limit (they differ less), stages of unequal length (the slowest card may have time to spare),
+Leaves out: GPUs that are out of order (``faults`` says so), a clock that changes in the course of a run, GPUs that do
+not reach their power limit (they differ less), stages of unequal length (the slowest GPU may have time to spare),
 NVLink and NICs.
 Checked by: tests/unit/test_cost_spread.py, tests/laws/test_spread_laws.py.
 """
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from sim.scenario.schema import Scenario
 
 _FAR = 9.0
-"""Standard deviations beyond which no card is: one in 1e19."""
+"""Standard deviations beyond which no GPU is: one in 1e19."""
 _STEPS = 360
 """Of Simpson's rule: exact to 1e-9 up to a million GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slowest:
-    """Of GPUs that wait for each other: how many, and how many standard deviations slower than an average card."""
+    """Of GPUs that wait for each other: how many, and how many standard deviations slower than an average GPU."""
 
     num_gpus: int
     deviations: float
@@ -60,7 +60,7 @@ ALONE = Slowest(1, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Standard deviations of the times of one kernel on cards of one kind: bound by the clock, and by memory."""
+    """Standard deviations of the times of one kernel on GPUs of one kind: bound by the clock, and by memory."""
 
     matmul: float
     memory: float

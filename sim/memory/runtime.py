@@ -48,7 +48,7 @@ class NcclCommunicator:
     ``num_ranks``       of the group; ``num_nodes`` that it spans, evenly
     ``link``            between GPUs of a node: ``p2p`` (NVLink, PCIe with peer access) or ``shm`` (through the host)
     ``num_channels``    channels of its collectives
-    ``algorithms``      those in use ("ring", "tree", "nvls", "nvlstree", "pat", "collnet_direct", "collnet_chain",
+    ``algorithms``      those in use ("ring", "tree", "nvls", "nvls_tree", "pat", "collnet_direct", "collnet_chain",
                         "nvls_sharp"; "pairwise", "direct": messages, counted by their peers; a protocol after a slash
                         is ignored): from NCCL 2.22 on, an algorithm's connections are made when it is first used
     ``nvls_channels``   channels of NVLS, where in use
@@ -127,11 +127,11 @@ def nccl_bytes(communicator: NcclCommunicator) -> int:
     if c.link == "p2p":
         total += inner_ends * (P2P_RECEIVE_BYTES + P2P_SEND_BYTES)
         total += c.num_peers * c.num_p2p_channels * (P2P_RECEIVE_BYTES + P2P_SEND_BYTES)
-        if algorithms & {"nvls", "nvlstree", "nvls_sharp"}:
+        if algorithms & {"nvls", "nvls_tree", "nvls_sharp"}:
             total += local_ranks * c.nvls_channels * 2 * NVLS_SLOT_BYTES
     if c.gpu_direct and c.num_nodes > 1:
         net_peers = (1 if ring else 0) + (min(MAX_TREE_PEERS, c.num_nodes - 1) if tree else 0)
-        if "nvlstree" in algorithms:
+        if "nvls_tree" in algorithms:
             net_peers += min(MAX_TREE_PEERS, c.num_nodes - 1)
             outer = max(outer, -(-c.nvls_channels // local_ranks))
         total += outer * net_peers * 2 * NET_BYTES
@@ -144,7 +144,7 @@ def nccl_bytes(communicator: NcclCommunicator) -> int:
     return total
 
 
-_NO_RING = {"tree", "nvls", "nvlstree", "pairwise", "direct", "pat", "collnet_direct", "collnet_chain", "nvls_sharp"}
+_NO_RING = {"tree", "nvls", "nvls_tree", "pairwise", "direct", "pat", "collnet_direct", "collnet_chain", "nvls_sharp"}
 
 
 def _pat_ends(num_nodes: int, ring: bool) -> int:

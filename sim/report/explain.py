@@ -247,7 +247,7 @@ def _spread(scenario: Scenario) -> dict[str, Any]:
         "file": "sim/catalog/measured/spread.yaml",
         "machine": "v100-sxm2",
         "words": f"all have the pace of the slowest of {slowest.num_gpus:,}, {slowest.deviations:.2f} deviations",
-        "source": "standard deviations from card to card; V100's stand for all kinds (sim/cost/spread.py)",
+        "source": "standard deviations from GPU to GPU; V100's stand for all kinds (sim/cost/spread.py)",
         "fits": [
             {"of": name, "value": value, **({"kind": own.kind, "source": own.source} if own else
                                             {"kind": fact["kind"], "source": fact["source"]})}

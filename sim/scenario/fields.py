@@ -191,7 +191,7 @@ GPU: dict[str, Key] = {
     "l2": size("Size of the L2 cache."),
     "num_sms": integer(1, 4096, 132, "Streaming multiprocessors."),
     "cuda_context": size("What the CUDA context takes."),
-    "spread": number(0.0, 0.2, "0.017", "Standard deviation of matmuls' speed from card to card; 0: all alike."),
+    "spread": number(0.0, 0.2, "0.017", "Standard deviation of matmuls' speed from GPU to GPU; 0: all alike."),
     "peak_flops": Key(_peaks, mapping_schema(_PEAK), "Dense peaks by precision."),
 }
 

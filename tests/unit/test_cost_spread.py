@@ -53,7 +53,7 @@ def test_a_pipeline_waits_for_its_slowest_stage_and_goes_once_through_each() -> 
     """16 GPUs, 4 stages, 8 passes: 7 turns at the pace of the slowest of 16, 4 at that of the slowest of 4."""
     expected = (7 * expected_largest(16) + 4 * expected_largest(4)) / 11
     assert slowest_of(16, 4, 8) == Slowest(16, pytest.approx(expected))
-    assert slowest_of(4, 4, 1).deviations == 0.0  # one microbatch visits each stage once: an average of cards
+    assert slowest_of(4, 4, 1).deviations == 0.0  # one microbatch visits each stage once: an average of GPUs
     assert slowest_of(1) == ALONE
 
 
@@ -63,8 +63,8 @@ def test_drawn_clusters_have_that_pace(ranks: int, stages: int, pipelines: int, 
     draw = Random(0)
     turns = []
     for _ in range(1500):
-        cards = [[max(draw.gauss(0, 1) for _ in range(ranks)) for _ in range(stages)] for _ in range(pipelines)]
-        turns.append(max(((passes - 1) * max(own) + sum(own)) / (passes + stages - 1) for own in cards))
+        stages_of = [[max(draw.gauss(0, 1) for _ in range(ranks)) for _ in range(stages)] for _ in range(pipelines)]
+        turns.append(max(((passes - 1) * max(own) + sum(own)) / (passes + stages - 1) for own in stages_of))
     found = slowest_of(ranks * stages * pipelines, stages, passes, pipelines).deviations
     assert fmean(turns) - 0.06 < found < fmean(turns) + (0.16 if pipelines > 1 else 0.06)
 

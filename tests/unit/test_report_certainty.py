@@ -108,15 +108,15 @@ def test_a_calibration_of_the_machine_makes_it_narrower(h100, tmp_path):
     from sim.ir.ledger import Attention, Gemm
 
     rows: dict[str, list[object]] = {"gemm": [], "attention": []}
-    card = CostModel(h100.cluster, h100.scenario.cluster.gpu, CostSettings(code=h100.scenario.training.code))
+    alone = CostModel(h100.cluster, h100.scenario.cluster.gpu, CostSettings(code=h100.scenario.training.code))
     for kernel in kernel_times(h100):
         if isinstance(kernel, Gemm | Attention):
-            row = row_of(kernel, card.kernel_s(kernel, 0))  # of one card, which waits for no other
+            row = row_of(kernel, alone.kernel_s(kernel, 0))  # of one GPU, which waits for no other
             rows["gemm" if isinstance(kernel, Gemm) else "attention"].append(row)
     text = calibration_text({"date": "2026-11-21", "gpu": "h100-sxm-80gb"}, rows, HostTimes(), ())
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     own = of("dgx-h100", more="calibration: c.yaml\n", folder=tmp_path)
-    assert own.report.time_s == pytest.approx(h100.report.time_s, rel=1e-4)  # it repeats the model of an average card
+    assert own.report.time_s == pytest.approx(h100.report.time_s, rel=1e-4)  # it repeats the model of an average GPU
     assert width(own) < width(h100)
     assert own.report.time_confidence.whole == h100.report.time_confidence.whole  # that narrows the parts only
 
