@@ -375,7 +375,8 @@ def _bus_lines(rows: list[dict[str, Any]], width: int) -> Iterator[Line]:
     if compared:
         errors = [row["error"] for row in rows]
         mean = sum(map(abs, errors)) / len(errors)
-        yield (f"  mean error {mean:.1%}, signed {sum(errors) / len(errors):+.1%}, {len(errors)} rows",)
+        many = f"{len(errors)} row{'s' * (len(errors) > 1)}"
+        yield (f"  mean error {mean:.1%}, signed {sum(errors) / len(errors):+.1%}, {many}",)
 
 
 def _graph_lines(graphs: list[dict[str, Any]], width: int) -> Iterator[Line]:
