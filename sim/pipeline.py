@@ -12,7 +12,7 @@ from sim.engine.run import run
 from sim.errors import ContentionError, DeadlockError
 from sim.ir.footprint import Footprint
 from sim.ir.ledger import Ledger
-from sim.ir.program import World
+from sim.ir.program import Copy, World
 from sim.ir.timeline import Timeline
 from sim.memory.allocator import AllocatorSettings
 from sim.memory.confidence import Confidence, confidence
@@ -187,8 +187,8 @@ def _folded(
     world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool, trusting: bool, scenario: Scenario,
     settings: CostSettings,
 ) -> World:  # fmt: skip
-    """Return the world with the classes that its ranks form on this machine: one on one node without faults."""
-    if fold and len(world.programs) == 1 and cluster.num_nodes == 1 and not slow and not cluster.degraded:
+    """Return the world with the classes that its ranks form on this machine."""
+    if fold and cluster.num_nodes == 1 and not slow and not cluster.degraded and _as_one(world):
         return world
     from sim.cluster.symmetry import places_of
     from sim.parallel.fold import refold
@@ -201,6 +201,14 @@ def _folded(
 
     places = places_of(cluster, num_ranks=world.world_size)
     return refold(world, speeds=slow, places=places, folded=fold, trusting=trusting, alike=same)
+
+
+def _as_one(world: World) -> bool:
+    """Return whether the ranks do the same wherever they are: all meet in one group, and none copies for itself."""
+    if len(world.programs) > 1 or any(c.num_ranks > 1 and len(c.groups) > 1 for c in world.communicators.values()):
+        return False
+    chunks = {id(chunk): chunk for chunk in world.programs[0].chunks.values()}
+    return not any(isinstance(step, Copy) for chunk in chunks.values() for step in chunk)
 
 
 def _allocator(scenario: Scenario, outside: Outside) -> AllocatorSettings:

@@ -297,19 +297,19 @@ class CostModel:
         return self._host.wait_s
 
     def host_s(self, work: HostCompute, ranks: tuple[int, ...]) -> float:
-        """Return the time of CPU work that all of ``ranks`` do at the same time, in seconds."""
+        """Return the time of CPU work that all of ``ranks`` do at the same time, in seconds.
+
+        The other ranks of their nodes, of whatever class, are taken to do as much at that time: optimizers step
+        together.
+        """
         element_bytes = host.ELEMENT_BYTES.get(work.kind)
         if work.kind == "python":
             return host.python_s(work.num_elements, self._host)
         if element_bytes is None:
             return host.driver_s(work.kind, work.num_elements)
         self._assume("CPU Adam: half the bandwidth of host memory")
-        nodes: dict[int, int] = {}
-        for gpu in self._place(ranks):
-            node = self._cluster.node_of(gpu)
-            nodes[node] = nodes.get(node, 0) + 1
         bandwidth = self._cluster.spec.node.host_memory_bytes_per_s
-        return host.cpu_adam_s(work.num_elements, max(nodes.values()), bandwidth, self._host, element_bytes)
+        return host.cpu_adam_s(work.num_elements, self._cluster.gpus_per_node, bandwidth, self._host, element_bytes)
 
     # --- transfers -----------------------------------------------------------------------------
 

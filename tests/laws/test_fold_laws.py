@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sim.catalog import load
@@ -427,6 +427,83 @@ def layouts(draw: st.DrawFn) -> str:
 @given(layouts())
 def test_folded_and_unfolded_reports_are_the_same_on_every_layout(text: str) -> None:
     scenario = load_scenario_text(text, "layout.yaml")
+    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
+    assert len(unfolded.world.programs) == scenario.parallelism.world_size
+    assert answer(folded.report) == answer(unfolded.report)
+
+
+# --- copies to the host: they share switches, sockets and memory with those of other ranks ------------
+
+SOCKETS = ("dgx-h100", "dgx-a100-80gb", "pcie-8x-4090", "pcie-8x-a100-80gb-switch", "pcie-8x-rtx-pro-6000-pairs")
+
+
+def offloaded(
+    node: str, num_nodes: int, per_node: int, tp: int, pp: int, framework: str, own: Mapping[str, object], slow: int = -1
+) -> str:
+    """Return a question on some GPUs of each node, with the framework's ``own`` settings; ``slow``: a rank, -1: none.
+
+    All that ``tp`` divides is a multiple of 12.
+    """
+    num_gpus = num_nodes * per_node
+    config = own.get("zero_optimization", {})
+    zero = config.get("stage", 0) if isinstance(config, dict) else 0
+    network = {"network": "ib-ndr-400-4"} if num_nodes > 1 else {}
+    asked = {
+        "model": {
+            "num_hidden_layers": 2 * pp, "hidden_size": 240, "intermediate_size": 480, "num_attention_heads": 12,
+            "vocab_size": 480, "tie_word_embeddings": False,
+        },
+        "cluster": {"node": node, "num_nodes": num_nodes, "num_gpus": num_gpus, **network},
+        "framework": framework,
+        "parallelism": {"tp": tp, "pp": pp, **({"zero": zero} if framework == "deepspeed" else {})},
+        "training": {
+            "sequence_length": 96, "micro_batch_size": 1, "global_batch_size": 2 * pp * num_gpus // (tp * pp),
+            "precision": "bf16", "attention": "flash-2", "code": "torch" if framework == "fsdp2" else "megatron",
+            "gradient_clipping": 1.0,
+        },
+        "faults": {"slow": [{"rank": slow, "factor": 0.8}]} if slow >= 0 else {},
+        framework: own,
+    }  # fmt: skip
+    return yaml.safe_dump(asked)
+
+
+@st.composite
+def offloads(draw: st.DrawFn) -> str:
+    """Draw what may be kept on the host, by every framework, on nodes of several sockets that jobs use in part."""
+    framework = draw(st.sampled_from(["deepspeed", "deepspeed", "fsdp1", "fsdp2", "megatron"]))
+    num_nodes = draw(st.sampled_from([1, 1, 2, 3]))
+    per_node = draw(st.sampled_from([2, 3, 4, 5, 6, 8]))
+    num_gpus = num_nodes * per_node
+    by_tensor = framework in ("fsdp2", "megatron")
+    tp = draw(st.sampled_from([d for d in (1, 2, 3, 4) if num_gpus % d == 0])) if by_tensor else 1
+    stages = [d for d in (1, 2, 3) if num_gpus // tp % d == 0]
+    own: dict[str, object] = {}
+    pp = 1
+    if framework == "deepspeed":
+        stage = draw(st.sampled_from([1, 2, 3]))
+        pp = draw(st.sampled_from(stages)) if stage == 1 else 1
+        zero: dict[str, object] = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        if stage == 3 and draw(st.booleans()):
+            zero["offload_param"] = {"device": "cpu"}
+        zero["overlap_comm"] = draw(st.booleans())
+        zero["sub_group_size"] = draw(st.sampled_from([100_000, 10**9]))
+        own = {"bf16": {"enabled": True}, "zero_optimization": zero}
+    elif framework == "megatron":
+        own = {"cpu_offloading_num_layers": 1}
+    else:
+        pp = draw(st.sampled_from(stages)) if framework == "fsdp2" else 1
+        own = {"cpu_offload": draw(st.booleans())}
+    slow = draw(st.one_of(st.just(-1), st.just(-1), st.integers(0, num_gpus - 1)))
+    return offloaded(draw(st.sampled_from(SOCKETS)), num_nodes, per_node, tp, pp, framework, own, slow)
+
+
+@settings(deadline=None, max_examples=15)
+@given(offloads())
+@example(offloaded("pcie-8x-a100-80gb-switch", 1, 6, 3, 1, "fsdp2", {"cpu_offload": True}))
+@example(offloaded("pcie-8x-4090", 1, 6, 3, 1, "fsdp2", {"cpu_offload": False}))
+@example(offloaded("dgx-a100-80gb", 1, 8, 1, 1, "fsdp1", {"cpu_offload": True}))
+def test_folded_and_unfolded_reports_are_the_same_where_the_host_takes_part(text: str) -> None:
+    scenario = load_scenario_text(text, "offloaded.yaml")
     folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
     assert len(unfolded.world.programs) == scenario.parallelism.world_size
     assert answer(folded.report) == answer(unfolded.report)
