@@ -5,8 +5,9 @@ the machine that stands for it: they are shares of its own peak, bandwidth and c
 A GPU that may draw less power for each FLOP/s than that machine cannot hold the clock either: its compute rate falls
 with the cube root of the ratio, as dynamic power goes with clock times voltage squared and voltage with clock.
 (A100 PCIe, 300 W, against SXM, 400 W: cube root 0.91; best measured 253 and 271 TFLOP/s: 0.93.) Where it is the same
-card under a power limit (``nvidia-smi -pl``), on Hopper and later, it loses more: matmuls reach 0.77 to 0.90 at 500 of
-700 W, as what memory and idle circuits draw does not shrink (``sim/catalog/measured/power.yaml``). So does attention:
+GPU under a power limit (``nvidia-smi -pl``), on Hopper and later, it loses more, as what memory and idle circuits draw
+does not shrink: H100's matmuls reach 0.82 to 0.91 at 500 of 700 W, B200's 0.77 to 0.79 at 750 of 1000 W
+(``sim/catalog/measured/power.yaml``). So does attention:
 FlashAttention-3 465 TFLOP/s on Meta's H100, 640 as its authors have it (meta-pytorch/tritonbench #141).
 """
 
