@@ -83,11 +83,11 @@ def speeds(cluster: Cluster, graph: RingGraph, num_channels: int, direct: bool) 
 
 
 def candidates(
-    cluster: Cluster, graph: RingGraph, shape: Shape, kind: str, nvls: tuple[int, float] | None
+    cluster: Cluster, graph: RingGraph, shape: Shape, kind: str, nvls: nccl.NvlsGraph | None
 ) -> Iterator[Candidate]:
     """Yield what a fabric that reduces adds to NCCL's choice: ncclTopoTuneModel (src/graph/tuning.cc).
 
-    ``nvls`` is (heads, speed) of the NVLS search. All-gathers and reduce-scatters need a head for each GPU.
+    ``nvls`` is the outcome of the NVLS search. All-gathers and reduce-scatters need a head for each GPU.
     """
     local, heads = shape.local_ranks, num_heads(graph)
     if kind not in ("all_reduce", "all_gather", "reduce_scatter"):
@@ -105,11 +105,11 @@ def candidates(
         inside, _ = speeds(cluster, graph, shape.channels, direct=False)
         latency = 2 * (local - 1) * INTRA_US["collnet_chain"] + _net_us(shape, "collnet_chain")
         yield Candidate("collnet_chain", "Simple", latency, shape.channels * inside * 0.5)
-    if nvls is not None and (whole or local <= nvls[0]):
-        heads, speed = nvls
-        inside = speed * nccl.NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
+    if nvls is not None and (whole or local <= nvls.heads):
+        heads = nvls.heads
+        inside = nvls.intra * nccl.NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
         inside *= 2 if whole else (local - 1) / local
-        bw = heads * min(inside, speed)
+        bw = heads * min(inside, nvls.inter)
         ratio = shape.num_ranks / (2 * (shape.num_ranks - 1)) if whole else 1.0
         latency = nccl.HW_LATENCY_US["nvlink"]["nvls"][nccl.PROTOCOLS.index("Simple")]
         yield Candidate("nvls_sharp", "Simple", latency + _net_us(shape, "nvls_sharp"), bw * ratio)

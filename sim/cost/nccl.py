@@ -23,6 +23,7 @@ differ between channels on NVSwitch (they load the wires alike).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -515,12 +516,22 @@ def _log2i(n: int) -> int:
     return n.bit_length() - 1
 
 
-def _nvls_graph(cluster: Cluster, graph: RingGraph) -> tuple[int, float] | None:
-    """Return (heads, GB/s of each) of the NVLS search, or None where NVLS cannot be used.
+class NvlsGraph(NamedTuple):
+    """Heads of the NVLS search, and GB/s of each: what it pulls over NVLink, and what it may send on."""
 
-    It needs switches that multicast and more than two GPUs a node. Every GPU is a head on one node, every GPU with a
-    NIC of its own on several. A GPU's NVLinks count n/(n-1) times, as data need not come back to where it started.
-    Source: nccl src/graph/search.cc; src/transport/nvls.cc, ncclNvlsInit.
+    heads: int
+    intra: float
+    inter: float
+
+
+def _nvls_graph(cluster: Cluster, graph: RingGraph) -> NvlsGraph | None:
+    """Return the outcome of the NVLS search, or None where NVLS cannot be used.
+
+    It needs switches that multicast and more than two GPUs a node. Every GPU is a head on one node (32 at most), every
+    GPU with a NIC of its own on several. For each head every GPU's NVLinks carry its speed, the head's own twice. Once
+    there is a solution ``inter`` is raised as far as NICs let it, on one node until it is twice ``intra``.
+    Source: nccl src/graph/search.cc, ncclTopoSearchTryNvls and the passes of ncclTopoCompute; src/transport/nvls.cc,
+    ncclNvlsInit.
     """
     local = min(len(gpus) for _, gpus in graph.nodes)
     if not cluster.spec.node.nvswitch_multicast or _generation(cluster) < HOPPER or local <= 2:
@@ -529,13 +540,14 @@ def _nvls_graph(cluster: Cluster, graph: RingGraph) -> tuple[int, float] | None:
         return None
     several = graph.num_nodes > 1
     heads = len(graph.patterns[0].rails) if several else min(local, MAX_NVLS_HEADS)
-    gpu_bw = _nvlink_bytes_per_s(cluster, graph) / GB
-    limit = min(gpu_bw, gpu_bw * local / (local - 1) / heads)
-    if several:
-        limit = min(limit, cluster.nic_line_bytes_per_s / GB)
-    row = _generation(cluster) - 1
-    fits = [s for s in (SPEEDS_INTER if several else SPEEDS_INTRA)[row] if s <= limit + 1e-6]
-    return (heads, fits[0]) if fits and heads >= 2 else None
+    nic = cluster.nic_line_bytes_per_s / GB if several else math.inf
+    speeds = (SPEEDS_INTER if several else SPEEDS_INTRA)[_generation(cluster) - 1]
+    limit = min(_nvlink_bytes_per_s(cluster, graph) / GB / (heads + 1), nic)
+    intra = next((speed for speed in speeds if speed <= limit + 1e-6), 0.0)
+    if not intra or heads < 2:
+        return None
+    faster = [speed for speed in reversed(speeds) if intra <= speed <= nic + 1e-6]
+    return NvlsGraph(heads, intra, next((speed for speed in faster if speed >= 2 * intra), faster[-1]))
 
 
 def _nvlink_bytes_per_s(cluster: Cluster, graph: RingGraph) -> float:
@@ -652,19 +664,20 @@ def _tree(shape: Shape, p: int) -> Candidate:
     return Candidate("tree", protocol, latency, bw * 0.5)
 
 
-def _nvls(shape: Shape, kind: str, heads: int, speed: float) -> Candidate | None:
+def _nvls(shape: Shape, kind: str, found: NvlsGraph) -> Candidate | None:
     """NVLS on one node; on several NVLSTree, all-reduce only (NVLS itself needs CollNet there: collnet.py)."""
     simple = PROTOCOLS.index("Simple")
     n, local = shape.num_ranks, shape.num_ranks / shape.num_nodes
-    inside = speed * NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
+    heads = found.heads
+    inside = found.intra * NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
     inside *= 2 if kind == "all_reduce" else (local - 1) / local
     latency = HW_LATENCY_US["nvlink"]["nvls"][simple]
     if shape.num_nodes == 1 and kind in ("all_reduce", "all_gather", "reduce_scatter"):
-        bw = heads * min(inside, speed)
+        bw = heads * min(inside, found.inter)
         ratio = n / _num_steps(kind, n) if kind == "all_reduce" else 1.0
         return Candidate("nvls", "Simple", latency, bw * ratio)
     if shape.num_nodes > 1 and kind == "all_reduce":
-        between = speed * (2 if shape.num_nodes <= 2 else 1)
+        between = found.inter * (2 if shape.num_nodes <= 2 else 1)
         bw = heads * min(inside, between, CHANNEL_NVLS_TREE_BW[shape.generation][shape.column])
         latency += 2 * _log2i(shape.num_nodes) * shape.inter_latency("nvls_tree", simple)
         return Candidate("nvls_tree", "Simple", latency, bw * n / _num_steps(kind, n))
@@ -694,7 +707,7 @@ def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidat
         found.append(_pat(shape))
     nvls = _nvls_graph(cluster, graph)
     if nvls is not None:
-        found.append(_nvls(shape, kind, *nvls))
+        found.append(_nvls(shape, kind, nvls))
     if _sharp(cluster) and shape.num_nodes > 1:
         from sim.cost import collnet
 

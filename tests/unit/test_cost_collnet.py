@@ -38,14 +38,14 @@ def offered(cluster: Cluster, kind: str) -> dict[str, tuple[float, float]]:
 
 def test_what_nccl_expects_of_each_algorithm_on_h100() -> None:
     """8 nodes, 8 NICs of 48 GB/s in its list. Direct: 2 (3.7 + 7 x 0.4) + 31 us, 8 x 48 x 0.85 / 2; chains: 2 x 7 x 2.8
-    + 30 us, 8 x 48 / 2; NVLS: 25 + 18 us, 8 x min(48, 2 x 48 x 0.85 x 7/8) x 64 / 126."""
+    + 30 us, 8 x 48 / 2; NVLS: 25 + 18 us, 8 x min(48, 2 x 40 x 0.85 x 7/8) x 64 / 126."""
     found = offered(machine("dgx-h100", 8), "all_reduce")
     assert found["collnet_direct"] == pytest.approx((44.0, 163.2))
     assert found["collnet_chain"] == pytest.approx((69.2, 192.0))
     assert found["nvls_sharp"] == pytest.approx((43.0, 384 * 64 / 126))
     gathers = offered(machine("dgx-h100", 8), "all_gather")
     assert gathers["collnet_direct"] == pytest.approx((44.0, 8 * 0.9 * 48))
-    assert gathers["nvls_sharp"] == pytest.approx((43.0, 8 * 48 * 0.85 * 7 / 8 * 7 / 8))
+    assert gathers["nvls_sharp"] == pytest.approx((43.0, 8 * 40 * 0.85 * 7 / 8 * 7 / 8))
     assert "collnet_chain" not in gathers
 
 

@@ -319,3 +319,22 @@ def test_verbs_over_omni_path_carry_what_their_connections_do() -> None:
     groups = [everyone[i::4] for i in range(4)]  # 8 connections a node, on 4 queues
     together = alone_s(cluster, plan_collective(cluster, groups, "all_gather", 1_000_000_000))
     assert 4 * 1e9 * 15 / 16 / together * 8 == pytest.approx(54.5e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "num_gpus", "expected"),
+    [
+        # 370.8 GB/s of NVLink: nine times 40 fit, not nine times 50; then 60 is the fastest of the table
+        ("dgx-h100", 1, 8, (8, 40.0, 60.0)),
+        # 721.8: nine times 80 fit; 90 is the fastest
+        ("dgx-b200", 1, 8, (8, 80.0, 90.0)),
+        # 33 times 20 fit, not 33 times 24; 40 is twice as much
+        ("gb200-nvl72", 18, 72, (32, 20.0, 40.0)),
+        # NICs of 50: channels of 48 go between nodes, of 40 inside
+        ("dgx-h100", 4, 32, (8, 40.0, 48.0)),
+    ],
+)
+def test_search_for_nvls(name: str, num_nodes: int, num_gpus: int, expected: tuple[int, float, float]) -> None:
+    """Every GPU carries each head's speed once, its own twice (nccl src/graph/search.cc, ncclTopoSearchTryNvls)."""
+    cluster = machine(name, num_nodes)
+    assert nccl._nvls_graph(cluster, nccl.ring_graph(cluster, tuple(range(num_gpus)))) == expected

@@ -81,12 +81,32 @@ def test_bus_bandwidth_between_nodes(
     assert found / 1e9 == pytest.approx(measured_gb, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(("mib", "measured_gb"), [(512, 586), (8 * GIB, 835)])
+@pytest.mark.parametrize(
+    ("mib", "measured_gb"), [(512, 586), (GIB, 681), (2 * GIB, 758), (4 * GIB, 839), (8 * GIB, 835)]
+)
 def test_one_rack_of_gb200(mib: int, measured_gb: float) -> None:
     """72 GPUs on one fabric; CoreWeave's nccl-tests (README at cb86553). No such rack was fitted: the round of NVLS is
     B200's, a head at a time."""
     cluster = machine("gb200-nvl72", 18)
     found = bus(cluster, "all_reduce", tuple(range(72)), mib * MIB)
+    assert found / 1e9 == pytest.approx(measured_gb, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "kind", "measured_gb"),
+    [
+        (1, "all_reduce", 681),
+        (2, "all_reduce", 838),
+        (16, "all_reduce", 897),
+        (2, "all_to_all", 680),
+        (16, "all_to_all", 649),
+    ],
+)
+def test_trays_of_a_gb300_rack(num_nodes: int, kind: str, measured_gb: float) -> None:
+    """Four GPUs a tray, 8 GiB, NCCL 2.28.7: Oracle's published nccl-tests output of GB300 (BM.GPU.GB300.4). One tray
+    has rings, more have NVLS. (An all-to-all in one tray measured 625, here 521.)"""
+    cluster = machine("gb300-nvl72", num_nodes)
+    found = bus(cluster, kind, tuple(range(4 * num_nodes)), 8 * GIB * MIB)
     assert found / 1e9 == pytest.approx(measured_gb, rel=TOLERANCE)
 
 
