@@ -74,7 +74,7 @@ def daly_s(mtbf_s: float, checkpoint_s: float) -> float:
     return sqrt(2 * checkpoint_s * mtbf_s) * (1 + sqrt(x) / 3 + x / 9) - checkpoint_s
 
 
-def slowest_of(num_gpus: int, spread: float) -> float:
+def straggler_factor(num_gpus: int, spread: float) -> float:
     """Return how much longer all take that wait for the slowest of so many."""
     if num_gpus <= 1 or not spread:
         return 1.0
@@ -127,7 +127,7 @@ def reliability(plan: Plan, site: Site, num_gpus: int) -> Reliability:
         checkpoint_s=checkpoint_s,
         interval_s=failures.checkpoint_interval_s or max(1.0, daly_s(1 / rate, checkpoint_s)),
         spare_nodes=spares,
-        straggler_factor=slowest_of(num_gpus, failures.gpu_spread),
+        straggler_factor=straggler_factor(num_gpus, failures.gpu_spread),
     )
 
 

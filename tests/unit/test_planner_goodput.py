@@ -12,8 +12,8 @@ from sim.planner.goodput import (
     distribution,
     expected_s,
     reliability,
-    slowest_of,
     spares_for,
+    straggler_factor,
     waiting_s,
     young_s,
 )
@@ -49,8 +49,8 @@ def test_without_spares_every_failure_waits_for_the_repair() -> None:
 
 
 def test_the_slowest_of_many() -> None:
-    assert slowest_of(1, 0.01) == slowest_of(1000, 0.0) == 1.0
-    assert slowest_of(1024, 0.01) == pytest.approx(
+    assert straggler_factor(1, 0.01) == straggler_factor(1000, 0.0) == 1.0
+    assert straggler_factor(1024, 0.01) == pytest.approx(
         1.0322, abs=2e-3
     )  # the largest of 1024 normals: about 3.2 deviations
 
