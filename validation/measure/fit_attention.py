@@ -275,8 +275,8 @@ def main() -> None:
         head = {
             "gpu": target.gpu,
             "source": "ai-dynamo/aiconfigurator @095f58a51 (Apache-2.0), systems/data; Dao-AILab/flash-attention "
-            "@0251105a assets; arXiv 2407.08608; MooreThreads/SimuMax @4dcaae5 (Apache-2.0), configs/system; "
-            "NVIDIA/cudnn-frontend @3929da2 (MIT), benchmark/sdpa_benchmark_training",
+            "@0251105a assets; arXiv 2307.08691, 2407.08608; MooreThreads/SimuMax @4dcaae5 (Apache-2.0), "
+            "configs/system; NVIDIA/cudnn-frontend @3929da2 (MIT), benchmark/sdpa_benchmark_training",
             "date": datetime.date.today().isoformat(),
             "script": "validation/measure/fit_attention.py",
         }
