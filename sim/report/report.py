@@ -241,7 +241,7 @@ def summarise(
         step_ticks=parts,
         tokens_per_step=training.global_batch_size * training.sequence_length,
         model_flops=ledger.matmul_flops * replicas,
-        executed_flops=executed_flops(world, kernels),
+        executed_flops=executed_flops(world, ledger, kernels),
         flops_formula=ledger.flops_formula,
         peak_flops_per_s=peak,
         capacity_bytes=scenario.cluster.gpu.total_memory_bytes,
@@ -268,25 +268,32 @@ def peak_flops_per_s(scenario: Scenario) -> float:
     return scenario.cluster.gpu.peak_flops[precision]
 
 
-def executed_flops(world: World, kernels: Sequence[Kernels] | None = None) -> int:
+def executed_flops(world: World, ledger: Ledger, kernels: Sequence[Kernels] | None = None) -> int:
     """Return the matmul and attention FLOPs that all ranks execute in a step, recompute included.
 
     Causal attention counts in full, as in ``Ledger.matmul_flops``, though its kernels skip half: so HFU and MFU are
-    shares of one measure, and differ by what is computed again.
+    shares of one measure, and differ by what is computed again. Context parallelism's pieces of it, of which most are
+    whole products, leave out the other half too.
     """
     if kernels is None:
         kernels = [kernels_of(program) for program in world.programs]
+    causal = any(
+        isinstance(kernel, Attention) and kernel.causal
+        for layer in ledger.layers
+        for op in layer.forward
+        for kernel in op.kernels
+    )
     return sum(
-        len(program.ranks) * sum(number * _matmul_flops(kernel) for number, kernel in own.values())
+        len(program.ranks) * sum(number * _matmul_flops(kernel, causal) for number, kernel in own.values())
         for program, own in zip(world.programs, kernels, strict=True)
     )
 
 
-def _matmul_flops(kernel: Kernel) -> int:
+def _matmul_flops(kernel: Kernel, causal: bool) -> int:
     if isinstance(kernel, Gemm):
         return kernel.flops
     if isinstance(kernel, Attention):
-        return kernel.flops * 2 if kernel.causal else kernel.flops
+        return kernel.flops * 2 if causal else kernel.flops
     return 0
 
 

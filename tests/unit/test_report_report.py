@@ -9,8 +9,10 @@ import report_scenarios
 from report_scenarios import answered
 
 from sim.ir.footprint import CATEGORIES
+from sim.pipeline import simulate
 from sim.report.metrics import PARTS
 from sim.report.report import json_text, result
+from sim.scenario.load import load_scenario
 
 EVERY = pytest.mark.parametrize("name", report_scenarios.TEXTS)
 FIELDS = {
@@ -82,6 +84,22 @@ def test_recompute_executes_a_forward_pass_of_the_blocks_more_than_is_useful():
     step = answered("zero_3").report.to_dict()["step"]
     # model: 3 passes' worth; executed: 4 of the blocks (flash's backward has a fifth matmul), 3 of the head
     assert step["mfu"] < step["hfu"] < 4 / 3 * step["mfu"] * 1.05
+
+
+@pytest.mark.parametrize("cp_comm", ["p2p", "all_gather"])
+def test_pieces_of_causal_attention_count_in_full_too(cp_comm, tmp_path):
+    """Four ranks have a quarter of the sequence each, and execute together what one GPU would."""
+    text = (
+        "model: {hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, num_attention_heads: 4, "
+        "vocab_size: 512}\ncluster: {node: dgx-h100, num_gpus: GPUS}\nframework: fsdp2\nparallelism: {cp: GPUS"
+        f", cp_comm: {cp_comm}}}\ntraining: {{sequence_length: 8192, micro_batch_size: 1, global_batch_size: 1}}\n"
+    )
+    executed = []
+    for gpus in (1, 4):
+        file = tmp_path / f"{gpus}.yaml"
+        file.write_text(text.replace("GPUS", str(gpus)), encoding="utf-8")
+        executed.append(simulate(load_scenario(file, ())).report.executed_flops)
+    assert executed[0] == executed[1]
 
 
 def test_exposed_communication_is_no_longer_than_communication():
