@@ -9,6 +9,8 @@ The matrix says for every two devices the nearest thing that both hang on. A tre
     NV#            # NVLinks: says nothing of PCIe, which then follows from the NICs and the affinities
 
 A NUMA node is taken for a socket: with several NUMA nodes a socket the links between them are better than here.
+Columns that a terminal ran together (``NODENODE``) are told apart where that gives as many as there are devices. A GPU
+with a NUMA node of its own (``GPU NUMA ID``) hangs on a Grace by NVLink-C2C: no other has one.
 """
 
 from __future__ import annotations
@@ -22,20 +24,29 @@ from sim.interop.machine import PCIE_GENERATION, Machine, guess_gpu, join_socket
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\x1b\(B|\[(?:4|0|24)m")
 _DEVICE = re.compile(r"^(GPU\d+|NIC\d+|[a-z][a-z0-9]*_[a-z0-9_]+|ib\w*\d|en\w+|roce\w*)$")
+_NIC = re.compile(r"^[a-z][a-z0-9_.-]*\d[a-z0-9_.-]*$")
+"""Names of NICs as the first line has them after the first GPU: mlx5_bond_0, bnxt_re0, irdma0, rocep4s0f1, ..."""
 _WORD = re.compile(r"^(X|NV\d+|PIX|PXB|PHB|NODE|SYS|SOC|C2C)$")
+_WORDS = re.compile(r"X|NV\d+|PIX|PXB|PHB|NODE|SYS|SOC|C2C")
+GRACE = ("gh200", "gb200", "gb300")
+"""GPUs that hang on a Grace."""
 _P2P = {"OK", "CNS", "GNS", "TNS", "NS", "DR", "U"}
 _NEAR = {"PIX": 1, "PXB": 2, "PHB": 3, "NODE": 3, "SYS": 4, "SOC": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """``names`` of the devices, ``cells[a, b]`` what stands between two, ``numa`` and ``cpus`` of each GPU."""
+    """``names`` of the devices, ``cells[a, b]`` what stands between two, ``numa`` and ``cpus`` of each GPU.
+
+    ``coherent``: GPUs whose memory is a NUMA node of its own.
+    """
 
     names: tuple[str, ...]
     cells: Mapping[tuple[str, str], str]
     numa: Mapping[str, str]
     cpus: Mapping[str, str]
     nic_names: Mapping[str, str]
+    coherent: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> tuple[str, ...]:
@@ -58,13 +69,13 @@ def _fields(line: str) -> list[str]:
 def _header(line: str) -> tuple[str, ...]:
     """Return the devices of a header line, or nothing."""
     words = _fields(line)
-    names = []
+    names: list[str] = []
     for word in words:
-        if not _DEVICE.match(word):
+        if not (_DEVICE.match(word) or (names and _NIC.match(word))):
             break
         names.append(word)
     rest = words[len(names) :]
-    if names and names[0] == "GPU0" and (not rest or rest[0] in ("CPU", "NUMA", "GPU")):
+    if names and re.fullmatch(r"GPU\d+", names[0]) and (not rest or rest[0] in ("CPU", "NUMA", "GPU")):
         return tuple(names)
     return ()
 
@@ -82,6 +93,8 @@ def read_matrix(text: str, file: str) -> Matrix:
     where: dict[str, int] = {}
     numa: dict[str, str] = {}
     cpus: dict[str, str] = {}
+    coherent: list[str] = []
+    numbered = "GPU NUMA ID" in " ".join(_fields(lines[at]))
     if len(set(names)) < len(names):
         findings.append(Finding(file, at + 1, "a device is named twice in the first line", "paste the matrix again"))
     for number, line in enumerate(lines[at + 1 :], at + 2):
@@ -97,12 +110,14 @@ def read_matrix(text: str, file: str) -> Matrix:
                 findings.append(Finding(file, number, problem, "paste the whole matrix"))
             continue
         where[row] = number
+        words = [row, *_told_apart(words[1:], len(names))]
         if wrong := _wrong_row(row, words[1 : 1 + len(names)], names):
             findings.append(Finding(file, number, *wrong))
             continue
         found = ["SYS" if word == "SOC" else word for word in words[1 : 1 + len(names)]]
         cells.update({(row, name): word for name, word in zip(names, found, strict=True)})
         _affinity(row, words[1 + len(names) :], numa, cpus)
+        coherent += [row] * (numbered and row.startswith("GPU") and len(words) > 3 + len(names) and words[-1].isdigit())
     if not findings and (missing := [name for name in names if name not in where]):
         findings.append(Finding(file, at + 1, f"the row of {missing[0]} is missing", "paste the whole matrix"))
     for (a, b), word in cells.items():
@@ -112,7 +127,18 @@ def read_matrix(text: str, file: str) -> Matrix:
     if findings:
         raise ScenarioError(findings)
     nic_names = dict(re.findall(r"^\s*(NIC\d+):\s*(\S+)\s*$", text, re.MULTILINE))
-    return Matrix(names, cells, numa, cpus, nic_names)
+    return Matrix(names, cells, numa, cpus, nic_names, tuple(coherent))
+
+
+def _told_apart(found: list[str], many: int) -> list[str]:
+    """Return the words of a row, those split that hold several connections, if that gives ``many`` of them."""
+    apart: list[str] = []
+    for at, word in enumerate(found):
+        if len(apart) >= many:
+            return apart + found[at:] if len(apart) == many else found
+        several = _WORDS.findall(word)
+        apart += several if "".join(several) == word else [word]
+    return apart if len(apart) == many else found
 
 
 def _wrong_row(row: str, found: list[str], names: tuple[str, ...]) -> tuple[str, str] | None:
@@ -170,8 +196,12 @@ def _same_socket(matrix: Matrix, a: str, b: str) -> bool:
 def to_machine(matrix: Matrix, title: str, gpu: str, major: int, cpu_vendor: str = "") -> Machine:
     """Return a machine whose paths are those of the matrix. ``gpu`` may be empty; ``major`` its compute capability."""
     widest = max((int(w[2:]) for w in matrix.cells.values() if w.startswith("NV")), default=0)
-    machine = Machine(title, gpu, cpu_vendor or "intel")
-    if not gpu:
+    grace = bool(matrix.coherent) or gpu.startswith(GRACE)
+    machine = Machine(title, gpu, cpu_vendor or ("arm" if grace else "intel"))
+    if not gpu and grace:
+        machine.gpu, major = ("gb200-186gb", 10) if widest >= 18 else ("gh200-96gb", 9)
+        machine.notes.append(f"GPU guessed: its memory is a NUMA node: {machine.gpu} taken; --gpu NAME says which")
+    elif not gpu:
         machine.gpu, why = guess_gpu(widest, len(matrix.gpus))
         machine.notes.append(f"GPU guessed: {why}; --gpu NAME says which")
         major = {"h100-sxm-80gb": 9, "v100-sxm2-32gb": 7, "v100-sxm2-16gb": 7}.get(machine.gpu, 8)
@@ -184,17 +214,21 @@ def to_machine(matrix: Matrix, title: str, gpu: str, major: int, cpu_vendor: str
     nodes = [socket for socket in sockets if any(name in matrix.gpus for name in socket)]
     if len(nodes) > 2:
         machine.notes.append("each NUMA node is taken for a socket of its own")
-    for socket in sockets:
-        if socket not in nodes:
+    if far := [socket for socket in sockets if socket not in nodes]:
+        if len(nodes) == 1 and not grace:
+            nodes.append([])
+        for socket in far:
             nodes[-1].extend(socket)
-            machine.notes.append(f"{', '.join(socket)}: near to no GPU; hung on the last socket")
-    machine.num_cores = _num_threads(matrix) // 2
+            which = "last" if any(name in matrix.gpus for name in nodes[-1]) else "other"
+            machine.notes.append(f"{', '.join(socket)}: near to no GPU; hung on the {which} socket")
+    machine.num_cores = _num_threads(matrix) // (1 if grace else 2)
     near = {pair: _NEAR.get(word, 9) for pair, word in pairs.items()}
     for socket in nodes:
         cpu = machine.add("cpu")
         for branch in _groups(tuple(socket), {pair: distance <= 2 for pair, distance in near.items()}):
             if len(branch) == 1:
-                machine.wires.append(f"{device[branch[0]]} to {cpu} by {pcie}")
+                link = "c2c" if grace and branch[0] in matrix.gpus else pcie
+                machine.wires.append(f"{device[branch[0]]} to {cpu} by {link}")
                 continue
             leaves = _groups(tuple(branch), {pair: distance == 1 for pair, distance in near.items()})
             top = machine.add("pcie-switch")

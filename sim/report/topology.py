@@ -61,6 +61,9 @@ def read(name_or_path: str, gpu: str = "") -> Source:
         major = load.gpu(gpu).compute_capability[0] if gpu else 0
         found = nvidia_smi.to_machine(matrix, f"{path.stem}, read from nvidia-smi topo -m", gpu, major)
         return _source(found, name_or_path)
+    if text.strip() and not any(line.startswith(("devices:", "wires:", "gpu:")) for line in text.splitlines()):
+        what = "give the output of `nvidia-smi topo -m` from its line of GPU0 on, NCCL's XML, or a topology file"
+        raise ScenarioError([Finding(name_or_path, 0, "describes no machine", what)])
     written = name_or_path if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")) else f"./{name_or_path}"
     return Source(load.node(written), "", ())
 

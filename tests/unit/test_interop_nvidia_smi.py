@@ -64,7 +64,7 @@ def test_the_machine_has_the_paths_of_the_matrix(path: Path) -> None:
     for a, b in permutations(matrix.names, 2):
         word = matrix.cells[a, b]
         if a in on_their_own or b in on_their_own:
-            continue  # near to no GPU: hung on the last socket, and the file says so
+            continue  # near to no GPU: hung on a socket all the same, and the file says so
         if word.startswith("NV"):
             fast = search(node, device[a], scale_up=True)[device[b]]
             one = load.link(next(wire.split()[-1] for wire in found.wires if "nvlink" in wire)).bytes_per_s
@@ -115,3 +115,55 @@ def test_broken_matrices(text: str, lines: list[str]) -> None:
     said = [str(finding).split("\n")[0] for finding in wrong.value.findings]
     assert said == lines
     assert all(finding.remedy for finding in wrong.value.findings)
+
+
+def test_columns_that_a_terminal_ran_together() -> None:
+    """As sglang's check_env prints a matrix of 36 NICs: tabs became blanks, and every so many columns none is left."""
+    head = "        GPU0    GPU1    NIC0    NIC1    NIC2    CPU Affinity    NUMA Affinity   GPU NUMA ID\n"
+    rows = [
+        "GPU0     X      NV18    PIX     NODENODE    0-55,112-167    0               N/A",
+        "GPU1    NV18     X      NODEPIXSYS     0-55,112-167    0               N/A",
+        "NIC0    PIX     NODE     X      NODESYS",
+        "NIC1    NODE    PIX     NODE     X      SYS",
+        "NIC2    NODE    SYS     SYS     SYS      X",
+    ]
+    matrix = nvidia_smi.read_matrix(head + "\n".join(rows), "smi.txt")
+    assert matrix.cells["GPU0", "NIC1"] == matrix.cells["GPU0", "NIC2"] == "NODE"
+    assert [matrix.cells["GPU1", f"NIC{i}"] for i in range(3)] == ["NODE", "PIX", "SYS"]
+    assert matrix.numa == {"GPU0": "0", "GPU1": "0"}
+    assert matrix.coherent == ()
+
+
+def test_any_name_of_a_nic_and_gpus_that_do_not_begin_at_zero() -> None:
+    names = ("GPU2", "GPU3", "mlx5_bond_0", "bnxt_re0", "irdma0", "rocep4s0f1", "hfi1_0")
+    head = "\t" + "\t".join(names) + "\tCPU Affinity\tNUMA Affinity\n"
+    rows = "".join(
+        row + "\t" + "\t".join(" X " if row == name else "NODE" for name in names) + "\t0-31\t0\n" for row in names
+    )
+    matrix = nvidia_smi.read_matrix(head + rows, "smi.txt")
+    assert (matrix.gpus, matrix.nics) == (names[:2], names[2:])
+
+
+def test_a_gpu_with_a_numa_node_of_its_own_hangs_on_a_grace() -> None:
+    """A tray of GB200: each GPU's memory is a NUMA node, two GPUs on each Grace, 72 cores without a second thread."""
+    head = "\tGPU0\tGPU1\tGPU2\tGPU3\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\n"
+    rows = "".join(
+        f"GPU{i}\t"
+        + "\t".join(" X " if i == j else "NV18" for j in range(4))
+        + f"\t{'0-71' if i < 2 else '72-143'}\t{'0,2-17' if i < 2 else '1,18-33'}\t{2 + 8 * i}\n"
+        for i in range(4)
+    )
+    found = nvidia_smi.to_machine(nvidia_smi.read_matrix(head + rows, "smi.txt"), "tray", "", 0)
+    assert (found.gpu, found.cpu_vendor, found.num_cores, found.counts["cpu"]) == ("gb200-186gb", "arm", 144, 2)
+    assert {"gpu0 to cpu0 by c2c", "gpu3 to cpu1 by c2c", "gpu0 to nvswitch0 by 18 x nvlink5"} <= set(found.wires)
+    load.node_from_text(topology_text(found), "tray")
+
+
+def test_a_nic_near_to_no_gpu_of_one_socket_is_on_the_other() -> None:
+    text = (
+        "\tGPU0\tGPU1\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\n"
+        "GPU0\t X \tNV12\tSYS\t32-63\t1\t\tN/A\nGPU1\tNV12\t X \tSYS\t32-63\t1\t\tN/A\nNIC0\tSYS\tSYS\t X \n"
+    )
+    found = nvidia_smi.to_machine(nvidia_smi.read_matrix(text, "smi.txt"), "pair", "", 0)
+    assert "nic0 to cpu1 by pcie4-x16" in found.wires
+    assert "gpu1 to cpu0 by pcie4-x16" in found.wires
