@@ -92,7 +92,7 @@ def _communicators(
 def _collnet(cluster: Cluster, graph: RingGraph) -> tuple[int, int]:
     """Return the channels of a communicator, and the GPUs of a node that have buffers for switches that reduce: those
     are made whatever runs, where there are such switches."""
-    if cluster.spec.network is None or not cluster.spec.network.sharp or graph.num_nodes < 2:
+    if not cluster.sharp or graph.num_nodes < 2:
         return graph.compute_channels, 0
     from sim.cost.collnet import num_channels, num_heads
 

@@ -99,6 +99,11 @@ class Cluster:
         return self.spec.nccl >= (2, 12)
 
     @property
+    def sharp(self) -> bool:
+        """Whether the fabric's switches reduce for NCCL."""
+        return self.spec.network is not None and self.spec.network.sharp
+
+    @property
     def first_nic_link(self) -> int:
         """Where the links of the NICs begin among those of a domain: for each NIC out, then in."""
         return self._nic_base

@@ -9,11 +9,12 @@ nodes there are, and a leaf switch hands one sum up. Within a node:
     nvls_sharp      the node's NVSwitches reduce and multicast (what NCCL calls NVLS on several nodes)
 
 There is CollNet where a plugin offers it (nccl-rdma-sharp-plugins) and NCCL_COLLNET_ENABLE is 1: ``cluster.sharp`` of a
-scenario. Formulas: src/graph/tuning.cc; heads and speeds: src/graph/search.cc, ncclTopoSearchRecNet, ncclTopoCompute;
-conditions: src/enqueue.cc, updateCollCostTable (NCCL 2.30). Nothing is fitted: a collective takes as long as NCCL
-expects, or as its links need at the rates that NCCL counts on. Held against published bus bandwidths of 64 H100 with
-NDR and SHARP (+6 % at 512 MiB, -1 % at 8 GiB: tests/unit/test_cost_collnet.py). Of 8 NICs on A100 NVIDIA expects 110
-GB/s of data (NVIDIA/nccl#320); the wires allow 137.
+scenario (from two nodes on: NCCL_COLLNET_NODE_THRESHOLD, src/init.cc). Formulas: src/graph/tuning.cc; heads and speeds:
+src/graph/search.cc, ncclTopoSearchRecNet, ncclTopoCompute; conditions: src/enqueue.cc, updateCollCostTable (NCCL 2.30).
+Nothing is fitted: a collective takes as long as NCCL expects, or as its links need at the rates that NCCL counts on.
+Held against published bus bandwidths of 64 H100 with NDR and SHARP (+6 % at 512 MiB, -1 % at 8 GiB:
+tests/unit/test_cost_collnet.py). Of 8 NICs on A100 NVIDIA expects 110 GB/s of data (NVIDIA/nccl#320); the wires allow
+137.
 
 Leaves out: trees of the switches that are given out to one job at a time, and their lower rates for small messages;
 types that they do not add (8 bits).
@@ -28,11 +29,9 @@ from sim.cluster.topology import Cluster
 from sim.cost import nccl
 from sim.cost.nccl import Candidate, Choice, Loads, RingGraph, Shape
 
-ALGORITHMS = ("collnet_direct", "collnet_chain", "nvls_sharp")
+ALGORITHMS = nccl.OVER_SHARP
 MOST_LOCAL_RANKS = 8
 """NCCL_MAX_DIRECT_ARITY + 1, src/include/device.h: GPUs of a node that CollNet's own algorithms reach."""
-MIN_NODES = 2
-"""NCCL_COLLNET_NODE_THRESHOLD, src/init.cc."""
 INTRA_US = {"collnet_direct": 3.7, "collnet_chain": 2.8}
 NET_US = {"collnet_direct": 31.0, "collnet_chain": 30.0, "nvls_sharp": 18.0}
 """hwLatencies of src/graph/tuning.cc, inside a node over NVLink and PCIe alike; their base latencies are 0."""
@@ -40,14 +39,6 @@ ARITY_US = 0.4
 """Of CollNetDirect, for each other GPU of a node."""
 THREADS, THREAD_THRESHOLD = 640, 512
 """NCCL_MAX_NTHREADS; src/graph/tuning.cc: the bytes of a thread below which a channel is dropped."""
-SHARED_BYTES_PER_CHANNEL = 2 * 4 * 2**20
-"""Of a head's memory: a Simple buffer to send and one to receive (src/transport/coll_net.cc, sharedBuffersInit)."""
-
-
-def available(cluster: Cluster, num_nodes: int) -> bool:
-    """Whether a communicator over so many nodes has CollNet."""
-    network = cluster.spec.network
-    return network is not None and network.sharp and num_nodes >= MIN_NODES
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -66,7 +57,7 @@ def speeds(cluster: Cluster, graph: RingGraph, num_channels: int, direct: bool) 
     """
     if graph.hw != "nvlink" and not direct:
         return graph.channel_bw, graph.channel_bw
-    listed = nccl.SPEEDS_INTER[max(nccl._generation(cluster) - 1, 0)]
+    listed = nccl.SPEEDS_INTER[max(nccl.generation_of(cluster) - 1, 0)]
     nic = cluster.nic_line_bytes_per_s / nccl.GB * len(graph.patterns[0].rails) / num_channels
     gpus, most = graph.nodes[0][1], nic
     if len(gpus) > 1:
@@ -156,7 +147,7 @@ def channels(cluster: Cluster, graph: RingGraph, choice: Choice, tensor_bytes: i
 
 def add_loads(cluster: Cluster, graph: RingGraph, algorithm: str, kind: str, tensor_bytes: float, loads: Loads) -> None:
     """Add the bytes of one group: in each node, on its NICs, and up and down the leaf switches."""
-    {"collnet_direct": _direct, "collnet_chain": _chain, "nvls_sharp": nccl._nvls_inside}[algorithm](
+    {"collnet_direct": _direct, "collnet_chain": _chain, "nvls_sharp": nccl.nvls_inside}[algorithm](
         cluster, graph, kind, tensor_bytes, loads
     )
     _switches(cluster, graph, kind, tensor_bytes, loads)
@@ -173,9 +164,9 @@ def _direct(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, 
         for head in heads:
             for gpu in gpus:
                 if gpu != head and kind != "all_gather":
-                    nccl._add(loads, base, cluster.local_route(gpu, head).links, part)
+                    nccl.add_load(loads, base, cluster.local_route(gpu, head).links, part)
                 if gpu != head and kind != "reduce_scatter":
-                    nccl._add(loads, base, cluster.local_route(head, gpu).links, part)
+                    nccl.add_load(loads, base, cluster.local_route(head, gpu).links, part)
 
 
 def _chain(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
@@ -183,8 +174,8 @@ def _chain(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, l
         each, base = tensor_bytes / len(pattern.orders), node * cluster.links_per_domain
         for order in pattern.orders:
             for a, b in pairwise(order):
-                nccl._add(loads, base, cluster.local_route(b, a).links, each)
-                nccl._add(loads, base, cluster.local_route(a, b).links, each)
+                nccl.add_load(loads, base, cluster.local_route(b, a).links, each)
+                nccl.add_load(loads, base, cluster.local_route(a, b).links, each)
 
 
 def _switches(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
@@ -198,14 +189,14 @@ def _switches(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float
     for (node, _), pattern in zip(graph.nodes, graph.patterns, strict=True):
         base = node * cluster.links_per_domain
         for ring, (order, rail) in enumerate(zip(pattern.orders, pattern.rails, strict=True)):
-            nccl._add(loads, base, cluster.local_nic_route(order[0], rail, outward=True).links, out)
-            nccl._add(loads, base, cluster.local_nic_route(order[0], rail, outward=False).links, back)
+            nccl.add_load(loads, base, cluster.local_nic_route(order[0], rail, outward=True).links, out)
+            nccl.add_load(loads, base, cluster.local_nic_route(order[0], rail, outward=False).links, back)
             leaf = (ring, cluster.leaf_of(node, rail))
             leaves[leaf] = leaves.get(leaf, 0) + 1
     for (_, index), nodes in leaves.items():
         if nodes < graph.num_nodes:
-            nccl._add(loads, 0, (first + 2 * index,), own * nodes if kind == "all_gather" else each)
-            nccl._add(loads, 0, (first + 2 * index + 1,), own * nodes if kind == "reduce_scatter" else each)
+            nccl.add_load(loads, 0, (first + 2 * index,), own * nodes if kind == "all_gather" else each)
+            nccl.add_load(loads, 0, (first + 2 * index + 1,), own * nodes if kind == "reduce_scatter" else each)
 
 
 def inside_s(cluster: Cluster, graph: RingGraph, algorithm: str, kind: str, tensor_bytes: float) -> float:
@@ -221,6 +212,6 @@ def inside_s(cluster: Cluster, graph: RingGraph, algorithm: str, kind: str, tens
     wires_s = max((load / cluster.library_bytes_per_s(link) for link, load in loads.items()), default=0.0)
     if algorithm == "collnet_direct":
         return wires_s
-    each = nccl.CHANNEL_TREE_BW[nccl._generation(cluster)][MIN_NODES - 1] * nccl.GB
+    each = nccl.CHANNEL_TREE_BW[nccl.generation_of(cluster)][1] * nccl.GB  # of two nodes
     searched = graph.channels * num_channels(cluster, graph) / graph.compute_channels
     return max(wires_s, tensor_bytes / (searched * each * 0.5))

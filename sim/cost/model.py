@@ -155,7 +155,7 @@ class CostModel:
                 kernel.promotes,
             )
         elif isinstance(kernel, Pointwise):
-            key = (kernel.kind, kernel.moved_bytes, kernel.flops, kernel.random)
+            key = (kernel.kind, kernel.moved_bytes, kernel.flops, kernel.random_numbers)
         else:
             shapes = (kernel.batch, kernel.heads, kernel.kv_heads, kernel.query, kernel.key, kernel.head_dim)
             key = (kernel.kernel, kernel.direction, *map(size, shapes), kernel.causal, kernel.dtype)

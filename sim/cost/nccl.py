@@ -404,7 +404,7 @@ def _crossing(cluster: Cluster, gpus: tuple[int, ...], rails: tuple[int, ...]) -
     return tuple((start, *(gpu for gpu in gpus if gpu not in (start, end)), end) for start, end in ends)
 
 
-def _generation(cluster: Cluster) -> int:
+def generation_of(cluster: Cluster) -> int:
     """Return the row of NCCL's tables for this GPU (other vendors: RCCL starts from the same model; Ampere's row)."""
     gpu = cluster.spec.gpu
     if gpu.vendor != "nvidia":
@@ -420,7 +420,7 @@ def _channels(cluster: Cluster, num_rings: int, ring_bw: float, several_nodes: b
     or more are split in two (from sm90 on only if they are few or run at 50). A ring slower than every speed of the
     table runs as fast as it can. Source: nccl src/graph/search.cc, ncclTopoCompute, ncclTopoDupChannels.
     """
-    row = max(_generation(cluster) - 1, 0)
+    row = max(generation_of(cluster) - 1, 0)
     most = max(MAX_CHANNELS // 2 // num_rings, 1)
     best, speed = 1, 0.0
     for candidate in (SPEEDS_INTER if several_nodes else SPEEDS_INTRA)[row]:
@@ -430,7 +430,7 @@ def _channels(cluster: Cluster, num_rings: int, ring_bw: float, several_nodes: b
     if speed == 0.0:
         speed = ring_bw
     channels = best * num_rings
-    generation = _generation(cluster)
+    generation = generation_of(cluster)
     if speed >= 25 and not (generation >= HOPPER and speed < 50 and channels > 4):
         split = min(2 * channels, MAX_CHANNELS // 2)
         channels, speed = split, speed * channels / split
@@ -462,7 +462,7 @@ def _ring_graph(cluster: Cluster, group: tuple[int, ...]) -> RingGraph:
     channels, speed = found
     # Channels are doubled when rings are connected, and again on Hopper where few fast ones span nodes (connect.cc).
     compute = min(2 * channels, MAX_CHANNELS)
-    if _generation(cluster) >= HOPPER and several and speed > 45 and compute < 16:
+    if generation_of(cluster) >= HOPPER and several and speed > 45 and compute < 16:
         compute *= 2
     hw, local = _local_wires(cluster, patterns)
     return RingGraph(len(group), nodes, patterns, channels, speed, compute, hw, local)
@@ -534,14 +534,14 @@ def _nvls_graph(cluster: Cluster, graph: RingGraph) -> NvlsGraph | None:
     ncclNvlsInit.
     """
     local = min(len(gpus) for _, gpus in graph.nodes)
-    if not cluster.spec.node.nvswitch_multicast or _generation(cluster) < HOPPER or local <= 2:
+    if not cluster.spec.node.nvswitch_multicast or generation_of(cluster) < HOPPER or local <= 2:
         return None
     if not all(p.nvlink for p in graph.patterns):
         return None
     several = graph.num_nodes > 1
     heads = len(graph.patterns[0].rails) if several else min(local, MAX_NVLS_HEADS)
     nic = cluster.nic_line_bytes_per_s / GB if several else math.inf
-    speeds = (SPEEDS_INTER if several else SPEEDS_INTRA)[_generation(cluster) - 1]
+    speeds = (SPEEDS_INTER if several else SPEEDS_INTRA)[generation_of(cluster) - 1]
     limit = min(_nvlink_bytes_per_s(cluster, graph) / GB / (heads + 1), nic)
     intra = next((speed for speed in speeds if speed <= limit + 1e-6), 0.0)
     if not intra or heads < 2:
@@ -591,7 +591,7 @@ class Shape(NamedTuple):
 
 
 def _shape(cluster: Cluster, graph: RingGraph) -> Shape:
-    generation = _generation(cluster)
+    generation = generation_of(cluster)
     several = graph.num_nodes > 1
     local = graph.num_ranks // graph.num_nodes
     nvlink = all(p.nvlink for p in graph.patterns)
@@ -691,11 +691,6 @@ def _pat(shape: Shape) -> Candidate:
     return Candidate("pat", "Simple", latency + shape.num_ranks * 2.8, shape.bus * 0.75)
 
 
-def _sharp(cluster: Cluster) -> bool:
-    """Whether the fabric's switches reduce: what that adds is in collnet.py."""
-    return cluster.spec.network is not None and cluster.spec.network.sharp
-
-
 def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidate, ...]:
     """Return everything NCCL may choose from, by nccl ncclTopoTuneModel (src/graph/tuning.cc)."""
     shape = _shape(cluster, graph)
@@ -708,7 +703,7 @@ def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidat
     nvls = _nvls_graph(cluster, graph)
     if nvls is not None:
         found.append(_nvls(shape, kind, nvls))
-    if _sharp(cluster) and shape.num_nodes > 1:
+    if cluster.sharp and shape.num_nodes > 1:
         from sim.cost import collnet
 
         found += collnet.candidates(cluster, graph, shape, kind, nvls)
@@ -718,7 +713,7 @@ def _candidates(cluster: Cluster, graph: RingGraph, kind: str) -> tuple[Candidat
 def _at_size(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: int, candidate: Candidate) -> Candidate:
     """Return a candidate with what depends on the size of the message: nccl ncclTopoGetAlgoTime."""
     algorithm, protocol, latency, bw = candidate
-    generation = _generation(cluster)
+    generation = generation_of(cluster)
     size_class = _log2i(tensor_bytes >> 6) if tensor_bytes >= 64 else -1
     x86 = cluster.spec.node.cpu_vendor in ("intel", "amd")
     dips = (algorithm == "tree" and 0 <= size_class < 23) or (
@@ -775,7 +770,8 @@ def _sms(cluster: Cluster, graph: RingGraph, choice: Choice, tensor_bytes: int) 
 Loads = dict[int, float]
 
 
-def _add(loads: Loads, base: int, links: Iterable[int], num_bytes: float) -> None:
+def add_load(loads: Loads, base: int, links: Iterable[int], num_bytes: float) -> None:
+    """Add bytes to each of these links, numbered from ``base``."""
     for link in links:
         loads[base + link] = loads.get(base + link, 0.0) + num_bytes
 
@@ -794,7 +790,7 @@ def _ring_loads(cluster: Cluster, graph: RingGraph, hop_bytes: float, loads: Loa
         for i, (node, _) in enumerate(nodes):
             j = (i + 1) % len(nodes)
             for rail, to_rail in zip(patterns[i].out_rails, patterns[j].rails, strict=True):
-                _add(loads, 0, cluster.fabric(node, rail, nodes[j][0], to_rail), each)
+                add_load(loads, 0, cluster.fabric(node, rail, nodes[j][0], to_rail), each)
     if kind in ("broadcast", "reduce"):
         each = -hop_bytes / len(patterns[0].orders)
         at = next(i for i, (node, _) in enumerate(nodes) if node == cluster.domain_of(root))
@@ -802,9 +798,9 @@ def _ring_loads(cluster: Cluster, graph: RingGraph, hop_bytes: float, loads: Loa
         for r, order in enumerate(patterns[at].orders):
             place = order.index(local) + (0 if kind == "broadcast" else 1)
             if 0 < place < len(order):
-                _add(loads, nodes[at][0] * stride, cluster.local_route(order[place - 1], order[place]).links, each)
+                add_load(loads, nodes[at][0] * stride, cluster.local_route(order[place - 1], order[place]).links, each)
             elif len(nodes) == 1:
-                _add(loads, nodes[at][0] * stride, cluster.local_route(order[-1], order[0]).links, each)
+                add_load(loads, nodes[at][0] * stride, cluster.local_route(order[-1], order[0]).links, each)
             else:
                 before = (at - 1) % len(nodes) if place == 0 else at
                 _between(cluster, graph, before, (before + 1) % len(nodes), r, each, loads)
@@ -816,10 +812,10 @@ def _between(cluster: Cluster, graph: RingGraph, i: int, j: int, ring: int, num_
     source, target = graph.patterns[i], graph.patterns[j]
     out = cluster.local_nic_route(source.orders[ring][-1], source.out_rails[ring], True, graph.nodes[i][1])
     into = cluster.local_nic_route(target.orders[ring][0], target.rails[ring], False, graph.nodes[j][1])
-    _add(loads, graph.nodes[i][0] * stride, out.links, num_bytes)
+    add_load(loads, graph.nodes[i][0] * stride, out.links, num_bytes)
     fabric = cluster.fabric(graph.nodes[i][0], source.out_rails[ring], graph.nodes[j][0], target.rails[ring])
-    _add(loads, 0, fabric, num_bytes)
-    _add(loads, graph.nodes[j][0] * stride, into.links, num_bytes)
+    add_load(loads, 0, fabric, num_bytes)
+    add_load(loads, graph.nodes[j][0] * stride, into.links, num_bytes)
 
 
 def _tree_between(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: Loads) -> None:
@@ -839,9 +835,11 @@ def _tree_between(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads
                 for r in range(rings):
                     out = cluster.local_nic_route(a.orders[r][0], a.rails[r], outward=True)
                     into = cluster.local_nic_route(b.orders[r][0], b.rails[r], outward=False)
-                    _add(loads, graph.nodes[i][0] * stride, out.links, each)
-                    _add(loads, 0, cluster.fabric(graph.nodes[i][0], a.rails[r], graph.nodes[j][0], b.rails[r]), each)
-                    _add(loads, graph.nodes[j][0] * stride, into.links, each)
+                    add_load(loads, graph.nodes[i][0] * stride, out.links, each)
+                    add_load(
+                        loads, 0, cluster.fabric(graph.nodes[i][0], a.rails[r], graph.nodes[j][0], b.rails[r]), each
+                    )
+                    add_load(loads, graph.nodes[j][0] * stride, into.links, each)
 
 
 def _tree_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: Loads) -> None:
@@ -850,20 +848,20 @@ def _tree_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: 
         each = tensor_bytes / len(pattern.orders)
         for order in pattern.orders:
             for a, b in pairwise(order):
-                _add(loads, node * cluster.links_per_domain, cluster.local_route(a, b).links, each)
-                _add(loads, node * cluster.links_per_domain, cluster.local_route(b, a).links, each)
+                add_load(loads, node * cluster.links_per_domain, cluster.local_route(a, b).links, each)
+                add_load(loads, node * cluster.links_per_domain, cluster.local_route(b, a).links, each)
     if graph.num_nodes > 1:
         _tree_between(cluster, graph, tensor_bytes, loads)
 
 
 def _nvls_loads(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
     """Add NVLS: in each node its switches reduce and multicast, between nodes the heads' parts go along trees."""
-    _nvls_inside(cluster, graph, kind, tensor_bytes, loads)
+    nvls_inside(cluster, graph, kind, tensor_bytes, loads)
     if graph.num_nodes > 1:
         _tree_between(cluster, graph, tensor_bytes, loads)
 
 
-def _nvls_inside(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
+def nvls_inside(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
     """Add what GPUs and switches exchange when switches reduce and multicast.
 
     Reducing: each head reads its part (S/heads), the switch fetches it from every GPU and adds: every GPU sends S and
@@ -876,8 +874,8 @@ def _nvls_inside(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: fl
             up, down = cluster.local_route(gpu, gpus[i - 1]).links[0], cluster.local_route(gpus[i - 1], gpu).links[-1]
             part = tensor_bytes / len(heads) if gpu in heads else 0.0
             reduces, spreads = kind != "all_gather", kind != "reduce_scatter"
-            _add(loads, base, (up,), tensor_bytes * reduces + part * spreads)
-            _add(loads, base, (down,), part * reduces + tensor_bytes * spreads)
+            add_load(loads, base, (up,), tensor_bytes * reduces + part * spreads)
+            add_load(loads, base, (down,), part * reduces + tensor_bytes * spreads)
 
 
 def _pat_loads(cluster: Cluster, graph: RingGraph, tensor_bytes: float, loads: Loads) -> None:
@@ -909,7 +907,7 @@ def _all_to_all_loads(cluster: Cluster, group: Sequence[int], tensor_bytes: floa
     domains = _by_node(cluster, group)
     for domain, gpus in domains:
         for a, b in permutations(gpus, 2):
-            _add(loads, domain * stride, cluster.local_route(a, b).links, each)
+            add_load(loads, domain * stride, cluster.local_route(a, b).links, each)
     if len(domains) == 1:
         return
     rails = [Counter(cluster.rail_of(gpu) for gpu in gpus) for _, gpus in domains]
@@ -920,15 +918,15 @@ def _all_to_all_loads(cluster: Cluster, group: Sequence[int], tensor_bytes: floa
             out_rail = cluster.rail_out(gpu, rail)
             senders[out_rail, rail] += 1
             out = cluster.local_nic_route(gpu, out_rail, outward=True)
-            _add(loads, domain * stride, out.links, (num - own[rail]) * each)
+            add_load(loads, domain * stride, out.links, (num - own[rail]) * each)
         for ((out_rail, rail), num), ((to_domain, _), theirs) in product(
             senders.items(), zip(domains, rails, strict=True)
         ):
             if to_domain != domain:
-                _add(loads, 0, cluster.fabric(domain, out_rail, to_domain, rail), num * theirs[rail] * each)
+                add_load(loads, 0, cluster.fabric(domain, out_rail, to_domain, rail), num * theirs[rail] * each)
         for gpu in gpus:
             into = cluster.local_nic_route(gpu, cluster.rail_of(gpu), outward=False)
-            _add(loads, domain * stride, into.links, (len(group) - len(gpus)) * each)
+            add_load(loads, domain * stride, into.links, (len(group) - len(gpus)) * each)
 
 
 def _message_latency_s(cluster: Cluster, pairs: Iterable[tuple[int, int]]) -> float:
@@ -1107,7 +1105,7 @@ def _measured(cluster: Cluster, name: str, hw: str) -> Coefficients | None:
 
 def nvls_channels(cluster: Cluster, num_nodes: int) -> int:
     """Return the channels of NVLS: src/transport/nvls.cc, ncclNvlsTuning."""
-    return NVLS_CHANNELS.get(_generation(cluster), (16, 16))[num_nodes > 1]
+    return NVLS_CHANNELS.get(generation_of(cluster), (16, 16))[num_nodes > 1]
 
 
 def assumption(cluster: Cluster, groups: Sequence[tuple[int, ...]]) -> str:
@@ -1170,7 +1168,7 @@ def _nvls_bytes_per_s(cluster: Cluster, graph: RingGraph, kind: str) -> float:
     """
     heads = min(len(graph.nodes[0][1]), MAX_NVLS_HEADS)
     per_byte = 1 + 1 / heads if kind == "all_reduce" else 1.0
-    return NVLS_EFFICIENCY[_generation(cluster)] * _nvlink_bytes_per_s(cluster, graph) / per_byte
+    return NVLS_EFFICIENCY[generation_of(cluster)] * _nvlink_bytes_per_s(cluster, graph) / per_byte
 
 
 SHIFT_S = 5e-6

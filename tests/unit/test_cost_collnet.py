@@ -117,7 +117,7 @@ def test_pat_goes_far_with_little() -> None:
         expected: nccl.Loads = {}
         for distance, parts in farther.items():
             for node in range(num_nodes):
-                nccl._add(expected, 0, cluster.route(node, (node + distance) % num_nodes, rail=0).links, parts)
+                nccl.add_load(expected, 0, cluster.route(node, (node + distance) % num_nodes, rail=0).links, parts)
         assert loads == pytest.approx(expected)
         assert sum(farther.values()) == num_nodes - 1
 
