@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 
 from sim.catalog.schema import GpuFacts
 from sim.cluster.topology import Cluster
 from sim.cost.nccl import RingGraph, nvls_channels, p2p_channels, ring_graph
-from sim.ir.program import Program, World
+from sim.ir.program import Collective, Program, World
 from sim.ir.timeline import Timeline
 from sim.memory.runtime import NcclCommunicator, Outside, outside_torch
 
@@ -24,7 +25,7 @@ def outside_of(world: World, timeline: Timeline, cluster: Cluster, gpu: GpuFacts
     return {
         program.rank: outside_torch(
             gpu.cuda_context_bytes,
-            tuple(_communicators(world, program, used, cluster)) if used is not None else (),
+            tuple(_communicators(world, program, _of_rank(used, program.rank), cluster)) if used is not None else (),
             context_band=gpu.cuda_context_band_bytes,
         )
         for program in world.programs
@@ -40,18 +41,50 @@ def _algorithms(timeline: Timeline) -> dict[tuple[int, str], list[str]]:
     return {key: list(names) for key, names in found.items()}
 
 
+def _of_rank(used: dict[tuple[int, str], list[str]], rank: int) -> Callable[[str], Sequence[str]]:
+    return lambda axis: used.get((rank, axis), ())
+
+
+def connections(world: World, cluster: Cluster) -> list[Hashable]:
+    """Return, for each class, what the buffers of its communicators depend on beside the algorithms.
+
+    Equal for classes that hold as much if they run the same.
+    """
+    if cluster.spec.backend != "nccl":
+        return [()] * len(world.programs)
+    exchanged: dict[int, dict[str, None]] = {}
+    found: list[Hashable] = []
+    for program in world.programs:
+        if (axes := exchanged.get(id(program.chunks))) is None:
+            axes = exchanged[id(program.chunks)] = dict.fromkeys(_exchanges(program))
+        run = {axis: ("pairwise",) if axis in axes else ("ring",) for axis in program.axes}
+        held = _communicators(world, program, run.__getitem__, cluster)
+        found.append(tuple([replace(communicator, name="") for communicator in held]))
+    return found
+
+
+def _exchanges(program: Program) -> Iterator[str]:
+    """Yield the axes on which a program sends to each rank by itself."""
+    for chunk in {id(chunk): chunk for chunk in program.chunks.values()}.values():
+        for step in chunk:
+            if isinstance(step, Collective) and step.kind == "all_to_all":
+                yield step.axis
+
+
 def _communicators(
-    world: World, program: Program, used: dict[tuple[int, str], list[str]], cluster: Cluster
+    world: World, program: Program, algorithms_on: Callable[[str], Sequence[str]], cluster: Cluster
 ) -> Iterator[NcclCommunicator]:
+    """Yield the communicators of a class's first rank; ``algorithms_on`` an axis: what ran there, nothing if none."""
     peers: dict[int, None] = {}
     together: tuple[int, ...] = ()
     for axis, name in program.axes.items():
         if axis.endswith((".send", ".recv")):
             communicator = world.communicators[name]
             together = together or next((g for g in communicator.within if program.rank in g), ())
-            pair = next(g for g in communicator.groups if program.rank in g)
-            peers.update(dict.fromkeys(rank for rank in pair if rank != program.rank))
-        algorithms = used.get((program.rank, axis))
+            own, other = (0, 1) if axis.endswith(".send") else (1, 0)  # one name may be of what it sends and receives
+            peers[next(g[other] for g in communicator.groups if g[own] == program.rank)] = None
+            continue
+        algorithms = algorithms_on(axis)
         if not algorithms:
             continue
         group = next(g for g in world.communicators[name].groups if program.rank in g)

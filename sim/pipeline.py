@@ -19,7 +19,7 @@ from sim.memory.confidence import Confidence, confidence
 from sim.memory.replay import Known, footprints
 from sim.memory.runtime import Outside
 from sim.model.transformer import describe
-from sim.outside import outside_of
+from sim.outside import connections, outside_of
 from sim.parallel.frameworks import warnings_of
 from sim.parallel.lower import lower
 from sim.parallel.precision import dtypes_of
@@ -197,7 +197,7 @@ def _folded(
         from sim.parallel.alike import alike
 
         cost = CostModel(cluster, scenario.cluster.gpu, settings)
-        return alike(found, cost.traffic, cost.links)
+        return alike(found, cost.traffic, cost.links, connections(found, cluster))
 
     places = places_of(cluster, num_ranks=world.world_size)
     return refold(world, speeds=slow, places=places, folded=fold, trusting=trusting, alike=same)

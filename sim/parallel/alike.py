@@ -5,7 +5,7 @@ of several nodes it tells the places in a node apart. Rings are laid so that eve
 mostly the wires of all of them carry the same, and their classes are one. Here classes, communicators and links are
 coloured together, by what is there, and refined until it is stable:
 
-    class          its program; the communicator it has on each axis, and its copies
+    class          its program, and what its connections hold; the communicator it has on each axis, and its copies
     communicator   its axis; what each transfer on it takes besides wires; the classes of a group; the links it loads,
                    each with its bytes
     link           its rate; the communicators that load it, each with its bytes
@@ -53,12 +53,17 @@ class _Mover:
         self.known: dict[tuple[tuple[int, int], ...], int] = {}
 
 
-def alike(world: World, traffic_of: TrafficOf, links: Sequence[Link]) -> list[int]:
-    """Return a colour for each class (``world.programs``): classes of one colour do the same."""
+def alike(
+    world: World, traffic_of: TrafficOf, links: Sequence[Link], apart: Sequence[Hashable] | None = None
+) -> list[int]:
+    """Return a colour for each class (``world.programs``): classes of one colour do the same.
+
+    ``apart``  by class: equal only for those that are alike in what is not traffic
+    """
     contents = _numbers([(id(program.step), id(program.chunks)) for program in world.programs])
     movers, of_class = _movers(world, contents, traffic_of)
     kinds, loads = _kinds(movers, links)
-    classes: list[int] = contents
+    classes = contents if apart is None else _numbers(list(zip(contents, apart, strict=True)))
     colours = _numbers([(tuple(mover.static), mover.ordered) for mover in movers])
     kind_colours = _numbers([kind[0] for kind in kinds])
     num_colours = 0

@@ -368,7 +368,7 @@ def layouts(draw: st.DrawFn) -> str:
     num_gpus = 8 * num_nodes
     model_axes = framework in ("megatron", "fsdp2")
     tp = draw(st.sampled_from([1, 2, 4])) if model_axes else 1
-    cp = draw(st.sampled_from([1, 1, 2])) if model_axes or framework == "deepspeed" else 1
+    cp = draw(st.sampled_from([1, 1, 2, min(4, 8 // tp)])) if model_axes or framework == "deepspeed" else 1
     pp = draw(st.sampled_from([1, 2, 4])) if model_axes or framework == "deepspeed" else 1
     pp = min(pp, num_gpus // (tp * cp))
     dp = num_gpus // (tp * cp * pp)
@@ -438,7 +438,14 @@ SOCKETS = ("dgx-h100", "dgx-a100-80gb", "pcie-8x-4090", "pcie-8x-a100-80gb-switc
 
 
 def offloaded(
-    node: str, num_nodes: int, per_node: int, tp: int, pp: int, framework: str, own: Mapping[str, object], slow: int = -1
+    node: str,
+    num_nodes: int,
+    per_node: int,
+    tp: int,
+    pp: int,
+    framework: str,
+    own: Mapping[str, object],
+    slow: int = -1,
 ) -> str:
     """Return a question on some GPUs of each node, with the framework's ``own`` settings; ``slow``: a rank, -1: none.
 

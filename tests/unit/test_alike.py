@@ -31,13 +31,18 @@ def world(lone: bool = False) -> World:
     return World(4, tuple(programs), communicators)
 
 
-def colours(loads: dict[str, tuple[tuple[int, float], ...]], rates: tuple[float, ...], lone: bool = False) -> list[int]:
+def colours(
+    loads: dict[str, tuple[tuple[int, float], ...]],
+    rates: tuple[float, ...],
+    lone: bool = False,
+    apart: tuple[int, ...] | None = None,
+) -> list[int]:
     links = [Link(str(number), "nvlink", rate) for number, rate in enumerate(rates)]
 
     def traffic_of(transfer, communicator, ranks):
         return Traffic("ring", (Phase(0.0, loads[communicator.name]),), 4)
 
-    return alike(world(lone), traffic_of, links)
+    return alike(world(lone), traffic_of, links, apart)
 
 
 EQUAL = {"dp@0": ((0, 4.0),), "dp@1": ((1, 4.0),), "tp@0": ((0, 2.0), (1, 2.0)), "tp@2": ((2, 2.0), (3, 2.0))}
@@ -48,6 +53,13 @@ def test_what_loads_alike_links_alike_is_one() -> None:
     assert colours(EQUAL, (1.0, 1.0, 1.0, 1.0)) == [0, 0, 1, 1]
     both = {**EQUAL, "dp@0": ((0, 4.0), (2, 4.0)), "dp@1": ((1, 4.0), (3, 4.0))}
     assert colours(both, (1.0, 1.0, 1.0, 1.0)) == [0, 0, 0, 0]
+
+
+def test_what_is_apart_stays_apart_and_so_does_who_meets_it() -> None:
+    """The first rank sums with the second and gathers with the third: none is like the fourth, nor like another."""
+    both = {**EQUAL, "dp@0": ((0, 4.0), (2, 4.0)), "dp@1": ((1, 4.0), (3, 4.0))}
+    assert colours(both, (1.0, 1.0, 1.0, 1.0), apart=(7, 7, 7, 7)) == [0, 0, 0, 0]
+    assert len(set(colours(both, (1.0, 1.0, 1.0, 1.0), apart=(1, 0, 0, 0)))) == 4
 
 
 @pytest.mark.parametrize("change", [

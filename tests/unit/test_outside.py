@@ -53,3 +53,33 @@ def test_a_stage_in_the_middle_has_two_neighbours(tmp_path: Path) -> None:
     by_rank = [outside[rank].nccl_bytes for rank in sorted(outside)]
     inner = (32 - 24) * 12 * MIB
     assert [held - by_rank[0] for held in by_rank] == [0, inner, inner, 0]
+
+
+def test_a_rank_of_a_ring_has_two_neighbours_however_it_is_folded(tmp_path: Path) -> None:
+    """Four ranks pass keys and values on: each sends to the next, receives from the one before, and is one class."""
+    (tmp_path / "cp.yaml").write_text(
+        "model: gpt2\ncluster: {node: dgx-h100, num_nodes: 1, num_gpus: 4}\nframework: megatron\n"
+        "parallelism: {cp: 4, cp_comm: p2p}\n"
+        "training: {sequence_length: 512, micro_batch_size: 1, global_batch_size: 1, precision: bf16}\n",
+        encoding="utf-8",
+    )
+    scenario = load_scenario(tmp_path / "cp.yaml", ())
+    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
+    assert len(folded.world.programs) == 1
+    assert {held.nccl_bytes for held in unfolded.outside.values()} == {folded.outside[0].nccl_bytes}
+    assert folded.outside[0].nccl_bytes >= 2 * 32 * 12 * MIB  # 32 channels to either of them
+
+
+def test_groups_whose_ranks_reach_each_other_otherwise_hold_otherwise(tmp_path: Path) -> None:
+    """Three groups of two on nodes of three: two write into each other's memory, two are on two nodes."""
+    (tmp_path / "tp.yaml").write_text(
+        "model: gpt2\ncluster: {node: dgx-h100, num_nodes: 2, num_gpus: 6, network: ib-ndr-400-4}\n"
+        "framework: megatron\nparallelism: {tp: 2}\n"
+        "training: {sequence_length: 512, micro_batch_size: 1, global_batch_size: 3, precision: bf16}\n",
+        encoding="utf-8",
+    )
+    scenario = load_scenario(tmp_path / "tp.yaml", ())
+    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
+    held = {rank: folded.outside[p.rank].nccl_bytes for p in folded.world.programs for rank in p.ranks}
+    assert held == {rank: beside.nccl_bytes for rank, beside in unfolded.outside.items()}
+    assert held[2] != held[0] == held[4]
