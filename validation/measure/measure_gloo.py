@@ -52,7 +52,8 @@ def measure(kind: str, call: Call, size: int) -> tuple[float, float, list[int]]:
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {os.cpu_count()} cores, Linux {platform.release().partition("-")[0]}, torch {torch.__version__}"
+    kernel = platform.release().partition("-")[0]
+    return f"{model}, {os.cpu_count()} cores, Linux {kernel}, torch {torch.__version__}"
 
 
 def main(path: str) -> None:
