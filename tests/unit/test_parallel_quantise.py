@@ -173,7 +173,7 @@ def test_a_gradient_that_was_added_to_is_quantised_again() -> None:
 
 @pytest.mark.parametrize("name", ["delayed on Hopper", "tensorwise on Hopper", "blockwise"])
 def test_products_of_gradients_promote_their_sums(name: str) -> None:
-    """``use_split_accumulator``: in forward with scales of blocks alone (common/recipe, module/base.py ``_2X_ACC_``)."""
+    """``use_split_accumulator``: in forward with scales of blocks alone (common/recipe; module/base.py, _2X_ACC_)."""
     low = quantise(block(), RECIPES[name], cached_weights=True)
     for op_name, kernel in gemms(low):
         assert kernel.promotes == (name == "blockwise" or ".grad_" in op_name)
