@@ -15,9 +15,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from sim.catalog import load
 from sim.cost.calibrated import row_of
 from sim.errors import Finding, ScenarioError
-from sim.interop.nccl_tests import NcclTest, read_tests
+from sim.interop.nccl_tests import NcclTest, gpu_of, read_tests
 from sim.ir.ledger import Attention, Gemm, Kernel, Pointwise
 from sim.ir.program import Compute
 from sim.pipeline import Simulation, simulate
@@ -67,7 +68,7 @@ def calibrate(
     step: Callable[[str], None] = lambda words: None,
 ) -> Calibrating:
     """Measure, and return the calibration file's text. Raises ScenarioError where nothing can be measured."""
-    curves = curves_of(tests)
+    curves, named = curves_of(tests, scenario.cluster.gpu.name)
     notes: list[str] = []
     answer: Mapping[str, Any] = {}
     wanted = device
@@ -91,7 +92,7 @@ def calibrate(
         )
     if wanted == "cuda" and answer:
         _check_gpu(scenario, answer["machine"])
-    return _written(scenario, answer, curves, tests, notes)
+    return _written(scenario, answer, curves, named, tests, notes)
 
 
 # --- what is worth measuring -----------------------------------------------------------------------
@@ -213,9 +214,13 @@ def _check_gpu(scenario: Scenario, machine: Mapping[str, Any]) -> None:
 # --- nccl-tests ------------------------------------------------------------------------------------
 
 
-def curves_of(files: Sequence[Path]) -> list[NcclCurve]:
-    """Return the curves in outputs of nccl-tests. Raises ScenarioError with every finding."""
+def curves_of(files: Sequence[Path], gpu: str) -> tuple[list[NcclCurve], str]:
+    """Return (curves, what they call the GPU) of outputs of nccl-tests.
+
+    Raises ScenarioError with every finding, runs on another GPU than ``gpu`` among them.
+    """
     curves: list[NcclCurve] = []
+    named = ""
     findings: list[Finding] = []
     for file in files:
         try:
@@ -226,12 +231,17 @@ def curves_of(files: Sequence[Path]) -> list[NcclCurve]:
             continue
         try:
             for test in read_tests(text, str(file)):
+                name, same = gpu_of(test, gpu, load.names("gpu"))
+                if not same:
+                    problem = f"it ran on {name}, and the scenario's GPU is {gpu}"
+                    findings.append(Finding(str(file), test.rows[0].line, problem, "give what ran on such GPUs"))
+                named = named or name
                 curves += _curve(test, str(file), findings)
         except ScenarioError as error:
             findings += error.findings
     if findings:
         raise ScenarioError(findings)
-    return curves
+    return curves, named
 
 
 def _curve(test: NcclTest, file: str, findings: list[Finding]) -> list[NcclCurve]:
@@ -255,8 +265,9 @@ def _curve(test: NcclTest, file: str, findings: list[Finding]) -> list[NcclCurve
 
 
 def _written(
-    scenario: Scenario, answer: Mapping[str, Any], curves: Sequence[NcclCurve], tests: Sequence[Path], notes: list[str]
-) -> Calibrating:
+    scenario: Scenario, answer: Mapping[str, Any], curves: Sequence[NcclCurve], named: str, tests: Sequence[Path],
+    notes: list[str],
+) -> Calibrating:  # fmt: skip
     rows: dict[str, list[Any]] = {}
     for name, kind in _ROWS.items():
         for row in answer.get(name, ()):
@@ -275,7 +286,7 @@ def _written(
         counts["nccl"] = sum(len(curve.rows) for curve in curves)
     provenance: dict[str, Any] = {
         "date": date.today().isoformat(),
-        **({"gpu": scenario.cluster.gpu.name} if "gpu_model" in machine else {}),
+        **({"gpu": scenario.cluster.gpu.name} if "gpu_model" in machine or named else {}),
         **machine,
         "scenario": scenario.name,
         **({"nccl_tests": [str(path) for path in tests]} if tests else {}),

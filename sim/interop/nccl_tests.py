@@ -23,7 +23,7 @@ _NAMES = {
     "alltoall": "all_to_all", "all_to_all": "all_to_all", "broadcast": "broadcast", "reduce": "reduce",
     "sendrecv": "send",
 }  # fmt: skip
-_RANK = re.compile(r"^#?\s*Rank\s+(\d+)\s.*?\bon\s+(\S+)\s+device\s+(\d+)")
+_RANK = re.compile(r"^#?\s*Rank\s+(\d+)\s.*?\bon\s+(\S+)\s+device\s+(\d+)\s*(?:\[\S+\])?\s*(.*)$")
 _ROW = re.compile(r"^\s*(\d+)\s+(\d+)\s+([a-z][\w]*)\s+(.*)$")
 _PERF = re.compile(r"(?:^|[^A-Za-z0-9_])([a-z_]+)_perf(?:_mpi)?(?![A-Za-z0-9_])")
 _TAG = re.compile(
@@ -46,12 +46,31 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class NcclTest:
-    """One run: the collective, its ranks and nodes (0: the file does not say), rows by size."""
+    """One run: the collective, its ranks and nodes (0: the file does not say), rows by size; what GPUs are called."""
 
     kind: str
     num_ranks: int
     num_nodes: int
     rows: tuple[Measured, ...]
+    gpus: tuple[str, ...] = ()
+
+
+def gpu_of(test: NcclTest, gpu: str, known: tuple[str, ...]) -> tuple[str, bool]:
+    """Return (what the run calls its GPUs, whether that may be ``gpu``), both by the catalogue's names, of which
+    ``known`` are all. A name that no GPU of the catalogue goes by may be any; ("", True) where the run has no names.
+    """
+    mine = _model(gpu)
+    others = {_model(name) for name in known} - {mine}
+    for name in test.gpus:
+        words = re.findall(r"[a-z]*\d+[a-z]*", name.lower())
+        if mine not in words and any(word in others for word in words):
+            return name, False
+    return next((name for name in test.gpus if mine in re.findall(r"[a-z]*\d+[a-z]*", name.lower())), ""), True
+
+
+def _model(gpu: str) -> str:
+    """Return the word of a GPU's name that has its number: ``h100`` of h100-sxm-80gb, ``4090`` of rtx-4090."""
+    return next((word for word in gpu.split("-") if any(letter.isdigit() for letter in word)), gpu)
 
 
 @dataclass(slots=True)
@@ -60,6 +79,7 @@ class _Run:
 
     kind: str
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
+    gpus: dict[str, None] = field(default_factory=dict)
     rows: list[Measured] = field(default_factory=list)
     ratio: float = 0.0
     reduces: bool = False
@@ -81,11 +101,13 @@ def read_tests(text: str, file: str) -> tuple[NcclTest, ...]:
         known = perf is not None and perf[1] in _NAMES
         if run.rows and (known or rank):
             _close(run, file, tests, findings)
-            run, listed = _Run(run.kind, run.ranks), False
+            run, listed = _Run(run.kind, run.ranks, run.gpus), False
         if perf is not None and known:
             run.kind = _NAMES[perf[1]]
         elif rank is not None:
-            run.ranks, listed = run.ranks if listed else {}, True
+            if not listed:
+                run.ranks, run.gpus, listed = {}, {}, True
+            run.gpus |= {rank[4].strip(): None} if rank[4].strip() else {}
             run.ranks[rank[1], rank[2]] = int(rank[3])
         elif row is not None and perf is None:
             _row(run, row, file, number, findings)
@@ -126,7 +148,7 @@ def _close(run: _Run, file: str, tests: list[NcclTest], findings: list[Finding])
         problem, remedy = "several hosts have the same ranks: they ran by themselves", "build nccl-tests with MPI=1"
         findings.append(Finding(file, line, problem, remedy))
     elif kind := run.kind or _guess(run.ratio, run.reduces, num_ranks):
-        tests.append(NcclTest(kind, num_ranks, num_nodes, tuple(run.rows)))
+        tests.append(NcclTest(kind, num_ranks, num_nodes, tuple(run.rows), tuple(run.gpus)))
     else:
         problem, remedy = "it does not say which collective this is", "name the file all_reduce_perf.txt"
         findings.append(Finding(file, line, problem, remedy))

@@ -167,6 +167,11 @@ def topology(source: Source, num_nodes: int, network: str, tests: Sequence[str])
         "nccl": _found(cluster),
     }
     measured = [(file, test) for file in tests for test in nccl_tests.read_tests(_text(Path(file)), file)]
+    for file, test in measured:
+        name, same = nccl_tests.gpu_of(test, source.node.gpu, load.names("gpu"))
+        note = f"{file}: ran on {name}, not on {source.node.gpu}"
+        if not same and note not in content["notes"]:
+            content["notes"].append(note)
     rows = [row for file, test in measured for row in _beside(source.node, network, cluster, test, file)]
     content["bus"] = rows or _expected(cluster)
     return content

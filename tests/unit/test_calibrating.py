@@ -121,11 +121,31 @@ def test_nccl_tests_alone_are_enough(scenario, tmp_path):
     assert "nothing is measured" in problem(lambda: calibrate(scenario, "none", []))
 
 
+def test_curves_are_of_the_gpu_that_nccl_tests_name(scenario, tmp_path):
+    """The file is then that GPU's; output of another GPU is refused. A name that says nothing is anybody's."""
+    test = tmp_path / "all_reduce.txt"
+    for name, refused, gpu in (
+        ("NVIDIA H100 80GB HBM3", False, "h100-sxm-80gb"),
+        ("NVIDIA Graphics Device", False, ""),
+        ("NVIDIA A100-SXM4-80GB", True, ""),
+    ):
+        test.write_text(HEAD.replace(" X\n", f" {name}\n") + ROWS, encoding="utf-8")
+        if refused:
+            words = "it ran on NVIDIA A100-SXM4-80GB, and the scenario's GPU is h100-sxm-80gb"
+            assert words in problem(lambda: calibrate(scenario, "none", [test]))
+            continue
+        path = tmp_path / "calibration.yaml"
+        path.write_text(calibrate(scenario, "none", [test]).text, encoding="utf-8")
+        assert read_calibration(path, str(path)).gpu == gpu
+
+
 def test_tests_that_do_not_say_their_ranks_are_refused_by_line(tmp_path):
     test = tmp_path / "all_reduce.txt"
     test.write_text(ROWS, encoding="utf-8")
-    assert f"{test}:2: it does not say how many ranks on which nodes it ran" in problem(lambda: curves_of([test]))
-    assert "no such file" in problem(lambda: curves_of([tmp_path / "missing.txt"]))
+    assert f"{test}:2: it does not say how many ranks on which nodes it ran" in problem(
+        lambda: curves_of([test], "h100-sxm-80gb")
+    )
+    assert "no such file" in problem(lambda: curves_of([tmp_path / "missing.txt"], "h100-sxm-80gb"))
 
 
 def test_a_calibration_of_another_gpu_is_refused_by_the_scenario(tmp_path):
