@@ -8,12 +8,15 @@ from dataclasses import replace
 from sim.catalog.schema import GpuFacts
 from sim.cluster.topology import Cluster
 from sim.cost.nccl import RingGraph, nvls_channels, p2p_channels, ring_graph
-from sim.ir.program import Collective, Program, World
+from sim.ir.program import Collective, Program, Recv, Send, World
 from sim.ir.timeline import Timeline
 from sim.memory.runtime import NcclCommunicator, Outside, outside_torch
 
 _PEER_TO_PEER = ("NVL", "NVB", "C2C", "PIX", "PXB")
 """Paths on which NCCL writes into the peer's memory; on longer ones it goes through shared host memory (paths.cc)."""
+
+
+_ENDS = (".send", ".recv")
 
 
 def outside_of(world: World, timeline: Timeline, cluster: Cluster, gpu: GpuFacts) -> dict[int, Outside]:
@@ -36,8 +39,13 @@ def _algorithms(timeline: Timeline) -> dict[tuple[int, str], list[str]]:
     """Return what each rank used on each axis: NCCL connects an algorithm when it first runs."""
     found: dict[tuple[int, str], dict[str, None]] = {}
     for span in timeline.distinct():
-        if span.transfer is not None and span.kind == "collective" and span.transfer.num_ranks > 1:
-            found.setdefault((span.rank, span.transfer.axis), {})[span.transfer.algorithm] = None
+        transfer = span.transfer
+        if transfer is None or transfer.num_ranks < 2:
+            continue
+        if span.kind == "collective":
+            found.setdefault((span.rank, transfer.axis), {})[transfer.algorithm] = None
+        elif span.kind in ("send", "recv"):
+            found.setdefault((span.rank, f"{transfer.axis}.{span.kind}"), {})[transfer.algorithm] = None
     return {key: list(names) for key, names in found.items()}
 
 
@@ -52,22 +60,25 @@ def connections(world: World, cluster: Cluster) -> list[Hashable]:
     """
     if cluster.spec.backend != "nccl":
         return [()] * len(world.programs)
-    exchanged: dict[int, dict[str, None]] = {}
+    known: dict[int, dict[str, None]] = {}
     found: list[Hashable] = []
     for program in world.programs:
-        if (axes := exchanged.get(id(program.chunks))) is None:
-            axes = exchanged[id(program.chunks)] = dict.fromkeys(_exchanges(program))
-        run = {axis: ("pairwise",) if axis in axes else ("ring",) for axis in program.axes}
+        if (sending := known.get(id(program.chunks))) is None:
+            sending = known[id(program.chunks)] = dict.fromkeys(_sending(program))
+        run = {
+            axis: ("pairwise",) if axis in sending else () if axis.endswith(_ENDS) else ("ring",)
+            for axis in program.axes
+        }
         held = _communicators(world, program, run.__getitem__, cluster)
         found.append(tuple([replace(communicator, name="") for communicator in held]))
     return found
 
 
-def _exchanges(program: Program) -> Iterator[str]:
-    """Yield the axes on which a program sends to each rank by itself."""
+def _sending(program: Program) -> Iterator[str]:
+    """Yield the axes on which a program sends to, or receives from, one rank by itself."""
     for chunk in {id(chunk): chunk for chunk in program.chunks.values()}.values():
         for step in chunk:
-            if isinstance(step, Collective) and step.kind == "all_to_all":
+            if isinstance(step, (Send, Recv)) or (isinstance(step, Collective) and step.kind == "all_to_all"):
                 yield step.axis
 
 
@@ -78,18 +89,18 @@ def _communicators(
     peers: dict[int, None] = {}
     together: tuple[int, ...] = ()
     for axis, name in program.axes.items():
-        if axis.endswith((".send", ".recv")):
+        algorithms = algorithms_on(axis)
+        if not algorithms:
+            continue
+        if axis.endswith(_ENDS):
             communicator = world.communicators[name]
             together = together or next((g for g in communicator.within if program.rank in g), ())
             own, other = (0, 1) if axis.endswith(".send") else (1, 0)  # one name may be of what it sends and receives
             peers[next(g[other] for g in communicator.groups if g[own] == program.rank)] = None
             continue
-        algorithms = algorithms_on(axis)
-        if not algorithms:
-            continue
         group = next(g for g in world.communicators[name].groups if program.rank in g)
         graph = ring_graph(cluster, group)
-        local = graph.nodes[0][1]
+        local = max((gpus for _, gpus in graph.nodes), key=len)
         near = len(local) < 2 or cluster.route(local[0], local[1]).kind in _PEER_TO_PEER
         sends = any(algorithm.startswith("pairwise") for algorithm in algorithms)
         channels, heads = _collnet(cluster, graph)

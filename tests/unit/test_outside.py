@@ -70,16 +70,21 @@ def test_a_rank_of_a_ring_has_two_neighbours_however_it_is_folded(tmp_path: Path
     assert folded.outside[0].nccl_bytes >= 2 * 32 * 12 * MIB  # 32 channels to either of them
 
 
-def test_groups_whose_ranks_reach_each_other_otherwise_hold_otherwise(tmp_path: Path) -> None:
-    """Three groups of two on nodes of three: two write into each other's memory, two are on two nodes."""
-    (tmp_path / "tp.yaml").write_text(
-        "model: gpt2\ncluster: {node: dgx-h100, num_nodes: 2, num_gpus: 6, network: ib-ndr-400-4}\n"
-        "framework: megatron\nparallelism: {tp: 2}\n"
-        "training: {sequence_length: 512, micro_batch_size: 1, global_batch_size: 3, precision: bf16}\n",
+def test_ranks_with_other_peers_beside_them_hold_otherwise(tmp_path: Path) -> None:
+    """Two groups of three on nodes of two, which exchange heads: a rank has a peer beside it, or both on other nodes.
+
+    A peer on the same node takes 4 channels of 12 MiB, as few as go to the other nodes.
+    """
+    (tmp_path / "cp.yaml").write_text(
+        "model: gpt2\ncluster: {node: dgx-h100, num_nodes: 3, num_gpus: 6, network: ib-ndr-400-4}\n"
+        "framework: megatron\nparallelism: {cp: 3, cp_comm: a2a}\n"
+        "training: {sequence_length: 768, micro_batch_size: 1, global_batch_size: 2, precision: bf16}\n",
         encoding="utf-8",
     )
-    scenario = load_scenario(tmp_path / "tp.yaml", ())
+    scenario = load_scenario(tmp_path / "cp.yaml", ())
     folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
     held = {rank: folded.outside[p.rank].nccl_bytes for p in folded.world.programs for rank in p.ranks}
     assert held == {rank: beside.nccl_bytes for rank, beside in unfolded.outside.items()}
-    assert held[2] != held[0] == held[4]
+    beside = held[0] - held[2]
+    assert [held[rank] - held[2] for rank in range(6)] == [beside, beside, 0, 0, beside, beside]
+    assert beside == 4 * 12 * MIB
