@@ -1,9 +1,21 @@
-"""Kernels beside collectives: a running collective takes SMs and memory bandwidth, and slows down what computes.
+"""Kernels beside others: what runs at the same time on other streams of a GPU slows down what computes.
+
+A running collective takes SMs and memory bandwidth for as long as it runs, and kernels share what is left with it.
 
 A kernel that takes d(0) ticks alone and d(S) beside a set S of collectives progresses at the rate 1 / d(S) while
 exactly S runs:
 
     sum over the stretches of time t_i with S_i beside it of  t_i / d(S_i)  =  1
+
+Kernels of several streams take turns, in the order in which they could begin: the blocks of the next one are dispatched
+when those of the one before all are, and have only the room that it leaves (the leftover policy: Amert et al., "GPU
+scheduling on the NVIDIA TX2: hidden details revealed", RTSS 2017; Gilman and Walls, "Characterizing concurrency
+mechanisms for NVIDIA GPUs under deep learning workloads", Performance Evaluation 151, 2021). What is worth its time has
+blocks for every SM and more, and a matrix product's take most registers of theirs (CUTLASS,
+media/docs/efficient_gemm.md): nothing is left but in its last wave. Two kernels that are bound by memory would share
+its bandwidth, and take the sum of their times either way. So what a framework puts on a stream of its own (FSDP's casts
+and divisions of whole gradients) hides behind nothing but collectives, copies and the host. A kernel's time is from
+when it could begin, the others' turns included.
 
 Who runs beside whom is worked out once for each chunk, as it goes by itself: the host ahead, nothing left over from the
 chunk before, collectives as long as their own group's bytes take. So a kernel's time belongs to its place in the
@@ -11,12 +23,15 @@ chunk, like the rest of what is worked out beforehand, whatever runs elsewhere; 
 own agree about it.
 
 Leaves out: what a collective of one chunk does to kernels of the next; that collectives are held up by others and
-by kernels; sends, receives and copies, which take an SM or two or none, and little bandwidth of the memory.
+by kernels; sends, receives and copies, which take an SM or two or none, and little bandwidth of the memory; the
+room that last waves and small kernels leave to the next stream's; that blocks of a stream of higher priority (FSDP2's,
+FSDP1's with hybrid sharding) come next when a wave ends, not when the kernel does.
 Checked by: tests/laws/test_engine_laws.py, tests/unit/test_engine_beside.py.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
@@ -55,13 +70,24 @@ def own_ticks(traffic: Traffic, cost: Cost) -> int:
 def durations_beside(
     chunk: Chunk, duration: Callable[[Kernel], int], traffic_of: TrafficOf, cost: Cost, rank: int
 ) -> Mapping[int, int]:
-    """Return the ticks of the kernels (by index into the chunk) that collectives run beside. Empty if none do.
+    """Return the ticks of the kernels (by index into the chunk) that others are beside. Empty if there are none.
 
     ``duration`` is a kernel's own.
     """
-    if not any(step.__class__ is Collective for step in chunk):
+    if not any(step.__class__ is Collective for step in chunk) and not _several_compute(chunk):
         return {}
     return _Chunk(duration, traffic_of, cost, rank).play(chunk)
+
+
+def _several_compute(chunk: Chunk) -> bool:
+    """Return whether several streams have kernels."""
+    only = ""
+    for step in chunk:
+        if step.__class__ is Compute and step.stream != only:
+            if only:
+                return True
+            only = step.stream
+    return False
 
 
 @dataclass(slots=True, eq=False)
@@ -78,15 +104,14 @@ class _Stream:
     """What one stream of the chunk does in order, how far it is (``at``), and when it was free (``now``).
 
     ``items``: kernels; a collective; an event to record (a cell that holds its tick, or -1) or to wait for. ``when``
-    it goes on: -1 where that is to be looked up. A kernel that has begun: ``left`` of it is to do since ``since``, and
-    all of it takes ``whole`` now.
+    it goes on: -1 where that is to be looked up; never while its kernel waits for its turn. A kernel that has the GPU:
+    it could begin at ``start``; ``left`` of it is to do since ``since``, and all of it takes ``whole`` now.
     """
 
     items: list[_Item] = field(default_factory=list)
     gates: int = 0
     at: int = 0
     now: int = 0
-    running: bool = False
     start: int = 0
     left: float = 1.0
     since: int = 0
@@ -96,7 +121,10 @@ class _Stream:
 
 
 class _Chunk:
-    """A chunk as it goes by itself. ``active`` are the collectives that run: (end, SMs, memory)."""
+    """A chunk as it goes by itself. ``active`` are the collectives that run: (end, SMs, memory).
+
+    ``running`` is the stream whose kernel has the GPU, ``turns`` those whose kernels wait for it, the next one first.
+    """
 
     def __init__(self, duration: Callable[[Kernel], int], traffic_of: TrafficOf, cost: Cost, rank: int) -> None:
         self._duration, self._traffic_of, self._cost, self._rank = duration, traffic_of, cost, rank
@@ -104,6 +132,8 @@ class _Chunk:
         self._active: list[_Taken] = []
         self._sms = self._memory = 0
         self._ending = _NEVER
+        self._running: _Stream | None = None
+        self._turns: deque[_Stream] = deque()
         self._told = False
         self._all: tuple[_Stream, ...] = ()
         self._own: dict[int, _Taken] = {}
@@ -111,7 +141,8 @@ class _Chunk:
         self._found: dict[int, int] = {}
 
     def play(self, chunk: Chunk) -> Mapping[int, int]:
-        if self._issue(chunk):
+        takes = self._issue(chunk)
+        if takes or _several_compute(chunk):
             self._all = tuple(self._streams.values())
             while self._next():
                 pass
@@ -219,9 +250,13 @@ class _Chunk:
             self._changed(ending)
             return True
         assert first is not None
-        if first.running:
+        if first is self._running:
             self._ended(first)
         elif first.items[first.at][0] == _RUN:
+            if self._running is not None:
+                first.when = _NEVER
+                self._turns.append(first)
+                return True
             self._kernels(first, min(limit, ending))
         else:
             length, sms, memory = cast("_Taken", first.items[first.at][1])
@@ -257,7 +292,7 @@ class _Chunk:
         return _NEVER
 
     def _kernels(self, stream: _Stream, limit: int) -> None:
-        """Do the kernels that end before anything else happens; begin the next one."""
+        """Do the kernels that end before anything else happens; begin the next one. The GPU is free."""
         now, stream.when = stream.now, -1
         run = cast("_Run", stream.items[stream.at][1])
         if not self._sms and not run.at and now + run.total <= limit:
@@ -269,9 +304,8 @@ class _Chunk:
             index, kernel, alone = kernels[at]
             whole = self._ticks(kernel, alone) if self._sms else alone
             if now + whole > limit:
-                stream.running, stream.start, stream.left = True, now, 1.0
-                stream.since, stream.whole = now, whole
-                stream.end = stream.when = now + whole
+                stream.start = now
+                self._begin(stream, now, whole)
                 run.at = at
                 break
             if whole != alone:
@@ -281,28 +315,44 @@ class _Chunk:
             stream.at += 1
         stream.now = now
 
+    def _begin(self, stream: _Stream, now: int, whole: int) -> None:
+        """Give the GPU to the stream's kernel, which takes ``whole`` ticks if nothing changes meanwhile."""
+        self._running, stream.left = stream, 1.0
+        stream.since, stream.whole = now, whole
+        stream.end = stream.when = now + whole
+
     def _ended(self, stream: _Stream) -> None:
         run = cast("_Run", stream.items[stream.at][1])
         index, _, alone = run.kernels[run.at]
-        stream.running, stream.now, stream.when = False, stream.end, -1
+        self._running, stream.now, stream.when = None, stream.end, -1
         run.at += 1
         if run.at == len(run.kernels):
             stream.at += 1
         if stream.end - stream.start != alone:
             self._found[index] = stream.end - stream.start
+        turns = self._turns
+        if turns:
+            following = turns.popleft()
+            if run.at < len(run.kernels):
+                stream.when = _NEVER
+                turns.append(stream)
+            run = cast("_Run", following.items[following.at][1])
+            _, kernel, alone = run.kernels[run.at]
+            following.start = following.now
+            self._begin(following, stream.end, self._ticks(kernel, alone))
 
     def _changed(self, now: int) -> None:
-        """Note who runs from now on: kernels that have begun go on at another rate."""
+        """Note who runs from now on: a kernel that has begun goes on at another rate."""
         self._sms = sum(taken[1] for taken in self._active)
         self._memory = sum(taken[2] for taken in self._active)
         self._ending = min((taken[0] for taken in self._active), default=_NEVER)
-        for stream in self._all:
-            if stream.running:
-                stream.left -= (now - stream.since) / stream.whole
-                run = cast("_Run", stream.items[stream.at][1])
-                _, kernel, alone = run.kernels[run.at]
-                stream.since, stream.whole = now, self._ticks(kernel, alone)
-                stream.end = stream.when = now + ceil(max(stream.left, 0.0) * stream.whole)
+        stream = self._running
+        if stream is not None and stream.whole:
+            stream.left -= (now - stream.since) / stream.whole
+            run = cast("_Run", stream.items[stream.at][1])
+            _, kernel, alone = run.kernels[run.at]
+            stream.since, stream.whole = now, self._ticks(kernel, alone)
+            stream.end = stream.when = now + ceil(max(stream.left, 0.0) * stream.whole)
 
     def _ticks(self, kernel: Kernel, alone: int) -> int:
         """Return the ticks of a kernel beside the collectives that run now."""

@@ -467,6 +467,30 @@ def test_the_step_is_no_shorter_than_what_one_stream_or_one_host_does(world: Wor
         assert timeline.end >= timeline.rank_end[program.rank]
 
 
+at_once = st.builds(
+    lambda gpu, on: Compute("op", Pointwise("0", (), (), gpu), on), st.integers(0, 5), st.sampled_from(STREAMS)
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.one_of(at_once, at_once, events), max_size=30).map(tuple), costs)
+def test_the_gpu_does_the_kernels_of_all_streams_in_the_sum_of_their_times(chunk: Chunk, cost: RandomCost) -> None:
+    """It is never idle while the host is ahead, and never faster than its kernels: so the end is monotone in each."""
+    program = Program((0,), 0, {"c": chunk}, (), (Call("c", 0),), (Call("c", 0),))
+    work = sum(ticks(cost.kernel_s(step.kernel, 0)) for step in chunk if isinstance(step, Compute))
+    assert run(World(1, (program,), {}), cost).end == work
+
+
+@settings(deadline=None, max_examples=200)
+@given(worlds(most=12), costs)
+def test_a_chunk_is_no_shorter_than_the_kernels_of_all_its_streams(world: World, cost: RandomCost) -> None:
+    once = (Call("c0", 0),)
+    timeline = run(replace(world, programs=tuple(replace(p, step=once, first_step=once) for p in world.programs)), cost)
+    for program in world.programs:
+        kernels = [step.kernel for step in program.chunks["c0"] if isinstance(step, Compute)]
+        assert timeline.rank_end[program.rank] >= sum(ticks(cost.kernel_s(kernel, 0)) for kernel in kernels)
+
+
 @settings(deadline=None, max_examples=60)
 @given(worlds(), costs, st.randoms(use_true_random=False))
 def test_the_order_of_classes_changes_nothing(world: World, cost: RandomCost, random: Any) -> None:

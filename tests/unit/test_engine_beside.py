@@ -1,4 +1,4 @@
-"""Kernels beside collectives: how long they take, by hand."""
+"""Kernels beside collectives and those of other streams: how long they take, by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sim.engine.beside import durations_beside, own_ticks
 from sim.ir.ledger import Kernel, Pointwise
-from sim.ir.program import COMPUTE, Chunk, Collective, Compute, HostWait, Instruction, Record, Wait
+from sim.ir.program import COMPUTE, Chunk, Collective, Compute, Copy, HostWait, Instruction, Record, Wait
 from sim.ir.traffic import Link, Phase, Traffic
 
 SIDE, OTHER = "side", "other"
@@ -38,13 +38,14 @@ def kernel(ticks: int, stream: str = COMPUTE) -> Compute:
     return Compute("op", Pointwise(str(ticks), (), ()), stream)
 
 
-def collective(ticks: int, stream: str = SIDE) -> Collective:
-    return Collective("gather", "all_gather", "dp", ticks, "bf16", stream)
+def collective(ticks: int, stream: str = SIDE, name: str = "gather") -> Collective:
+    """One that is called "light" takes no SMs."""
+    return Collective(name, "all_gather", "dp", ticks, "bf16", stream)
 
 
 def found(*chunk: Instruction, sms: int = 10) -> dict[int, int]:
     def traffic_of(step: Collective) -> Traffic:
-        return Traffic("ring", (Phase(step.tensor_bytes * 1e-12),), 0, sms)
+        return Traffic("ring", (Phase(step.tensor_bytes * 1e-12),), 0, 0 if step.name == "light" else sms)
 
     return dict(durations_beside(tuple(chunk), alone, traffic_of, ByHand(), 0))  # type: ignore[arg-type]
 
@@ -59,8 +60,34 @@ def test_it_does_not_matter_which_was_issued_first() -> None:
 
 
 def test_a_collective_that_begins_in_the_middle() -> None:
-    """The gather begins at 40, when the kernel of its own stream has ended; 60 are left, at half the rate: 120."""
-    assert found(kernel(100), kernel(40, SIDE), collective(500)) == {0: 160}
+    """The gather begins at 40, when what is before it has ended; 60 are left, at half the rate: 120."""
+    assert found(kernel(100), collective(40, name="light"), collective(500)) == {0: 160}
+
+
+def test_kernels_of_two_streams_take_turns() -> None:
+    """The side's may begin at 0, and gets its turn at 100; the next at 100, and gets its turn at 140."""
+    assert found(kernel(100), kernel(40, SIDE), kernel(30), kernel(20)) == {1: 140, 2: 70}
+
+
+def test_kernels_of_three_streams_take_turns_in_the_order_in_which_they_could_begin() -> None:
+    """Compute 0-100, side 100-140, other 140-150; compute's next from 100 has 150-180, side's next from 140 180-181."""
+    chunk = (kernel(100), kernel(40, SIDE), kernel(10, OTHER), kernel(30), kernel(1, SIDE))
+    assert found(*chunk) == {1: 140, 2: 150, 3: 80, 4: 41}
+
+
+def test_a_kernel_that_waits_for_that_of_the_other_stream_shares_nothing_with_it() -> None:
+    assert not found(kernel(100), Record("a", COMPUTE), Wait("a", SIDE), kernel(40, SIDE))
+
+
+def test_a_kernel_gets_its_turn_beside_a_collective() -> None:
+    """The gather halves the rate until 50: 25 are done of the first, 75 are left until 125; the side's follows."""
+    assert found(kernel(100), collective(50, OTHER), kernel(40, SIDE)) == {0: 125, 2: 165}
+    """Until 300 it halves that of both: 0-200 and 200-280."""
+    assert found(kernel(100), collective(300, OTHER), kernel(40, SIDE)) == {0: 200, 2: 280}
+
+
+def test_copies_by_the_copy_engines_take_no_turns() -> None:
+    assert not found(kernel(100), Copy("offload", "device_to_host", 10**9, SIDE))
 
 
 def test_kernels_one_after_the_other_share_what_a_collective_takes() -> None:
@@ -115,12 +142,24 @@ steps = st.one_of(
 
 @given(st.lists(steps, max_size=30).map(tuple))
 def test_a_kernel_takes_no_less_than_alone_and_no_more_than_beside_all(chunk: Chunk) -> None:
-    """At most two streams have collectives: three times as long. Each change may round one tick up."""
+    """At most two streams have collectives: three times as long, and no more turns than kernels before its own. Each
+    change may round one tick up."""
+    every = sum(alone(step.kernel) for step in chunk if isinstance(step, Compute))
     for index, ticks in found(*chunk).items():
         step = chunk[index]
         assert isinstance(step, Compute)
         own = alone(step.kernel)
-        assert own < ticks <= 3 * own + len(chunk)
+        assert own < ticks <= 3 * every + len(chunk)
+
+
+@given(st.lists(steps, max_size=30).map(tuple))
+def test_kernels_of_one_stream_are_slowed_down_by_collectives_alone(chunk: Chunk) -> None:
+    one: Chunk = tuple(Compute(step.op, step.kernel) if isinstance(step, Compute) else step for step in chunk)
+    assert not found(*one, sms=0)
+    for index, ticks in found(*one).items():
+        step = one[index]
+        assert isinstance(step, Compute)
+        assert ticks <= 3 * alone(step.kernel) + len(one)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])

@@ -54,12 +54,13 @@ def test_small_kernels_are_bound_by_their_launches() -> None:
     assert (only.start, only.end) == (4 * UNIT, 15 * UNIT)
 
 
-def test_kernels_on_two_streams_keep_their_issue_order() -> None:
+def test_kernels_on_two_streams_take_turns_and_keep_their_issue_order() -> None:
+    """The first, the side's, the second: 5 each, from 0, 0 and 5 on with the host ahead; two wait for a turn of 5."""
     timeline = run(world(program((0,), kernel(5, 1), kernel(5, 1, "side"), kernel(5, 1))), UnitCost())
     assert [(s.stream, s.start // UNIT, s.end // UNIT) for s in timeline.spans] == [
         ("compute", 1, 6),
-        ("compute", 6, 11),
-        ("side", 2, 7),
+        ("compute", 6, 16),
+        ("side", 2, 12),
     ]
 
 
@@ -97,17 +98,17 @@ def test_a_wait_means_the_recording_that_was_the_latest_when_it_was_issued() -> 
         ),
         UnitCost(),
     )
-    assert times(timeline)["after first"] == (5, 6)
-    assert times(timeline)["after second"] == (10, 11)
+    assert times(timeline)["after first"] == (5, 11)  # the second has its turn before: 5 to 10
+    assert times(timeline)["after second"] == (11, 12)
 
 
 def test_an_event_is_forgotten_by_no_chunk() -> None:
-    """The chunk of microbatch 1 waits for what microbatch 0 recorded at its end."""
+    """The chunk of microbatch 1 waits for what microbatch 0 recorded at its end: at 8, after the side's turn of 1."""
     chunk = (Wait("done", "side"), kernel(1, stream="side"), kernel(7), Record("done", "compute"))
     calls = (Call("c", 0), Call("c", 1))
     p = Program((0,), 0, {"c": chunk}, (), calls, calls)
     side = [s for s in run(world(p), UnitCost()).spans if s.stream == "side"]
-    assert [(s.start // UNIT, s.microbatch, s.position) for s in side] == [(0, 0, (0, 1)), (7, 1, (1, 1))]
+    assert [(s.start // UNIT, s.microbatch, s.position) for s in side] == [(0, 0, (0, 1)), (8, 1, (1, 1))]
 
 
 def test_the_host_waits_for_an_event_and_then_goes_on_issuing() -> None:
@@ -130,12 +131,15 @@ def test_work_of_the_cpu_holds_up_what_is_issued_after_it() -> None:
 
 
 def test_a_full_launch_queue_blocks_the_host() -> None:
-    """Launches take no time here: launch n needs a place that kernel n - 1024 gives up, and so does what follows it."""
+    """Launches take no time here: launch n needs a place that kernel n - 1024 gives up, and so does what follows it.
+
+    The side's is taken to get its turn after the first kernel, as it would with room in the queue.
+    """
     extra = 10
     chain = [kernel(1) for _ in range(LAUNCH_QUEUE_DEPTH + extra)]
     timeline = run(world(program((0,), *chain, kernel(1, stream="side", op="side"))), UnitCost())
-    assert times(timeline)["side"] == (extra, extra + 1)
-    assert timeline.end == (LAUNCH_QUEUE_DEPTH + extra) * UNIT
+    assert times(timeline)["side"] == (extra + 1, extra + 3)
+    assert timeline.end == (LAUNCH_QUEUE_DEPTH + extra + 1) * UNIT
 
 
 def test_copies_share_their_link_with_collectives() -> None:
