@@ -201,6 +201,10 @@ def to_machine(matrix: Matrix, title: str, gpu: str, major: int, cpu_vendor: str
     if not gpu and grace:
         machine.gpu, major = ("gb200-186gb", 10) if widest >= 18 else ("gh200-96gb", 9)
         machine.notes.append(f"GPU guessed: its memory is a NUMA node: {machine.gpu} taken; --gpu NAME says which")
+        if widest >= 18:
+            machine.notes.append(
+                "NVLinks to other trays are not in it: nvlink_domain_nodes: 18 says that a rack has them"
+            )
     elif not gpu:
         machine.gpu, why = guess_gpu(widest, len(matrix.gpus))
         machine.notes.append(f"GPU guessed: {why}; --gpu NAME says which")
