@@ -1,4 +1,4 @@
-"""Speeds of whole training steps that were published without batch sizes, so that they are no rows of validation/runs."""
+"""Speeds of whole steps that were published without batch sizes, so that they are no rows of validation/runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from sim.scenario.load import load_scenario
     [(2048, 24, 16, 2048, 196), (2048, 24, 16, 8192, 220), (2560, 32, 32, 2048, 205), (2560, 32, 32, 8192, 225)],
 )
 def test_gpt3_with_flash_attention_2_on_a_dgx_a100(tmp_path, hidden, layers, heads, sequence, tflops):
-    """GPT3-1.3B and 2.7B on eight A100 80GB SXM (Dao, FlashAttention-2, arXiv:2307.08691, Table 1), FLOPs counted as 6 N
-    plus attention in full. So 63 to 72 % of an A100's peak is what good code reaches. Batches of 16,384 tokens a GPU and
-    four of them a step are taken."""
+    """GPT3-1.3B and 2.7B on eight A100 80GB SXM, FLOPs counted as 6 N plus attention in full: 63 to 72 % of the peak.
+
+    Dao, FlashAttention-2, arXiv:2307.08691, Table 1. 16,384 tokens of a GPU in a microbatch, four of these a step taken.
+    """
     (tmp_path / "gpt3.yaml").write_text(
         f"model: {{hidden_size: {hidden}, intermediate_size: {4 * hidden}, num_hidden_layers: {layers}, "
         f"num_attention_heads: {heads}, vocab_size: 50304, hidden_act: gelu, norm: layernorm, position: learned, "
