@@ -16,7 +16,7 @@ from sim.scenario.load import load_scenario
 def test_gpt3_with_flash_attention_2_on_a_dgx_a100(tmp_path, hidden, layers, heads, sequence, tflops):
     """GPT3-1.3B and 2.7B on eight A100 80GB SXM, FLOPs counted as 6 N plus attention in full: 63 to 72 % of the peak.
 
-    Dao, FlashAttention-2, arXiv:2307.08691, Table 1. 16,384 tokens of a GPU in a microbatch, four of these a step taken.
+    Dao, FlashAttention-2, arXiv:2307.08691, Table 1. Microbatches of 16,384 tokens, four of a GPU a step, are taken.
     """
     (tmp_path / "gpt3.yaml").write_text(
         f"model: {{hidden_size: {hidden}, intermediate_size: {4 * hidden}, num_hidden_layers: {layers}, "
