@@ -20,7 +20,7 @@ GPU_OF = {
     "0x20b7": "a30", "0x2235": "a40", "0x2236": "a10", "0x2237": "a10g", "0x2230": "rtx-a6000", "0x2204": "rtx-3090",
     "0x26b9": "l40s", "0x27b8": "l4", "0x2684": "rtx-4090", "0x2b85": "rtx-5090", "0x2330": "h100-sxm-80gb",
     "0x2331": "h100-pcie-80gb", "0x2335": "h200-sxm-141gb", "0x2329": "h20-sxm-96gb", "0x2342": "gh200-96gb",
-    "0x2901": "b200-sxm-180gb", "0x2941": "gb200-186gb",
+    "0x2901": "b200-sxm-180gb", "0x2941": "gb200-186gb", "0x3182": "b300-sxm-288gb", "0x2bb5": "rtx-pro-6000",
 }  # fmt: skip
 """PCI device identifiers of NVIDIA (vendor 0x10de), from the PCI ID database (pci-ids.ucw.cz)."""
 CUBE_MESH = {
@@ -30,6 +30,17 @@ CUBE_MESH = {
 """NVLinks between the GPUs of a DGX-1 with V100, as its ``nvidia-smi topo -m`` says."""
 PATTERNS = {1: "balanced tree", 2: "split tree", 3: "tree", 4: "ring", 5: "NVLS", 6: "CollNet direct"}
 _GENERATION = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
+_UNKNOWN_WIDTHS = ("63", "255")
+"""What Linux says of a width that it does not know: PCIE_LNK_WIDTH_UNKNOWN (include/linux/pci.h), and a link status
+of all ones; the speed is then "Unknown"."""
+_GPU_OF_SM = {
+    70: ("v100-pcie-32gb", "v100-sxm2-32gb"), 75: ("t4", "t4"), 80: ("a100-pcie-80gb", "a100-sxm-80gb"),
+    86: ("a10g", "a40"), 89: ("l40s", "l40s"), 90: ("h100-pcie-80gb", "h100-sxm-80gb"),
+    100: ("b200-sxm-180gb", "b200-sxm-180gb"), 103: ("b300-sxm-288gb", "b300-sxm-288gb"),
+    120: ("rtx-pro-6000", "rtx-pro-6000"),
+}  # fmt: skip
+"""By compute capability: a GPU of it without NVLinks, one with."""
+_WITH_C2C = {90: "gh200-96gb", 100: "gb200-186gb", 103: "gb300-288gb"}
 _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 _INSIDE = {
     "": ("system", "graphs"), "system": ("cpu",), "cpu": ("pci", "nic"), "pci": ("pci", "gpu", "nic", "pcilink"),
@@ -145,7 +156,6 @@ class _Builder:
         self.findings: list[Finding] = []
         self.by_bus: dict[str, str] = {}
         self.nvlinks: list[tuple[str, Element]] = []
-        self.c2c: list[str] = []
         self.guessed: set[str] = set()
         self.devices: dict[str, None] = {}
         self.unclassed: list[Element] = []
@@ -173,12 +183,18 @@ class _Builder:
         self.by_bus[bus] = name
         if kind == "gpu" and (device := pci.values.get("device", "")):
             self.devices[device.lower()] = None
+        gpus = pci.of("gpu")
+        for another in gpus[1:]:
+            self.findings.append(
+                Finding(self.file, another.line, "a second <gpu> in a <pci>", "one <pci> for each GPU")
+            )
         link = self._link(pci)
+        if parent.startswith("cpu") and any(gpu.of("c2c") for gpu in gpus):
+            link = "c2c"
         inner = pci.of("pci")
         self.machine.wires.append(f"{name} to {parent} by {link}")
-        for gpu in pci.of("gpu"):
-            self.nvlinks += [(name, link) for link in gpu.of("nvlink")]
-            self.c2c += [name] * bool(gpu.of("c2c"))
+        for gpu in gpus:
+            self.nvlinks += [(name, nvlink) for nvlink in gpu.of("nvlink")]
         if inner or kind == "pcie-switch":
             self.walk(pci, name)
 
@@ -200,8 +216,10 @@ class _Builder:
     def _link(self, pci: Element) -> str:
         words = pci.values.get("link_speed", "").split()
         width = pci.values.get("link_width", "") or "0"
+        if width in _UNKNOWN_WIDTHS:
+            width = "0"
         generation = self.machine.pcie_generation
-        if words:
+        if words and words[0].lower() != "unknown":
             try:
                 generation = _GENERATION[float(words[0])]
             except (ValueError, KeyError):
@@ -222,11 +240,13 @@ def gpu_of(root: Element) -> tuple[str, str]:
     """Return the catalogue's name of the GPU, by the PCI device of the file, and what was guessed (else nothing)."""
     speeds = [0.0]
     classes = False
+    first: Element | None = None
     for cpu in root.of("cpu"):
         stack = list(cpu.inside)
         while stack:
             element = stack.pop(0)
             device = element.values.get("device", "").lower()
+            first = first or next(iter(element.of("gpu")), None)
             if element.values.get("class", "").startswith("0x03"):
                 classes = True
                 if device in GPU_OF:
@@ -234,6 +254,12 @@ def gpu_of(root: Element) -> tuple[str, str]:
                 speed = element.values.get("link_speed", "0").split(" ")[0]
                 speeds.append(float(speed) if re.fullmatch(r"[\d.]{1,5}", speed) else 0.0)
             stack += element.inside
+    sm = first.values.get("sm", "") if first else ""
+    if first and sm.isdigit() and int(sm) in _GPU_OF_SM:
+        guess = _GPU_OF_SM[int(sm)][bool(first.of("nvlink"))]
+        if first.of("c2c"):
+            guess = _WITH_C2C.get(int(sm), guess)
+        return guess, f"the file does not say which GPU: {guess} taken, by its compute capability"
     if not classes:
         return "a10g", "the file does not say which GPU, nor what a GPU is: A10G taken, as in g5"
     generation = _GENERATION.get(max(speeds), 4)
@@ -260,13 +286,13 @@ def to_machine(root: Element, file: str, gpu: str, major: int, has_nvlink: bool)
             machine.cpu_vendor = "arm"
         builder.walk(cpu, machine.add("cpu", f"numa {cpu.values.get('numaid', '?')}"))
         machine.num_cores += _cores(cpu.values.get("affinity", ""))
-    machine.num_cores //= 2
+    machine.num_cores //= 1 if machine.cpu_vendor == "arm" else 2
     machine.cpu_vendor = machine.cpu_vendor or "intel"
     if not machine.counts.get("gpu"):
         builder.findings.append(
             Finding(file, root.line, "there is no GPU in it", 'a <pci class="0x030200" ...> for each')
         )
-    pairs = _pairs(builder, machine, file)
+    pairs = _pairs(builder, machine, file, major)
     if builder.findings:
         raise ScenarioError(builder.findings)
     if builder.unclassed:
@@ -290,7 +316,7 @@ def to_machine(root: Element, file: str, gpu: str, major: int, has_nvlink: bool)
     return machine
 
 
-def _pairs(builder: _Builder, machine: Machine, file: str) -> dict[tuple[int, int], int]:
+def _pairs(builder: _Builder, machine: Machine, file: str, major: int) -> dict[tuple[int, int], int]:
     """Return NVLinks between GPUs; those to switches are wired at once."""
     pairs: dict[tuple[int, int], int] = {}
     to_switch: dict[str, int] = {}
@@ -310,9 +336,9 @@ def _pairs(builder: _Builder, machine: Machine, file: str) -> dict[tuple[int, in
             pairs[a, b] = max(pairs.get((a, b), 0), int(count))
     if to_switch:
         switch = machine.add("nvswitch")
-        kind, _ = NVLINK.get({3: 7, 4: 8}.get(machine.pcie_generation, 9), ("nvlink4", 18))
+        kind, _ = NVLINK.get(major, ("nvlink4", 18))
         machine.wires += [f"{name} to {switch} by {count} x {kind}" for name, count in to_switch.items()]
-        machine.multicast = machine.pcie_generation >= 5
+        machine.multicast = major >= 9
     return pairs
 
 

@@ -146,3 +146,48 @@ def test_broken_graphs(text: str, lines: list[str]) -> None:
     with pytest.raises(ScenarioError) as wrong:
         nccl_xml.graphs(nccl_xml.parse(text, "topo.xml"), "topo.xml")
     assert [str(finding).split("\n")[0] for finding in wrong.value.findings] == lines
+
+
+GRACE = """<system version="1">
+  <cpu numaid="0" affinity="ffffffff" arch="arm64" vendor="GenuineArm">
+    <pci busid="0008:01:00.0" class="0x030200" link_speed="Unknown" link_width="255">
+      <gpu dev="0" sm="100"><nvlink target="fffffff:ffff:ff" count="18" tclass="0x068000"/><c2c bw="44712"/></gpu>
+    </pci>
+    <pci busid="0009:01:00.0" class="0x030200" link_speed="" link_width="63">
+      <gpu dev="1" sm="100"><nvlink target="fffffff:ffff:ff" count="18" tclass="0x068000"/><c2c bw="44712"/></gpu>
+    </pci>
+  </cpu>
+</system>"""
+
+
+def test_a_grace_with_links_that_linux_knows_nothing_of() -> None:
+    """Compute capability 10.0 and NVLink-C2C: GB200; its NVLinks are the fifth, its cores have one thread each."""
+    root = nccl_xml.parse(GRACE, "topo.xml")
+    gpu, why = nccl_xml.gpu_of(root)
+    assert (gpu, why) == (
+        "gb200-186gb",
+        "the file does not say which GPU: gb200-186gb taken, by its compute capability",
+    )
+    found = nccl_xml.to_machine(root, "topo.xml", gpu, 10, True)
+    assert (found.cpu_vendor, found.num_cores, found.multicast) == ("arm", 32, True)
+    assert found.wires == [
+        "gpu0 to cpu0 by c2c", "gpu1 to cpu0 by c2c",
+        "gpu0 to nvswitch0 by 18 x nvlink5", "gpu1 to nvswitch0 by 18 x nvlink5",
+    ]  # fmt: skip
+    assert found.notes == ["not in the file, taken as usual: the speed of PCIe, the width of PCIe"]
+
+
+@pytest.mark.parametrize(
+    ("sm", "inside", "gpu"),
+    [("70", "", "v100-pcie-32gb"), ("80", "", "a100-pcie-80gb"), ("89", "", "l40s"), ("120", "", "rtx-pro-6000"),
+     ("80", '<nvlink target="fffffff:ffff:ff" count="12"/>', "a100-sxm-80gb"), ("90", '<c2c bw="1"/>', "gh200-96gb")],
+)  # fmt: skip
+def test_a_gpu_is_guessed_by_its_compute_capability(sm: str, inside: str, gpu: str) -> None:
+    text = HEAD + GPU.format(n=1, inside=f'<gpu dev="0" sm="{sm}">{inside}</gpu>').replace('device="0x20b2"', "") + TAIL
+    assert nccl_xml.gpu_of(nccl_xml.parse(text, "topo.xml"))[0] == gpu
+
+
+def test_one_device_is_one_gpu() -> None:
+    text = HEAD + GPU.format(n=1, inside='<gpu dev="0"/><gpu dev="1"/>') + TAIL
+    with pytest.raises(ScenarioError, match="a second <gpu> in a <pci>"):
+        read(text)
