@@ -259,7 +259,9 @@ class CostModel:
             if chosen:
                 self._assume(chosen)
             if assumed:
-                assumed = f"attention ({name}, {kernel.direction}) on {self.gpu.name}: {assumed}"
+                other = efficiency.attention_coefficients(self._source, name, not backward, key[3])[1]
+                which = name if other == assumed else f"{name}, {kernel.direction}"
+                assumed = f"attention ({which}) on {self.gpu.name}: {assumed}"
             machine = self._machine(kernel.dtype)
             if limit := efficiency.LEGACY_FLOPS_PER_CLOCK.get(name, 0.0) * machine.num_sms * machine.clock_hz:
                 machine = replace(machine, peak_flops=min(machine.peak_flops, limit))

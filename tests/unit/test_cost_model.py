@@ -190,6 +190,15 @@ def test_measured_gpus_are_recognised_by_their_figures_and_others_say_whose_shar
     assert "rtx-pro-6000" in other.assumptions()[0]
 
 
+def test_what_holds_of_forward_and_backward_is_said_once() -> None:
+    cost = model(gpu("b200-sxm-180gb"))
+    for direction in ("forward", "backward"):
+        cost.kernel_s(attention(4096, direction), 0)
+    (said,) = (text for text in cost.assumptions() if text.startswith("attention"))
+    assert said.startswith("attention (flash-2) on b200-sxm-180gb: ")
+    assert said.endswith("(2 different kernels)")
+
+
 def test_a_power_limit_lowers_the_clock_as_measured() -> None:
     """500 W instead of 700 W: ((5/7 - 0.34) / 0.66)^0.31 = 0.839, not (5/7)^(1/3) = 0.894."""
     capped = dataclasses.replace(H100, power_w=500)
