@@ -54,6 +54,7 @@ _FLAGS = {
     "no-bias-swiglu-fusion": ("megatron.bias_swiglu_fusion", False),
     "no-overlap-p2p-communication": ("megatron.overlap_p2p_communication", False),
     "tp-comm-overlap": ("megatron.tp_comm_overlap", True),
+    "no-async-tensor-model-parallel-allreduce": ("megatron.async_tensor_model_parallel_allreduce", False),
     "no-check-for-nan-in-loss-and-grad": ("megatron.check_for_nan_in_grad", False),
     "disable-bias-linear": ("model.bias", False),
     "distribute-saved-activations": ("megatron.distribute_saved_activations", True),

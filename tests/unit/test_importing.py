@@ -227,6 +227,21 @@ def test_a_script_of_megatron_deepspeed_is_deepspeeds():
     assert "megatron.create_attention_mask_in_dataloader" not in values(said)
 
 
+@pytest.mark.parametrize(
+    "launcher", ["torchrun pretrain_gpt.py", "deepspeed pretrain_gpt.py --deepspeed --zero-stage 1"]
+)
+def test_sums_of_input_gradients_that_are_waited_for_are_said_so(launcher, tmp_path):
+    script = (
+        f"{launcher} --num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 512 --micro-batch-size 1 "
+        "--global-batch-size 8 --tensor-model-parallel-size 4 --vocab-size 1024 --bf16 "
+        "--no-async-tensor-model-parallel-allreduce --max-position-embeddings 512"
+    )
+    imported = import_scenario([], script, ["cluster.node=dgx-h100", "cluster.num_nodes=1"], tmp_path)
+    scenario = load_scenario_text(imported.text, "imported", folder=tmp_path)
+    assert "async_tensor_model_parallel_allreduce: false" in imported.text
+    assert scenario.parallelism.tp == 4
+
+
 def test_a_script_reads_in_the_file_beside_it(tmp_path):
     (tmp_path / "sizes.sh").write_text('ARGS="--num-layers ${N} --hidden-size 512 --seq-length 128"\n')
     (tmp_path / "run.sh").write_text("N=7\n. `pwd`/sizes.sh\nsource missing.sh\npython pretrain_gpt.py $ARGS --bf16\n")
