@@ -566,7 +566,10 @@ class Candidate(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the formulas of tuning.cc look at: ``bus`` GB/s of all ``channels``, hardware inside and between nodes."""
+    """What the formulas of tuning.cc look at: ``bus`` GB/s of all ``channels``, hardware inside and between nodes.
+
+    ``tree_bus`` is what trees have inside the nodes: more than ``bus`` between two.
+    """
 
     num_ranks: int
     num_nodes: int
@@ -579,6 +582,7 @@ class Shape(NamedTuple):
     ll128: bool
     channels: int
     bus: float
+    tree_bus: float
     same_channels: bool
 
     @property
@@ -610,8 +614,28 @@ def _shape(cluster: Cluster, graph: RingGraph) -> Shape:
         ll128=(local == 1 or nvlink) and near,
         channels=graph.channels,
         bus=graph.channels * graph.channel_bw,
+        tree_bus=graph.channels * _tree_speed(cluster, graph, nvlink),
         same_channels=len(set(graph.patterns[0].orders)) == 1,
     )
+
+
+def _tree_speed(cluster: Cluster, graph: RingGraph, nvlink: bool) -> float:
+    """Return the GB/s of a tree's channel. Between two nodes a tree's bytes cross the network once each way and not
+    almost twice as a ring's: once there is a solution the search raises the speed inside, up to twice the network's, as
+    far as NVLinks carry it on all channels.
+
+    Source: nccl src/graph/search.cc, ncclTopoCompute ("increase bwIntra for trees"); src/graph/tuning.cc takes bwIntra
+    up to two nodes. So two nodes of an A100 with sixteen NICs of 100 Gbit/s reach 223 GB/s (Oracle's tutorial of
+    nccl-tests on BM.GPU4.8), where their NICs carry 200.
+    """
+    speed = graph.channel_bw
+    if graph.num_nodes != 2 or not nvlink or any(len(gpus) < 2 for _, gpus in graph.nodes):
+        return speed
+    room = min(cluster.library_bytes_per_s(cluster.local_route(*gpus[:2]).links[0]) for _, gpus in graph.nodes)
+    for faster in reversed(SPEEDS_INTER[max(generation_of(cluster) - 1, 0)]):
+        if speed < faster and speed < 2 * graph.channel_bw and graph.channels * faster <= room / GB + 1e-6:
+            speed = faster
+    return speed
 
 
 def _num_steps(kind: str, n: int) -> int:
@@ -651,7 +675,7 @@ def _ring(shape: Shape, kind: str, p: int) -> Candidate:
 def _tree(shape: Shape, p: int) -> Candidate:
     """Trees between nodes, chains inside; all-reduce only."""
     protocol = PROTOCOLS[p]
-    bw = min(0.92 * shape.bus, shape.channels * CHANNEL_TREE_BW[shape.generation][shape.column])
+    bw = min(0.92 * shape.tree_bus, shape.channels * CHANNEL_TREE_BW[shape.generation][shape.column])
     if protocol == "LL":
         bw = min(bw / 3.8, _ll_max_bw(shape))
     elif protocol == "LL128":

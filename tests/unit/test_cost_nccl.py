@@ -338,3 +338,17 @@ def test_search_for_nvls(name: str, num_nodes: int, num_gpus: int, expected: tup
     """Every GPU carries each head's speed once, its own twice (nccl src/graph/search.cc, ncclTopoSearchTryNvls)."""
     cluster = machine(name, num_nodes)
     assert nccl._nvls_graph(cluster, nccl.ring_graph(cluster, tuple(range(num_gpus)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "bus_gb", "tree_gb"),
+    [
+        ("p4d", 2, 48.0, 96.0),  # four channels of 12: 24 is twice as fast, and 4 x 24 fit into 240 GB/s of NVLink
+        ("p4d", 3, 48.0, 48.0),
+        ("dgx-a100-80gb", 2, 192.0, 240.0),  # eight of 24: 8 x 30 fit, 8 x 48 do not
+    ],
+)
+def test_trees_between_two_nodes_are_faster_inside(name: str, num_nodes: int, bus_gb: float, tree_gb: float) -> None:
+    cluster = machine(name, num_nodes)
+    shape = nccl._shape(cluster, nccl.ring_graph(cluster, tuple(range(8 * num_nodes))))
+    assert (shape.bus, shape.tree_bus) == pytest.approx((bus_gb, tree_gb))

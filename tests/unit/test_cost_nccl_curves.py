@@ -13,7 +13,7 @@ from test_cost_nccl import MIB, alone_s, bus, machine
 
 from sim.catalog import load
 from sim.cluster.topology import build_cluster
-from sim.cost.nccl import plan_copy
+from sim.cost.nccl import plan_collective, plan_copy
 from sim.pipeline import simulate
 from sim.report.report import result
 from sim.scenario.load import load_scenario
@@ -108,6 +108,17 @@ def test_trays_of_a_gb300_rack(num_nodes: int, kind: str, measured_gb: float) ->
     cluster = machine("gb300-nvl72", num_nodes)
     found = bus(cluster, kind, tuple(range(4 * num_nodes)), 8 * GIB * MIB)
     assert found / 1e9 == pytest.approx(measured_gb, rel=TOLERANCE)
+
+
+def test_two_nodes_sum_at_almost_twice_the_pace_of_three() -> None:
+    """Between two nodes a tree crosses the network once each way, and NVLinks have room for it.
+
+    NVIDIA/nccl#527: 57.2 GB/s over two p4d, 31.8 over three, at 1 GiB (its EFA carried two thirds of the line's rate).
+    """
+    two, three = machine("p4d", 2), machine("p4d", 3)
+    assert plan_collective(two, [tuple(range(16))], "all_reduce", GIB * MIB).algorithm == "tree/Simple"
+    found = bus(two, "all_reduce", tuple(range(16)), GIB * MIB) / bus(three, "all_reduce", tuple(range(24)), GIB * MIB)
+    assert found == pytest.approx(57.17 / 31.75, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(("num_gpus", "measured_gb"), [(1, 12.0), (16, 3.0)])
