@@ -63,6 +63,13 @@ _TOKENS = ("batch", "seq")
 _FAMILIES = "families of kernels bound by memory"
 """Stands in the account of assumptions for all of them together."""
 
+_ORDER = ("elementwise", "norm", "gather", "copy", "reduce", "softmax", "scatter", "transpose", "optimizer")
+"""In which they are named: which of them is priced first depends on how ranks are folded."""
+
+
+def _place(family: str) -> tuple[int, str]:
+    return (_ORDER.index(family) if family in _ORDER else len(_ORDER), family)
+
 
 class CostModel:
     """Durations on ``cluster``, all of whose GPUs are ``gpu``. Implements ``sim.engine.cost.Cost``.
@@ -425,7 +432,7 @@ class CostModel:
         texts = [self.calibrated.words(self.num_kernels)] if self.calibrated is not None else []
         for text, count in self._assumed.items():
             if text == _FAMILIES:
-                families = ", ".join(self._guessed_families)
+                families = ", ".join(sorted(self._guessed_families, key=_place))
                 text = f"{families} kernels on {self.gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901
             kernels = f" ({count} different kernel{'s' if count > 1 else ''})" if count else ""
             texts.append(text + kernels)
