@@ -68,7 +68,7 @@ def calibrate(
     step: Callable[[str], None] = lambda words: None,
 ) -> Calibrating:
     """Measure, and return the calibration file's text. Raises ScenarioError where nothing can be measured."""
-    curves, named = curves_of(tests, scenario.cluster.gpu.name)
+    curves, named, remarks = curves_of(tests, scenario.cluster.gpu.name)
     notes: list[str] = []
     answer: Mapping[str, Any] = {}
     wanted = device
@@ -92,7 +92,7 @@ def calibrate(
         )
     if wanted == "cuda" and answer:
         _check_gpu(scenario, answer["machine"])
-    return _written(scenario, answer, curves, named, tests, notes)
+    return _written(scenario, answer, curves, named, tests, [*notes, *remarks])
 
 
 # --- what is worth measuring -----------------------------------------------------------------------
@@ -214,13 +214,14 @@ def _check_gpu(scenario: Scenario, machine: Mapping[str, Any]) -> None:
 # --- nccl-tests ------------------------------------------------------------------------------------
 
 
-def curves_of(files: Sequence[Path], gpu: str) -> tuple[list[NcclCurve], str]:
-    """Return (curves, what they call the GPU) of outputs of nccl-tests.
+def curves_of(files: Sequence[Path], gpu: str) -> tuple[list[NcclCurve], str, list[str]]:
+    """Return (curves, what they call the GPU, what is odd about them) of outputs of nccl-tests.
 
     Raises ScenarioError with every finding, runs on another GPU than ``gpu`` among them.
     """
     curves: list[NcclCurve] = []
     named = ""
+    remarks: list[str] = []
     findings: list[Finding] = []
     for file in files:
         try:
@@ -236,12 +237,13 @@ def curves_of(files: Sequence[Path], gpu: str) -> tuple[list[NcclCurve], str]:
                     problem = f"it ran on {name}, and the scenario's GPU is {gpu}"
                     findings.append(Finding(str(file), test.rows[0].line, problem, "give what ran on such GPUs"))
                 named = named or name
+                remarks += [f"{file}: {remark}" for remark in test.remarks]
                 curves += _curve(test, str(file), findings)
         except ScenarioError as error:
             findings += error.findings
     if findings:
         raise ScenarioError(findings)
-    return curves, named
+    return curves, named, remarks
 
 
 def _curve(test: NcclTest, file: str, findings: list[Finding]) -> list[NcclCurve]:

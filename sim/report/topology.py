@@ -77,7 +77,9 @@ def _text(path: Path) -> str:
             raise refuse("is a directory", "give a file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise refuse(f"is {format_bytes(path.stat().st_size)}", "is it the right file?")
-        return path.read_bytes().decode("utf-8")
+        raw = path.read_bytes()
+        # PowerShell's > writes UTF-16, and many editors a mark of the byte order before UTF-8.
+        return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         raise refuse("is not UTF-8 text", "save it as UTF-8") from None
     except OSError as error:
@@ -170,8 +172,8 @@ def topology(source: Source, num_nodes: int, network: str, tests: Sequence[str])
     for file, test in measured:
         name, same = nccl_tests.gpu_of(test, source.node.gpu, load.names("gpu"))
         note = f"{file}: ran on {name}, not on {source.node.gpu}"
-        if not same and note not in content["notes"]:
-            content["notes"].append(note)
+        remarks = [*([] if same else [note]), *(f"{file}: {remark}" for remark in test.remarks)]
+        content["notes"] += [remark for remark in remarks if remark not in content["notes"]]
     rows = [row for file, test in measured for row in _beside(source.node, network, cluster, test, file)]
     content["bus"] = rows or _expected(cluster)
     return content

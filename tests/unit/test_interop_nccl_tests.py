@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
 from sim.errors import ScenarioError
@@ -116,5 +119,75 @@ def test_processes_that_ran_without_mpi_and_json() -> None:
     alone = "\n".join(f"#  Rank  0 Group  0 Pid  {i} on host{i} device  0 [0x1b] NVIDIA H100" for i in range(4))
     with pytest.raises(ScenarioError, match="several hosts have the same ranks"):
         read_tests(f"all_reduce_perf\n{alone}{HEAD}{REDUCE}", "log.txt")
-    with pytest.raises(ScenarioError, match="is JSON"):
+    with pytest.raises(ScenarioError, match="is JSON without the results"):
         read_tests('{"version": 1}', "log.json")
+
+
+def test_runs_that_are_not_simulated_are_left_out_and_named() -> None:
+    """Their rows belong to no run before them."""
+    text = f"all_reduce_perf\n{RANKS}{HEAD}{REDUCE}gather_perf\n{RANKS}{HEAD}{GATHER}"
+    (test,) = read_tests(text, "log.txt")
+    assert (test.kind, len(test.rows)) == ("all_reduce", 1)
+    assert test.remarks == ("line 26: gather_perf is not simulated: left out",)
+    assert said(f"gather_perf\n{RANKS}{HEAD}{GATHER}") == ["log.txt:13: gather_perf is not simulated"]
+
+
+def said(text: str) -> list[str]:
+    with pytest.raises(ScenarioError) as wrong:
+        read_tests(text, "log.txt")
+    assert all(finding.remedy for finding in wrong.value.findings)
+    return [str(finding).split("\n")[0] for finding in wrong.value.findings]
+
+
+def test_times_of_the_host_rows_that_end_early_and_no_numbers() -> None:
+    assert said(HEAD.replace("    time ", " cputime ") + REDUCE) == [
+        "log.txt:5: its times are the host's (-C), not the GPU's"
+    ]
+    assert said(HEAD + REDUCE + "    16777216       4194304     float     \n") == ["log.txt:6: not a row of nccl-tests"]
+    assert said(HEAD + REDUCE.replace("198.60", "nan").replace("168.95", "nan")) == ["log.txt:5: a time of nan us"]
+
+
+def test_runs_that_failed() -> None:
+    failure = "host0: Test NCCL failure common.cu:958 'unhandled cuda error / '\n"
+    (test,) = read_tests(RANKS + HEAD + REDUCE + failure, "log.txt")
+    assert test.remarks == ("line 13: the run failed: Test NCCL failure common.cu:958 'unhandled cuda error / '",)
+    assert said(RANKS + HEAD + failure) == ["log.txt:12: the run failed before its first row"]
+    (test,) = read_tests(RANKS + HEAD + REDUCE + "# Out of bounds values : 3 FAILED\n", "log.txt")
+    assert test.remarks == ("line 13: results were wrong: Out of bounds values : 3 FAILED",)
+
+
+def written(**changes: Any) -> str:
+    """Return what ``-J`` writes of one all-reduce of 2 processes with 4 GPUs each (nccl-tests, src/util.cu)."""
+    figures = {"time": 198.6, "alg_bw": 168.95, "bus_bw": 295.66, "nwrong": 0.0}
+    device = {"rank": 0, "hostname": "a", "device": 0, "device_hex": "0000:1b:00", "device_info": "NVIDIA H100"}
+    row = {"size": 33554432, "count": 8388608, "type": "float", "redop": "sum", "root": "    -1"}
+    return json.dumps({
+        "version": 3, "args": ["./build/all_reduce_perf", "-g", "4"],
+        "config": {"nthreads": 1, "ngpus": 4, "devices": [device, device | {"hostname": "b", "rank": 4}]},
+        "results": [row | {"out_of_place": figures, "in_place": figures}], "errors": [], **changes,
+    })  # fmt: skip
+
+
+def test_the_file_of_json_says_what_the_table_says() -> None:
+    (table,) = read_tests(f"all_reduce_perf\n{RANKS}{HEAD}{REDUCE}", "log.txt")
+    (test,) = read_tests(written(), "log.json")
+    assert (test.kind, test.num_ranks, test.num_nodes, test.gpus) == ("all_reduce", 8, 2, ("NVIDIA H100",))
+    assert [(r.tensor_bytes, r.time_s, r.bus_bytes_per_s) for r in test.rows] == [
+        (r.tensor_bytes, r.time_s, r.bus_bytes_per_s) for r in table.rows
+    ]
+
+
+def test_broken_json() -> None:
+    row = json.loads(written())["results"][0]
+    assert said(written()[:-20]) == ["log.txt:1: is broken JSON: Expecting ',' delimiter"]
+    assert said(written(results=[row | {"out_of_place": None, "in_place": None}])) == [
+        "log.txt:1: result 1 lacks size, time, alg_bw or bus_bw"
+    ]
+    cpu = {"cpu_time": 9.0, "alg_bw": 3728.27, "bus_bw": 6524.5}
+    assert said(written(results=[row | {"out_of_place": cpu}])) == [
+        "log.txt:1: its times are the host's (-C), not the GPU's"
+    ]
+    assert said(written(args=["./build/scatter_perf"])) == ["log.txt:1: scatter_perf is not simulated"]
+    assert said(written(results=[])) == ["log.txt:1: there is no result of a size above zero in it"]
+    (test,) = read_tests(written(errors=["unhandled cuda error"]), "log.json")
+    assert test.remarks == ("the run failed: unhandled cuda error",)
