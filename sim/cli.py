@@ -300,12 +300,21 @@ def validate(
     chosen = select(read_runs(files), filter_, limit)
     if not any(file.runs for file in chosen):
         raise ScenarioError([Finding("--filter", 0, f"no run's file:id contains {filter_!r}", "leave it out")])
+    if results is not None:
+        from sim.report.save import prepare_file
+
+        prepare_file(results, "--results")
+    if plot is not None:
+        from sim.report.save import prepare
+
+        prepare(plot, "--plot")
     if calibration is not None:
         chosen = calibrated(chosen, str(calibration.absolute()))
     with _progress("predicting", quiet) as step:
         answered = validate(chosen, jobs, step)
     if results is not None:
         from sim.report.plots import results_png
+        from sim.report.save import write_whole
         from sim.validation.results import points, results_markdown
 
         words = [
@@ -314,11 +323,10 @@ def validate(
             *(["--limit", str(limit)] if limit else []),
             *(["--calibration", str(calibration)] if calibration else []),
         ]
-        results.parent.mkdir(parents=True, exist_ok=True)
         picture = results.with_name(f"{results.stem.lower()}_time.png")
-        picture.write_bytes(results_png(points(answered)))
+        write_whole(picture, results_png(points(answered)), "--results")
         command = f"sim validate {' '.join(words)} --results {results}"
-        results.write_text(results_markdown(answered, command, picture.name), encoding="utf-8")
+        write_whole(results, results_markdown(answered, command, picture.name).encode(), "--results")
     if plot is not None:
         from sim.validation.parts import write_plots
 
@@ -463,10 +471,12 @@ def init(
 ) -> None:
     """Ask a few questions and write a scenario."""
     from sim.asking import ask_scenario
+    from sim.report.save import prepare_file
 
-    if out.exists() and not typer.confirm(f"{out} is there already. Write over it?", err=True):
-        raise typer.Exit
+    prepare_file(out, "FILE")
     try:
+        if out.exists() and not typer.confirm(f"{out} is there already. Write over it?", err=True):
+            raise typer.Exit
         text = ask_scenario(lambda question, default: str(typer.prompt(question, default=default, err=True)),
                             lambda words: typer.echo(words, err=True))  # fmt: skip
     except typer.Abort:
@@ -482,8 +492,10 @@ def _write_scenario(text: str, out: Path | None) -> None:
     if out is None:
         _screen().write(text)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        from sim.report.save import prepare_file, write_whole
+
+        prepare_file(out, "--out")
+        write_whole(out, text.encode())
     load_scenario_text(text, str(out or "the scenario above"), folder=out.parent if out else ".")
     if out is not None:
         typer.echo(f"{out}: ok; now: sim run {out}", err=True)
@@ -516,14 +528,15 @@ def calibrate(
     """Measure the GPU at hand on a scenario's kernels."""
     from sim.calibrating import DEVICES
     from sim.calibrating import calibrate as measure
+    from sim.report.save import prepare_file, write_whole
     from sim.scenario.load import load_scenario
 
     _choice("--device", device, DEVICES)
     scenario = load_scenario(file, set_ or ())
+    prepare_file(out, "--out")
     with _progress(f"calibrating on {scenario.name}", quiet) as step:
         found = measure(scenario, device, nccl_tests or (), python, step)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(found.text, encoding="utf-8")
+    write_whole(out, found.text.encode())
     if not quiet:
         for note in found.notes:
             typer.echo(note, err=True)
@@ -565,14 +578,16 @@ def topology(
     if (write is not None or out is not None) and source.node is None:
         raise ScenarioError([Finding(name, 0, "graphs are no machine to write or draw", "give a topology")])
     if write is not None:
-        write.parent.mkdir(parents=True, exist_ok=True)
-        write.write_text(source.text or topologies.own_text(source, name), encoding="utf-8")
+        from sim.report.save import prepare_file, write_whole
+
+        prepare_file(write, "--write")
+        write_whole(write, (source.text or topologies.own_text(source, name)).encode(), "--write")
     if out is not None and source.node is not None:
         from sim.report.plots import topology_png
-        from sim.report.save import prepare
+        from sim.report.save import prepare, write_whole
 
         prepare(out)
-        (out / "topology.png").write_bytes(topology_png(topologies.machine_of(source.node, 1, network)))
+        write_whole(out / "topology.png", topology_png(topologies.machine_of(source.node, 1, network)))
     if json:
         _print_json(content)
     else:

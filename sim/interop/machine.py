@@ -34,6 +34,7 @@ class Machine:
     num_cores: int = 0
     pcie_generation: int = 4
     multicast: bool = False
+    nvlink_domain_nodes: int = 1
 
     def add(self, kind: str, label: str = "") -> str:
         """Return the name of one more device."""
@@ -58,6 +59,8 @@ def topology_text(machine: Machine) -> str:
     ]
     if machine.multicast:
         lines.append("nvswitch_multicast: true")
+    if machine.nvlink_domain_nodes > 1:
+        lines.append(f"nvlink_domain_nodes: {machine.nvlink_domain_nodes}")
     devices = ", ".join(f"{kind}: {machine.counts[kind]}" for kind in KINDS if machine.counts.get(kind))
     lines.append(f"devices: {{{devices}}}")
     named = [f"{name} {label}" for name, label in machine.labels.items() if name != label.lower()]

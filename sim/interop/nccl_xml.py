@@ -175,6 +175,9 @@ class _Builder:
             return
         if bus in self.by_bus:
             self.findings.append(Finding(self.file, pci.line, f"busid {bus} is there twice", "one <pci> a device"))
+        if pci.values.get("vendor") == "0x1002" or any("gcn" in gpu.values for gpu in pci.of("gpu")):
+            remedy = "name a node of `sim catalog node`, or write a topology file as those in topologies/"
+            self.findings.append(Finding(self.file, pci.line, "an AMD GPU: RCCL's topology is not read", remedy))
         kind = self._kind(pci)
         label = bus
         if nets := [net for nic in pci.of("nic") for net in nic.of("net")]:
@@ -273,7 +276,7 @@ def to_machine(root: Element, file: str, gpu: str, major: int, has_nvlink: bool)
     machine = Machine(f"read from {file.rsplit('/', 1)[-1]}", gpu, "")
     machine.pcie_generation = PCIE_GENERATION.get(major, 4)
     builder = _Builder(file, machine)
-    cpus = root.of("cpu")
+    cpus = _one_host(root.of("cpu"), machine)
     if not cpus:
         raise ScenarioError(
             [Finding(file, root.line, "there is no <cpu> in it", "give what NCCL_TOPO_DUMP_FILE wrote")]
@@ -314,6 +317,17 @@ def to_machine(root: Element, file: str, gpu: str, major: int, has_nvlink: bool)
         machine.notes.append("each NUMA node is taken for a socket of its own")
     join_sockets(machine)
     return machine
+
+
+def _one_host(cpus: list[Element], machine: Machine) -> list[Element]:
+    """Return the processors of the first host, and note how many there are: NCCL dumps all hosts of a clique that
+    NVLinks join in one file and says whose a processor is (``host_hash``, ncclTopoFuseXml in graph/xml.cc)."""
+    hosts = dict.fromkeys(cpu.values.get("host_hash", "") for cpu in cpus)
+    if len(hosts) > 1:
+        machine.nvlink_domain_nodes = len(hosts)
+        many = f"{len(hosts)} hosts that NVLinks join are in it"
+        machine.notes.append(f"{many}: the first is the node, in a domain of {len(hosts)}")
+    return [cpu for cpu in cpus if cpu.values.get("host_hash", "") == next(iter(hosts))]
 
 
 def _pairs(builder: _Builder, machine: Machine, file: str, major: int) -> dict[tuple[int, int], int]:

@@ -26,6 +26,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\x1b\(B|\[(?:4|0|24)m")
 _DEVICE = re.compile(r"^(GPU\d+|NIC\d+|[a-z][a-z0-9]*_[a-z0-9_]+|ib\w*\d|en\w+|roce\w*)$")
 _NIC = re.compile(r"^[a-z][a-z0-9_.-]*\d[a-z0-9_.-]*$")
 """Names of NICs as the first line has them after the first GPU: mlx5_bond_0, bnxt_re0, irdma0, rocep4s0f1, ..."""
+_QUOTED = re.compile(r"^\s*(?:>\s?)+")
 _WORD = re.compile(r"^(X|NV\d+|PIX|PXB|PHB|NODE|SYS|SOC|C2C)$")
 _WORDS = re.compile(r"X|NV\d+|PIX|PXB|PHB|NODE|SYS|SOC|C2C")
 GRACE = ("gh200", "gb200", "gb300")
@@ -47,6 +48,7 @@ class Matrix:
     cpus: Mapping[str, str]
     nic_names: Mapping[str, str]
     coherent: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> tuple[str, ...]:
@@ -63,7 +65,7 @@ def looks_like(text: str) -> bool:
 
 
 def _fields(line: str) -> list[str]:
-    return _ANSI.sub("", line).split()
+    return _ANSI.sub("", _QUOTED.sub("", line)).split()
 
 
 def _header(line: str) -> tuple[str, ...]:
@@ -84,9 +86,8 @@ def read_matrix(text: str, file: str) -> Matrix:
     """Return the matrix in some text. Raises ScenarioError with every line that is wrong."""
     lines = text.splitlines()
     at = next((i for i, line in enumerate(lines) if _header(line)), None)
-    if at is None:
-        what = "paste the output of `nvidia-smi topo -m` with its first line, the one of GPU0, GPU1, ..."
-        raise ScenarioError([Finding(file, 0, "there is no matrix of `nvidia-smi topo -m` in it", what)])
+    if at is None or "ROCm" in text:
+        raise ScenarioError([_no_matrix(text, file)])
     names = _header(lines[at])
     findings: list[Finding] = []
     cells: dict[tuple[str, str], str] = {}
@@ -119,15 +120,43 @@ def read_matrix(text: str, file: str) -> Matrix:
         _affinity(row, words[1 + len(names) :], numa, cpus)
         coherent += [row] * (numbered and row.startswith("GPU") and len(words) > 3 + len(names) and words[-1].isdigit())
     if not findings and (missing := [name for name in names if name not in where]):
-        findings.append(Finding(file, at + 1, f"the row of {missing[0]} is missing", "paste the whole matrix"))
-    for (a, b), word in cells.items():
-        if names.index(a) < names.index(b) and cells.get((b, a), word) != word:
-            problem = f"{a} to {b} is {word}, {b} to {a} is {cells[b, a]}"
-            findings.append(Finding(file, where[b], problem, "the matrix reads the same both ways"))
+        rows = f"the row of {missing[0]} is" if len(missing) == 1 else f"the rows of {', '.join(missing)} are"
+        findings.append(Finding(file, at + 1, f"{rows} missing", "paste the whole matrix"))
+    findings += _both_ways(names, cells, where, file)
     if findings:
         raise ScenarioError(findings)
     nic_names = dict(re.findall(r"^\s*(NIC\d+):\s*(\S+)\s*$", text, re.MULTILINE))
-    return Matrix(names, cells, numa, cpus, nic_names, tuple(coherent))
+    return Matrix(names, cells, numa, cpus, nic_names, tuple(coherent), _around(lines, at))
+
+
+def _no_matrix(text: str, file: str) -> Finding:
+    if "ROCm" in text:
+        what = "name a node of `sim catalog node`, or write a topology file as those in topologies/"
+        return Finding(file, 0, "is of AMD's rocm-smi, which is not read", what)
+    what = "paste the output of `nvidia-smi topo -m` with its first line, the one of GPU0, GPU1, ..."
+    return Finding(file, 0, "there is no matrix of `nvidia-smi topo -m` in it", what)
+
+
+def _both_ways(
+    names: tuple[str, ...], cells: Mapping[tuple[str, str], str], where: Mapping[str, int], file: str
+) -> list[Finding]:  # fmt: skip
+    """Return where the matrix does not read the same both ways."""
+    what = "the matrix reads the same both ways"
+    return [
+        Finding(file, where[b], f"{a} to {b} is {word}, {b} to {a} is {cells[b, a]}", what)
+        for (a, b), word in cells.items()
+        if names.index(a) < names.index(b) and cells.get((b, a), word) != word
+    ]
+
+
+def _around(lines: list[str], at: int) -> tuple[str, ...]:
+    """Return notes on what stands below the header, which is line ``at``, beside the matrix."""
+    notes = []
+    if any(_fields(line)[:1] and _fields(line)[0].startswith("MIG") for line in lines):
+        notes.append("MIG slices are in it: the GPUs are taken as wholes")
+    if others := [i for i, line in enumerate(lines[at + 1 :], at + 2) if _header(line)]:
+        notes.append(f"a second matrix begins in line {others[0]}: left out")
+    return tuple(notes)
 
 
 def _told_apart(found: list[str], many: int) -> list[str]:
@@ -197,7 +226,7 @@ def to_machine(matrix: Matrix, title: str, gpu: str, major: int, cpu_vendor: str
     """Return a machine whose paths are those of the matrix. ``gpu`` may be empty; ``major`` its compute capability."""
     widest = max((int(w[2:]) for w in matrix.cells.values() if w.startswith("NV")), default=0)
     grace = bool(matrix.coherent) or gpu.startswith(GRACE)
-    machine = Machine(title, gpu, cpu_vendor or ("arm" if grace else "intel"))
+    machine = Machine(title, gpu, cpu_vendor or ("arm" if grace else "intel"), notes=list(matrix.notes))
     if not gpu and grace:
         machine.gpu, major = ("gb200-186gb", 10) if widest >= 18 else ("gh200-96gb", 9)
         machine.notes.append(f"GPU guessed: its memory is a NUMA node: {machine.gpu} taken; --gpu NAME says which")
@@ -214,7 +243,7 @@ def to_machine(matrix: Matrix, title: str, gpu: str, major: int, cpu_vendor: str
     device = {name: machine.add("gpu", name) for name in matrix.gpus}
     device |= {name: machine.add("nic", matrix.nic_names.get(name, name)) for name in matrix.nics}
     pairs = {(a, b): matrix.cells[a, b] for a in matrix.names for b in matrix.names if a != b}
-    sockets = _groups(matrix.names, {pair: _same_socket(matrix, *pair) for pair in pairs})
+    sockets = _sockets(matrix, pairs, machine)
     nodes = [socket for socket in sockets if any(name in matrix.gpus for name in socket)]
     if len(nodes) > 2:
         machine.notes.append("each NUMA node is taken for a socket of its own")
@@ -244,14 +273,27 @@ def to_machine(matrix: Matrix, title: str, gpu: str, major: int, cpu_vendor: str
                     machine.wires.append(f"{switch} to {top} by {pcie}")
                 machine.wires += [f"{device[name]} to {switch} by {pcie}" for name in leaf]
     join_sockets(machine)
+    wire_nvlinks(machine, _linked(matrix, pairs), major)
+    return machine
+
+
+def _linked(matrix: Matrix, pairs: Mapping[tuple[str, str], str]) -> dict[tuple[int, int], int]:
+    """Return how many NVLinks join two GPUs, by their numbers."""
     number = {name: i for i, name in enumerate(matrix.gpus)}
-    linked = {
+    return {
         (number[a], number[b]): int(word[2:])
         for (a, b), word in pairs.items()
         if word.startswith("NV") and number[a] < number[b]
     }
-    wire_nvlinks(machine, linked, major)
-    return machine
+
+
+def _sockets(matrix: Matrix, pairs: Mapping[tuple[str, str], str], machine: Machine) -> list[list[str]]:
+    """Return the devices of each socket. NVLinks alone say nothing of sockets: then there are two, and a note."""
+    if len(matrix.gpus) > 2 and not any((matrix.numa, matrix.cpus, any(word in _NEAR for word in pairs.values()))):
+        half = len(matrix.gpus) // 2
+        machine.notes.append("PCIe and processors are not in it: half of the GPUs on each of two sockets taken")
+        return [list(matrix.gpus[:half]), list(matrix.gpus[half:])]
+    return _groups(matrix.names, {pair: _same_socket(matrix, *pair) for pair in pairs})
 
 
 def _num_threads(matrix: Matrix) -> int:

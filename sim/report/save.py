@@ -34,18 +34,28 @@ class Answered(Protocol):
     def report(self) -> Report: ...
 
 
-def prepare(out: Path) -> None:
+def prepare(out: Path, option: str = "--out") -> None:
     """Make the folder, before the work is done for it. Raises ScenarioError where it cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise _refused(out, "is a file, not a folder") from None
+        raise _refused(out, "is a file, not a folder", option) from None
     except NotADirectoryError:
-        raise _refused(out, "lies below a file") from None
+        raise _refused(out, "lies below a file", option) from None
     except OSError as error:
-        raise _refused(out, _why(error)) from None
+        raise _refused(out, _why(error), option) from None
     if not os.access(out, os.W_OK | os.X_OK):
-        raise _refused(out, "cannot be written to")
+        raise _refused(out, "cannot be written to", option)
+
+
+def prepare_file(file: Path, option: str) -> None:
+    """Make the folder of one file, before the work is done for it. Raises ScenarioError where it cannot be written."""
+    if file.is_dir():
+        raise _refused(file, "is a folder, not a file", option)
+    if not file.exists():
+        prepare(file.parent, option)
+    elif not os.access(file, os.W_OK):
+        raise _refused(file, "cannot be written to", option)
 
 
 def save(simulation: Answered, remedies: Sequence[RemedyResult], out: Path) -> None:
@@ -68,20 +78,24 @@ def save(simulation: Answered, remedies: Sequence[RemedyResult], out: Path) -> N
     write_whole(out / "memory_snapshot.pickle", snapshot_bytes(fullest))
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, option: str = "--out") -> None:
     """Write a file so that nobody ever sees a part of it. Raises ScenarioError where that cannot be."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)  # /dev/stdout
+            return
         beside.write_bytes(content)
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise _refused(path, _why(error)) from None
+        raise _refused(path, _why(error), option) from None
 
 
 def _why(error: OSError) -> str:
     return f"cannot be written: {(error.strerror or str(error)).lower()}"
 
 
-def _refused(path: Path, problem: str) -> ScenarioError:
-    return ScenarioError([Finding("--out", 0, f"{path} {problem}")])
+def _refused(path: Path, problem: str, option: str) -> ScenarioError:
+    remedy = "" if option == "--out" else "give a place that can be written to"
+    return ScenarioError([Finding(option, 0, f"{path} {problem}", remedy)])

@@ -45,6 +45,7 @@ def read(name_or_path: str, gpu: str = "") -> Source:
     if gpu and gpu not in load.names("gpu"):
         raise _unknown("--gpu", "GPU", gpu, load.names("gpu"), "sim catalog gpu")
     if name_or_path in load.names("node"):
+        _no_gpu(name_or_path, gpu)
         return Source(load.node(name_or_path), "", ())
     path = Path(name_or_path)
     if not path.exists():
@@ -54,6 +55,9 @@ def read(name_or_path: str, gpu: str = "") -> Source:
             [Finding(name_or_path, 0, "does not exist", "give a file, or a name of `sim catalog node`")]
         )
     text = _text(path)
+    if not text.strip():
+        what = "give the output of `nvidia-smi topo -m`, NCCL's XML, or a topology file"
+        raise ScenarioError([Finding(name_or_path, 0, "is empty", what)])
     if nccl_xml.looks_like(text):
         return _from_xml(text, name_or_path, gpu)
     if nvidia_smi.looks_like(text) or "GPU0" in text:
@@ -61,11 +65,19 @@ def read(name_or_path: str, gpu: str = "") -> Source:
         major = load.gpu(gpu).compute_capability[0] if gpu else 0
         found = nvidia_smi.to_machine(matrix, f"{path.stem}, read from nvidia-smi topo -m", gpu, major)
         return _source(found, name_or_path)
-    if text.strip() and not any(line.startswith(("devices:", "wires:", "gpu:")) for line in text.splitlines()):
+    if not any(line.startswith(("devices:", "wires:", "gpu:")) for line in text.splitlines()):
         what = "give the output of `nvidia-smi topo -m` from its line of GPU0 on, NCCL's XML, or a topology file"
         raise ScenarioError([Finding(name_or_path, 0, "describes no machine", what)])
+    _no_gpu(name_or_path, gpu)
     written = name_or_path if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")) else f"./{name_or_path}"
     return Source(load.node(written), "", ())
+
+
+def _no_gpu(name: str, gpu: str) -> None:
+    """Refuse ``--gpu`` beside what says its GPU itself."""
+    if gpu:
+        remedy = "leave it out; a topology file (--write FILE.yaml) says `gpu:`"
+        raise ScenarioError([Finding("--gpu", 0, f"{name} says itself which GPU it has", remedy)])
 
 
 def _text(path: Path) -> str:

@@ -191,3 +191,21 @@ def test_one_device_is_one_gpu() -> None:
     text = HEAD + GPU.format(n=1, inside='<gpu dev="0"/><gpu dev="1"/>') + TAIL
     with pytest.raises(ScenarioError, match="a second <gpu> in a <pci>"):
         read(text)
+
+
+def test_hosts_that_nvlinks_join_are_one_node_in_a_domain() -> None:
+    """NCCL dumps all trays of a clique in one file; their devices may have the same busids."""
+    cpu = GRACE.split("\n", 1)[1].replace("</system>", "").strip()
+    hosts = "".join(cpu.replace("<cpu ", f'<cpu host_hash="0x{i}" ') for i in (7, 9))
+    found = read(f'<system version="1">{hosts}</system>', "gb200-186gb", 10)
+    alone = read(GRACE, "gb200-186gb", 10)
+    assert (found.counts, found.wires) == (alone.counts, alone.wires)
+    assert "nvlink_domain_nodes: 2\n" in topology_text(found)
+    assert found.notes[0] == "2 hosts that NVLinks join are in it: the first is the node, in a domain of 2"
+    assert load.node_from_text(topology_text(found), "tray").nvlink_domain_nodes == 2
+
+
+def test_gpus_of_amd_are_refused() -> None:
+    gpu = GPU.format(n=1, inside='<gpu dev="0" sm="94" gcn="gfx942"/>')
+    with pytest.raises(ScenarioError, match=r"topo.xml:2: an AMD GPU: RCCL's topology is not read"):
+        read(HEAD + gpu + TAIL)

@@ -167,3 +167,37 @@ def test_a_nic_near_to_no_gpu_of_one_socket_is_on_the_other() -> None:
     found = nvidia_smi.to_machine(nvidia_smi.read_matrix(text, "smi.txt"), "pair", "", 0)
     assert "nic0 to cpu1 by pcie4-x16" in found.wires
     assert "gpu1 to cpu0 by pcie4-x16" in found.wires
+
+
+def test_what_is_around_a_matrix_is_said() -> None:
+    """MIG slices, a second matrix below the first, a quotation's marks."""
+    lines = PAIR.splitlines()
+    mig = "MIG 1g.10gb     Device  0: (UUID: MIG-1)"
+    text = "\n".join(f"> {line}" for line in (lines[0], lines[1], mig, lines[2], *lines))
+    matrix = nvidia_smi.read_matrix(text, "smi.txt")
+    assert matrix.gpus == ("GPU0", "GPU1")
+    assert matrix.notes == (
+        "MIG slices are in it: the GPUs are taken as wholes", "a second matrix begins in line 5: left out",
+    )  # fmt: skip
+    assert nvidia_smi.to_machine(matrix, "pair", "", 0).notes[:2] == list(matrix.notes)
+
+
+def test_all_rows_that_are_missing_are_named_at_once_and_amd_is_told_apart() -> None:
+    for text, said in (
+        ("\tGPU0\tGPU1\tGPU2\nGPU0\t X \tSYS\tSYS\n", "the rows of GPU1, GPU2 are missing"),
+        ("=== ROCm System Management Interface ===\n  GPU0  GPU1\nGPU0  0  15\nGPU1  15  0\n", "is of AMD's rocm-smi"),
+    ):
+        with pytest.raises(ScenarioError, match=said):
+            nvidia_smi.read_matrix(text, "smi.txt")
+
+
+def test_nvlinks_alone_say_nothing_of_sockets() -> None:
+    """Without affinities and NICs each GPU of 16 would stand on a socket of its own: two are taken."""
+    names = [f"GPU{i}" for i in range(16)]
+    rows = "".join(a + "".join("\t X " if a == b else "\tNV12" for b in names) + "\n" for a in names)
+    found = nvidia_smi.to_machine(
+        nvidia_smi.read_matrix("\t" + "\t".join(names) + "\n" + rows, "smi.txt"), "hgx", "a100-sxm-80gb", 8
+    )
+    assert found.counts["cpu"] == 2
+    assert [wire for wire in found.wires if wire.startswith("gpu8 to cpu")] == ["gpu8 to cpu1 by pcie4-x16"]
+    assert found.notes == ["PCIe and processors are not in it: half of the GPUs on each of two sockets taken"]

@@ -11,7 +11,7 @@ from report_scenarios import answered
 
 from sim.errors import ScenarioError
 from sim.report.report import json_text, result
-from sim.report.save import prepare, save, write_whole
+from sim.report.save import prepare, prepare_file, save, write_whole
 from sim.scenario.load import load_scenario
 
 FILES = {
@@ -97,3 +97,19 @@ def test_a_folder_in_the_way_of_a_file_is_one_line_and_leaves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_line():
     with pytest.raises(ScenarioError, match=r"^--out: /proc/nothing cannot be written: [^\n]+$"):
         prepare(Path("/proc/nothing"))
+
+
+def test_one_file_is_refused_before_the_work_by_the_name_of_its_option(tmp_path):
+    prepare_file(tmp_path / "a" / "b" / "scenario.yaml", "--write")
+    assert (tmp_path / "a" / "b").is_dir()
+    with pytest.raises(ScenarioError, match=r"--write: .*/a is a folder, not a file"):
+        prepare_file(tmp_path / "a", "--write")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ScenarioError, match=r"--results: .*/file is a file, not a folder"):
+        prepare_file(tmp_path / "file" / "r.md", "--results")
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    null = Path("/dev/null")
+    write_whole(null, b"x")
+    assert null.is_char_device()

@@ -85,6 +85,8 @@ def test_graphs_of_a_dump(sim):  # noqa: F811
         (["dgx-h100", "--network", "fast"], "--network: 'fast' does not describe a network; write"),
         (["FOLDER/ncv4-graph.xml", "--write", "x.yaml"], "ncv4-graph.xml: graphs are no machine to write or draw\n"),
         (["FOLDER/README.md"], "README.md"),
+        (["dgx-h100", "--gpu", "a30"], "--gpu: dgx-h100 says itself which GPU it has\n    leave it out;"),
+        (["/dev/null"], "/dev/null: is empty\n    give the output of `nvidia-smi topo -m`"),
     ],
 )
 def test_what_it_refuses(sim, words: list[str], said: str):  # noqa: F811
@@ -99,3 +101,19 @@ def test_more_ranks_than_the_nodes_have_gpus(sim, tmp_path):  # noqa: F811
     code, _, err = sim("topology", "hgx-a100-4-80gb", "--nccl-tests", file)
     assert code == 2
     assert "8 ranks on 1 nodes do not fit nodes of 4 GPUs\n    give the topology of these nodes\n" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_as_windows_writes_them(sim, tmp_path, encoding: str):  # noqa: F811
+    text = (FOLDER / "dgx-1.txt").read_text()
+    (tmp_path / "dgx-1.txt").write_text(text, encoding=encoding)
+    _, expected, _ = sim("topology", FOLDER / "dgx-1.txt")
+    assert sim("topology", tmp_path / "dgx-1.txt") == (0, expected, "")
+
+
+def test_remarks_on_measured_runs_are_notes(sim, tmp_path):  # noqa: F811
+    file = tmp_path / "all_reduce_perf.txt"
+    file.write_text(RANKS + HEAD + REDUCE + "# error: remote process has exited\n", encoding="utf-8")
+    code, out, _ = sim("topology", "dgx-h100", "--nccl-tests", file, "--json")
+    assert code == 0
+    assert json.loads(out)["notes"] == [f"{file}: line 13: the run failed: error: remote process has exited"]
