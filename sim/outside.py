@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from sim.catalog.schema import GpuFacts
 from sim.cluster.topology import Cluster
-from sim.cost.nccl import RingGraph, nvls_channels, p2p_channels, ring_graph
+from sim.cost.nccl.messages import p2p_channels
+from sim.cost.nccl.rings import RingGraph, ring_graph
+from sim.cost.nccl.tuning import nvls_channels
 from sim.ir.program import Collective, Program, Recv, Send, World
 from sim.ir.timeline import Timeline
 from sim.memory.runtime import NcclCommunicator, Outside, outside_torch
@@ -138,7 +140,7 @@ def _collnet(cluster: Cluster, graph: RingGraph) -> tuple[int, int]:
     are made whatever runs, where there are such switches."""
     if not cluster.sharp or graph.num_nodes < 2:
         return graph.compute_channels, 0
-    from sim.cost.collnet import num_channels, num_heads
+    from sim.cost.nccl.collnet import num_channels, num_heads
 
     return num_channels(cluster, graph), num_heads(graph)
 

@@ -38,7 +38,7 @@ def _wires(cluster: Cluster) -> Sequence[Link]:
     return cluster.links
 
 
-_MODULES = {"nccl": "nccl", "gloo": "gloo", "alpha-beta": "alpha_beta"}
+_MODULES = {"nccl": "nccl.plan", "gloo": "gloo", "alpha-beta": "alpha_beta"}
 
 
 @cache

@@ -26,7 +26,8 @@ from math import exp, log, log2
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from sim.cost import nccl
+from sim.cost.copies import plan_copy
+from sim.cost.nccl.plan import plan_collective, plan_point_to_point
 from sim.ir.ledger import Attention, Dim, Gemm, Kernel, Pointwise, Tensor, size
 from sim.ir.traffic import Phase, Traffic
 from sim.scenario.calibration import AttentionRow, Calibration, GemmRow, MemoryRow, NcclCurve
@@ -130,7 +131,7 @@ class Calibrated:
         self._curves: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
         self._copies: dict[str, list[tuple[float, float]]] = {}
         for copy in calibration.copies:
-            modelled_s = alone_s(cluster, nccl.plan_copy(cluster, (0,), copy.direction, copy.bytes))
+            modelled_s = alone_s(cluster, plan_copy(cluster, (0,), copy.direction, copy.bytes))
             self._copies.setdefault(copy.direction, []).append((log2(copy.bytes), log(copy.time / modelled_s)))
         self.used: dict[tuple[str, str], int] = {}
         """(family, "measured" | "nearest" | "median") -> different kernels or transfers."""
@@ -207,8 +208,8 @@ class Calibrated:
     def _alone_s(self, kind: str, group: tuple[int, ...], num_bytes: int) -> float:
         if kind == "send":
             pairs = [(gpu, group[(i + 1) % len(group)]) for i, gpu in enumerate(group)]
-            return alone_s(self._cluster, nccl.plan_point_to_point(self._cluster, pairs, num_bytes, len(group)))
-        return alone_s(self._cluster, nccl.plan_collective(self._cluster, [group], kind, num_bytes))
+            return alone_s(self._cluster, plan_point_to_point(self._cluster, pairs, num_bytes, len(group)))
+        return alone_s(self._cluster, plan_collective(self._cluster, [group], kind, num_bytes))
 
     # --- the account ---------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from sim.cluster import routing
 from sim.cluster.topology import Cluster
-from sim.cost import nccl
+from sim.cost.copies import plan_copy, plan_shift
 from sim.ir.traffic import Link, Phase, Traffic
 
 MAX_SEGMENT_BYTES = 2**20
@@ -261,14 +261,14 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
     if n <= 1:
         return Traffic("none", (), 0)
     if kind == "shift":
-        return nccl.plan_collective(cluster, groups, kind, tensor_bytes)
+        return plan_shift(cluster, groups, tensor_bytes)
     before, after = staged(kind, n, tensor_bytes)
     gpus = tuple(gpu for group in groups for gpu in group)
     out_of = tuple(group[0] for group in groups) if kind == "broadcast" else gpus
     phases = [_tcp_phase(cluster, groups, kind, tensor_bytes)]
     if before:
-        phases.insert(0, nccl.plan_copy(cluster, out_of, "device_to_host", before).phases[0])
-        phases.append(nccl.plan_copy(cluster, gpus, "host_to_device", after).phases[0])
+        phases.insert(0, plan_copy(cluster, out_of, "device_to_host", before).phases[0])
+        phases.append(plan_copy(cluster, gpus, "host_to_device", after).phases[0])
     name = f"{ALGORITHMS.get(kind, 'ring')}/TCP"
     return Traffic(name, tuple(phases), work(kind, n, tensor_bytes).sent_bytes)
 

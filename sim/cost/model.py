@@ -389,7 +389,7 @@ class CostModel:
         key = (ranks, copy.direction, copy.num_bytes)
         traffic = self._traffic.get(key)
         if traffic is None:
-            from sim.cost.nccl import plan_copy
+            from sim.cost.copies import plan_copy
 
             traffic = plan_copy(self._cluster, self._place(ranks), copy.direction, copy.num_bytes)
             if self.calibrated is not None:

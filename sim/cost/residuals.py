@@ -17,7 +17,7 @@ from math import log, sqrt
 from typing import TYPE_CHECKING, Any
 
 from sim.cost import efficiency
-from sim.cost.nccl_time import residuals_of
+from sim.cost.nccl.terms import residuals_of
 from sim.cost.roofline import peak_of
 from sim.ir.ledger import Attention, Gemm, Kernel
 from sim.ir.program import Communicator

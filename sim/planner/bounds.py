@@ -31,7 +31,7 @@ from typing import Any
 
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost.model import CostModel, CostSettings
-from sim.cost.nccl import plan_collective
+from sim.cost.nccl.plan import plan_collective
 from sim.cost.spread import Slowest, pipelines_of, slowest_of
 from sim.engine.beside import durations_beside
 from sim.engine.network import flow_of

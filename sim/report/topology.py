@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from sim.catalog import load
 from sim.catalog.schema import NetworkFacts, NodeFacts
 from sim.cluster.topology import Cluster, build_cluster
-from sim.cost import collective, nccl
+from sim.cost import collective
 from sim.cost.calibrated import alone_s
+from sim.cost.nccl.plan import plan_collective, plan_point_to_point
+from sim.cost.nccl.rings import ring_graph
 from sim.errors import Finding, ScenarioError
 from sim.interop import machine, nccl_tests, nccl_xml, nvidia_smi
 from sim.interop.values import near
@@ -275,7 +277,7 @@ def _found(cluster: Cluster) -> dict[str, Any]:
     """Return the rings that NCCL finds over all GPUs."""
     if cluster.num_gpus < 2:
         return {}
-    graph = nccl.ring_graph(cluster, tuple(range(cluster.num_gpus)))
+    graph = ring_graph(cluster, tuple(range(cluster.num_gpus)))
     return {
         "channels": graph.compute_channels,
         "bytes_per_s": graph.channels * graph.channel_bw * GB,
@@ -286,9 +288,9 @@ def _found(cluster: Cluster) -> dict[str, Any]:
 def _bus(cluster: Cluster, kind: str, group: tuple[int, ...], size: int) -> dict[str, Any]:
     if kind == "send":
         pairs = [(gpu, group[(i + 1) % len(group)]) for i, gpu in enumerate(group)]
-        traffic = nccl.plan_point_to_point(cluster, pairs, size, len(group))
+        traffic = plan_point_to_point(cluster, pairs, size, len(group))
     else:
-        traffic = nccl.plan_collective(cluster, [group], kind, size)
+        traffic = plan_collective(cluster, [group], kind, size)
     time_s = alone_s(cluster, traffic)
     return {
         "collective": kind,

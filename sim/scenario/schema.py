@@ -15,7 +15,7 @@ from sim.catalog.schema import GpuFacts, NetworkFacts, NodeFacts
 from sim.interop.deepspeed_config import DeepSpeedSettings
 
 NCCL_VERSION = (2, 30)
-"""The version that ``sim.cost.nccl`` follows."""
+"""The version that ``sim/cost/nccl`` follows."""
 Framework = Literal["ddp", "fsdp2", "fsdp1", "deepspeed", "megatron"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
 Recompute = Literal["none", "selective", "selective-op", "full"]
@@ -100,7 +100,7 @@ class ClusterSpec(_Frozen):
     beta_bytes_per_s: float = 0.0
     """Latency of a message and bandwidth of a GPU, each way, of the plain network; 0 under the others."""
     nccl: tuple[int, int] = NCCL_VERSION
-    """NCCL's version: what it can do (``sim.cost.nccl``)."""
+    """NCCL's version: what it can do (``sim/cost/nccl``)."""
 
     @property
     def gpus_per_node(self) -> int:

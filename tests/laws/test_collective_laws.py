@@ -13,7 +13,7 @@ from sim.catalog import load
 from sim.cluster.topology import Cluster, build_cluster
 from sim.cost import collective
 from sim.cost.collective import ALGORITHMS, Rounds, num_chunks
-from sim.cost.nccl import plan_collective
+from sim.cost.nccl.plan import plan_collective
 from sim.scenario.schema import ClusterSpec
 
 Held = dict[tuple[int, int], frozenset[int]]

@@ -8,8 +8,11 @@ import pytest
 
 from sim.catalog import load
 from sim.cluster.topology import Cluster, build_cluster
-from sim.cost import nccl
-from sim.cost.nccl import bus_bytes_per_s, plan_collective, plan_copy, plan_point_to_point, ring_graph
+from sim.cost.collective import bus_bytes_per_s
+from sim.cost.copies import plan_copy
+from sim.cost.nccl.plan import plan_collective, plan_point_to_point
+from sim.cost.nccl.rings import ring_graph
+from sim.cost.nccl.tuning import _shape, nvls_graph
 from sim.ir.traffic import Traffic
 from sim.scenario.schema import ClusterSpec
 
@@ -137,7 +140,7 @@ def test_small_messages_take_the_protocol_of_low_latency() -> None:
 )
 def test_channels_are_those_nccl_finds(name: str, num_nodes: int, channels: int, total_gb: float) -> None:
     cluster = machine(name, num_nodes)
-    graph = nccl.ring_graph(cluster, tuple(range(cluster.num_gpus)))
+    graph = ring_graph(cluster, tuple(range(cluster.num_gpus)))
     assert graph.channels * graph.channel_bw == pytest.approx(total_gb)
     assert graph.compute_channels == channels
 
@@ -309,8 +312,8 @@ def test_verbs_over_omni_path_carry_what_their_connections_do() -> None:
     carries 54.5 Gbit/s over them; GPUs 0 and 1 share one NIC of the four, 2 and 3 another."""
     cluster = machine("jean-zay-v100-32gb", 16)
     everyone = tuple(range(64))
-    assert nccl.ring_graph(cluster, everyone).compute_channels == 4
-    assert nccl.ring_graph(cluster, everyone[::4]).compute_channels == 2
+    assert ring_graph(cluster, everyone).compute_channels == 4
+    assert ring_graph(cluster, everyone[::4]).compute_channels == 2
     assert [cluster.rail_of(gpu) for gpu in range(4)] == [1, 1, 3, 3]
     assert bus(cluster, "all_reduce", everyone, 4_000_000_000) * 8 == pytest.approx(54.5e9, rel=0.02)
     message = plan_point_to_point(cluster, [(0, 4)], 64 << 20)
@@ -337,7 +340,7 @@ def test_verbs_over_omni_path_carry_what_their_connections_do() -> None:
 def test_search_for_nvls(name: str, num_nodes: int, num_gpus: int, expected: tuple[int, float, float]) -> None:
     """Every GPU carries each head's speed once, its own twice (nccl src/graph/search.cc, ncclTopoSearchTryNvls)."""
     cluster = machine(name, num_nodes)
-    assert nccl._nvls_graph(cluster, nccl.ring_graph(cluster, tuple(range(num_gpus)))) == expected
+    assert nvls_graph(cluster, ring_graph(cluster, tuple(range(num_gpus)))) == expected
 
 
 @pytest.mark.parametrize(
@@ -350,5 +353,5 @@ def test_search_for_nvls(name: str, num_nodes: int, num_gpus: int, expected: tup
 )
 def test_trees_between_two_nodes_are_faster_inside(name: str, num_nodes: int, bus_gb: float, tree_gb: float) -> None:
     cluster = machine(name, num_nodes)
-    shape = nccl._shape(cluster, nccl.ring_graph(cluster, tuple(range(8 * num_nodes))))
+    shape = _shape(cluster, ring_graph(cluster, tuple(range(8 * num_nodes))))
     assert (shape.bus, shape.tree_bus) == pytest.approx((bus_gb, tree_gb))

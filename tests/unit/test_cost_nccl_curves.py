@@ -13,7 +13,8 @@ from test_cost_nccl import MIB, alone_s, bus, machine
 
 from sim.catalog import load
 from sim.cluster.topology import build_cluster
-from sim.cost.nccl import plan_collective, plan_copy
+from sim.cost.copies import plan_copy
+from sim.cost.nccl.plan import plan_collective
 from sim.pipeline import simulate
 from sim.report.report import result
 from sim.scenario.load import load_scenario

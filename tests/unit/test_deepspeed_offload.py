@@ -11,7 +11,7 @@ from held import live
 
 from sim.catalog.load import gpu, node
 from sim.cluster.topology import build_cluster
-from sim.cost.nccl import plan_copy
+from sim.cost.copies import plan_copy
 from sim.ir.program import Chunk, Copy, HostCompute
 from sim.pipeline import simulate
 from sim.scenario.load import load_scenario

@@ -1,4 +1,4 @@
-"""Hold the times of NCCL's collectives against measured ones; fit the coefficients of sim/cost/nccl_time.py.
+"""Hold the times of NCCL's collectives against measured ones; fit the coefficients of sim/cost/nccl/terms.py.
 
     python validation/measure/check_nccl.py DATA.tsv.gz ... [--write] [--rows] [--system h100-sxm]
 
@@ -8,7 +8,7 @@ DATA is one of two tables, told apart by their columns:
   ai-dynamo/aiconfigurator (Apache-2.0), systems/data/*/nccl, at commit 095f58a51, 16-bit rows of the newest NCCL.
 * several nodes: log, test, ranks, hosts, bytes, time_us, busbw_GBps: nccl-tests logs of xxrjun/nccl-tests-cluster at
   commit 455de4f (Apache-2.0). Only the rates over the network come from it (the constants ``P2P_NET_*`` of
-  sim/cost/nccl.py and the ``net`` entries of nccl_h100_sxm.yaml); its single-node rows are never fitted.
+  sim/cost/nccl and the ``net`` entries of nccl_h100_sxm.yaml); its single-node rows are never fitted.
 
 Without ``--write`` nothing is fitted: the errors of the simulator as it stands are printed, by system, collective,
 number of GPUs and size. With it, coefficients are fitted on four rows in five (by a checksum of the row) from 512 B up
@@ -38,7 +38,12 @@ import numpy as np
 
 from sim.catalog import load
 from sim.cluster.topology import Cluster, build_cluster
-from sim.cost import nccl, nccl_time
+from sim.cost.nccl import terms as nccl_terms
+from sim.cost.nccl.durations import kernel_work, message_work
+from sim.cost.nccl.messages import p2p_channels
+from sim.cost.nccl.plan import plan_collective, plan_point_to_point
+from sim.cost.nccl.rings import ring_graph
+from sim.cost.nccl.tuning import HW_LATENCY_US, choose, sms_of
 from sim.ir.traffic import Traffic
 from sim.scenario.schema import ClusterSpec
 
@@ -121,8 +126,8 @@ def plan(row: Row) -> tuple[Cluster, Traffic]:
     group = ranks(cluster, row)
     if row.kind == "send":
         pairs = [(gpu, group[(i + 1) % len(group)]) for i, gpu in enumerate(group)]
-        return cluster, nccl.plan_point_to_point(cluster, pairs, row.tensor_bytes, len(group))
-    return cluster, nccl.plan_collective(cluster, [group], row.kind, row.tensor_bytes)
+        return cluster, plan_point_to_point(cluster, pairs, row.tensor_bytes, len(group))
+    return cluster, plan_collective(cluster, [group], row.kind, row.tensor_bytes)
 
 
 def predicted_s(row: Row) -> tuple[float, str]:
@@ -145,14 +150,14 @@ def terms_of(row: Row) -> tuple[str, str, tuple[float, ...]]:
     cluster = machine(row.system, row.gpus, row.nodes)
     group = ranks(cluster, row)
     if row.kind == "all_to_all":
-        channels = nccl.p2p_channels(cluster, len(group), len(group), row.tensor_bytes / len(group), False)
-        hw, work = nccl.message_work(cluster, group, row.tensor_bytes, channels)
-        return hw, "p2p", nccl_time.terms("p2p", hw, work)
-    graph = nccl.ring_graph(cluster, group)
-    choice = nccl.choose(cluster, graph, row.kind, row.tensor_bytes)
-    channels = nccl._sms(cluster, graph, choice, row.tensor_bytes)
-    hw, work = nccl.kernel_work(cluster, graph, choice.name, row.kind, row.tensor_bytes, channels)
-    return hw, choice.name, nccl_time.terms(choice.name, hw, work)
+        channels = p2p_channels(cluster, len(group), len(group), row.tensor_bytes / len(group), False)
+        hw, work = message_work(cluster, group, row.tensor_bytes, channels)
+        return hw, "p2p", nccl_terms.terms_of("p2p", hw, work)
+    graph = ring_graph(cluster, group)
+    choice = choose(cluster, graph, row.kind, row.tensor_bytes)
+    channels = sms_of(cluster, graph, choice, row.tensor_bytes)
+    hw, work = kernel_work(cluster, graph, choice.name, row.kind, row.tensor_bytes, channels)
+    return hw, choice.name, nccl_terms.terms_of(choice.name, hw, work)
 
 
 def wires_s(row: Row) -> float:
@@ -169,19 +174,19 @@ def fit(rows: list[Row]) -> dict[str, dict[str, dict[str, Any]]]:
             row.nodes == 1 or row.kind in ("all_reduce", "all_gather", "reduce_scatter")
         ):
             hw, name, terms = terms_of(row)
-            if name in nccl_time.TERMS:
+            if name in nccl_terms.TERMS:
                 groups[hw, name].append((row, terms))
     entries: dict[str, dict[str, dict[str, Any]]] = {}
     for (hw, name), members in sorted(groups.items()):
         seen = [(row, terms) for row, terms in members if not row.held_out]
-        if len(seen) < len(nccl_time.TERMS[name]) // 2 + 1:
+        if len(seen) < len(nccl_terms.TERMS[name]) // 2 + 1:
             continue
         x = _solve(hw, name, seen)
         entry: dict[str, Any] = {}
-        for term, value in zip(nccl_time.TERMS[name], x, strict=True):
+        for term, value in zip(nccl_terms.TERMS[name], x, strict=True):
             if value <= 0:
                 continue
-            if term in nccl_time.TIMES:
+            if term in nccl_terms.TIMES:
                 entry[term] = f"{value * 1e6:.4g} us"
             elif term == "share":
                 entry[term] = float(f"{1 / value:.4g}")
@@ -202,15 +207,15 @@ def _solve(hw: str, name: str, seen: list[tuple[Row, tuple[float, ...]]]) -> Any
     terms = np.array([terms for _, terms in seen]) / times[:, None]
     target = np.ones(len(seen))
     if hw == "net":
-        at = nccl_time.TERMS[name].index("share")
+        at = nccl_terms.TERMS[name].index("share")
         full = np.array([row.gpus == max(r.gpus for r, _ in seen) for row, _ in seen])
         terms[~full, at] = 0.0
         target -= np.where(full, 0.0, [wires_s(row) / row.time_s for row, _ in seen])
     fixed = np.zeros(terms.shape[1])
     if name == "ring/LL128" and hw != "net":
-        at = nccl_time.TERMS[name].index("hop")
-        fixed[at] = nccl.HW_LATENCY_US["nvlink" if hw == "nvlink" else "pci"]["ring"][1] * 1e-6
-        fixed[nccl_time.TERMS[name].index("share")] = 1 / 0.92
+        at = nccl_terms.TERMS[name].index("hop")
+        fixed[at] = HW_LATENCY_US["nvlink" if hw == "nvlink" else "pci"]["ring"][1] * 1e-6
+        fixed[nccl_terms.TERMS[name].index("share")] = 1 / 0.92
         target -= terms @ fixed
         terms[:, 1:] = 0.0
     weights = np.ones(len(seen))
@@ -232,7 +237,7 @@ def write(
 ) -> None:
     path = MEASURED / f"nccl_{system.replace('-', '_')}.yaml"
     lines = [
-        "# Coefficients of sim/cost/nccl_time.py. start, hop, turn, round, level, peer, simple are times; share is",
+        "# Coefficients of sim/cost/nccl/terms.py. start, hop, turn, round, level, peer, simple are times; share is",
         "# that of the wires; the rest are rates.",
         f"gpu: {system}",
         f"source: {source}",
@@ -245,7 +250,7 @@ def write(
             inside = ", ".join(f"{term}: {value}" for term, value in entry.items())
             lines.append(f"  {name}: {{{inside}}}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    nccl_time._read.cache_clear()
+    nccl_terms._read.cache_clear()
     lines.append("collectives:  # from 64 KiB up")
     for where, members in (("one_node", rows), ("between_nodes", over)):
         errors = [(row, predicted_s(row)[0] / row.time_s - 1) for row in members if row.tensor_bytes >= 65536]

@@ -1,6 +1,6 @@
 """How long NCCL's kernels take: measured coefficients over terms that follow from how they work.
 
-NCCL's own model (``sim/cost/nccl.py``) is for choosing; it leaves out what a kernel does beside sending. Here the time
+NCCL's own model (``sim/cost/nccl``) is for choosing; it leaves out what a kernel does beside sending. Here the time
 of an algorithm with a protocol is a sum of terms, each with one measured coefficient:
 
     ring/LL      start + hop x steps + S/n (steps / channel + 1 / tail) / channels
@@ -20,7 +20,7 @@ the pipeline of scatter, reduction and multicast. ``wires`` is what NCCL takes t
 for, so that a coefficient is a share and holds for a part with fewer links.
 
 Coefficients: ``sim/catalog/measured/nccl_*.yaml``, fitted by ``validation/measure/check_nccl.py``, which calls
-:func:`terms` itself.
+:func:`terms_of` itself.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def nvls_round_bytes(tensor_bytes: float, channels: int, heads: int, chunk: int 
     return together * chunk
 
 
-def terms(name: str, hw: str, work: Work) -> tuple[float, ...]:
+def terms_of(name: str, hw: str, work: Work) -> tuple[float, ...]:
     """Return what each coefficient of ``TERMS[name]`` is multiplied with: counts, then bytes (a share's: seconds)."""
     n, size = work.num_ranks, work.tensor_bytes
     steps = 2 * (n - 1) if work.kind == "all_reduce" else n - 1

@@ -26,10 +26,22 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from sim.cluster.topology import Cluster
-from sim.cost import nccl
-from sim.cost.nccl import Candidate, Choice, Loads, RingGraph, Shape
+from sim.cost.nccl.loads import Loads, add_load, nvls_inside
+from sim.cost.nccl.rings import GB, HOPPER, MAX_CHANNELS, SPEEDS_INTER, RingGraph, generation_of
+from sim.cost.nccl.tuning import (
+    CHANNEL_TREE_BW,
+    HW_LATENCY_US,
+    NVLS_EFFICIENCY,
+    OVER_SHARP,
+    PROTOCOLS,
+    Candidate,
+    Choice,
+    NvlsGraph,
+    Shape,
+    nvls_channels,
+)
 
-ALGORITHMS = nccl.OVER_SHARP
+ALGORITHMS = OVER_SHARP
 MOST_LOCAL_RANKS = 8
 """NCCL_MAX_DIRECT_ARITY + 1, src/include/device.h: GPUs of a node that CollNet's own algorithms reach."""
 INTRA_US = {"collnet_direct": 3.7, "collnet_chain": 2.8}
@@ -57,11 +69,11 @@ def speeds(cluster: Cluster, graph: RingGraph, num_channels: int, direct: bool) 
     """
     if graph.hw != "nvlink" and not direct:
         return graph.channel_bw, graph.channel_bw
-    listed = nccl.SPEEDS_INTER[max(nccl.generation_of(cluster) - 1, 0)]
-    nic = cluster.nic_line_bytes_per_s / nccl.GB * len(graph.patterns[0].rails) / num_channels
+    listed = SPEEDS_INTER[max(generation_of(cluster) - 1, 0)]
+    nic = cluster.nic_line_bytes_per_s / GB * len(graph.patterns[0].rails) / num_channels
     gpus, most = graph.nodes[0][1], nic
     if len(gpus) > 1:
-        wires = cluster.library_bytes_per_s(cluster.local_route(gpus[0], gpus[1]).links[0]) / nccl.GB
+        wires = cluster.library_bytes_per_s(cluster.local_route(gpus[0], gpus[1]).links[0]) / GB
         others = len(gpus) - 1
         # a head is sent all parts but its own, and sends its parts of the others'; a chain leaves out one of its GPUs
         most = wires / (1 + (num_channels - 1) / others) if direct else wires * len(gpus) / others / num_channels
@@ -74,7 +86,7 @@ def speeds(cluster: Cluster, graph: RingGraph, num_channels: int, direct: bool) 
 
 
 def candidates(
-    cluster: Cluster, graph: RingGraph, shape: Shape, kind: str, nvls: nccl.NvlsGraph | None
+    cluster: Cluster, graph: RingGraph, shape: Shape, kind: str, nvls: NvlsGraph | None
 ) -> Iterator[Candidate]:
     """Yield what a fabric that reduces adds to NCCL's choice: ncclTopoTuneModel (src/graph/tuning.cc).
 
@@ -89,7 +101,7 @@ def candidates(
         bw = local * min(inside, between * 0.9)
         if whole:
             factor = local / heads
-            bw = heads * inside / (factor - (factor - 1) / 2) * (0.85 if shape.generation >= nccl.HOPPER else 1.0) * 0.5
+            bw = heads * inside / (factor - (factor - 1) / 2) * (0.85 if shape.generation >= HOPPER else 1.0) * 0.5
         latency = 2 * (min(1, local - 1) * INTRA_US["collnet_direct"] + (local - 1) * ARITY_US)
         yield Candidate("collnet_direct", "Simple", latency + _net_us(shape, "collnet_direct"), bw)
     if local <= MOST_LOCAL_RANKS and whole:
@@ -98,11 +110,11 @@ def candidates(
         yield Candidate("collnet_chain", "Simple", latency, shape.channels * inside * 0.5)
     if nvls is not None and (whole or local <= nvls.heads):
         heads = nvls.heads
-        inside = nvls.intra * nccl.NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
+        inside = nvls.intra * NVLS_EFFICIENCY[shape.generation] * (heads - 1) / heads
         inside *= 2 if whole else (local - 1) / local
         bw = heads * min(inside, nvls.inter)
         ratio = shape.num_ranks / (2 * (shape.num_ranks - 1)) if whole else 1.0
-        latency = nccl.HW_LATENCY_US["nvlink"]["nvls"][nccl.PROTOCOLS.index("Simple")]
+        latency = HW_LATENCY_US["nvlink"]["nvls"][PROTOCOLS.index("Simple")]
         yield Candidate("nvls_sharp", "Simple", latency + _net_us(shape, "nvls_sharp"), bw * ratio)
 
 
@@ -113,8 +125,8 @@ def _switched(cluster: Cluster) -> bool:
 
 def _net_us(shape: Shape, algorithm: str) -> float:
     """With one GPU a node the latency is that of a tree, as it is fully exposed."""
-    simple = nccl.PROTOCOLS.index("Simple")
-    return nccl.HW_LATENCY_US["net"]["tree"][simple] if shape.one_gpu_a_node else NET_US[algorithm]
+    simple = PROTOCOLS.index("Simple")
+    return HW_LATENCY_US["net"]["tree"][simple] if shape.one_gpu_a_node else NET_US[algorithm]
 
 
 def num_channels(cluster: Cluster, graph: RingGraph) -> int:
@@ -122,14 +134,14 @@ def num_channels(cluster: Cluster, graph: RingGraph) -> int:
     (src/graph/connect.cc, ncclTopoPostset)."""
     inside, between = speeds(cluster, graph, graph.channels, direct=False)
     more = graph.num_ranks > graph.num_nodes and inside > between
-    return min(nccl.MAX_CHANNELS, graph.compute_channels * 3 // 2) if more else graph.compute_channels
+    return min(MAX_CHANNELS, graph.compute_channels * 3 // 2) if more else graph.compute_channels
 
 
 def channels(cluster: Cluster, graph: RingGraph, choice: Choice, tensor_bytes: int) -> int:
     """Return the SMs taken: src/enqueue.cc, topoGetAlgoInfo."""
     count = num_channels(cluster, graph)
     if choice.algorithm == "nvls_sharp":
-        return min(nccl.nvls_channels(cluster, graph.num_nodes), count)
+        return min(nvls_channels(cluster, graph.num_nodes), count)
     if choice.algorithm == "collnet_chain":
         return max(1, min(count, tensor_bytes // (THREADS * THREAD_THRESHOLD)))
     heads, threshold, switch = num_heads(graph), THREAD_THRESHOLD, 16
@@ -147,7 +159,7 @@ def channels(cluster: Cluster, graph: RingGraph, choice: Choice, tensor_bytes: i
 
 def add_loads(cluster: Cluster, graph: RingGraph, algorithm: str, kind: str, tensor_bytes: float, loads: Loads) -> None:
     """Add the bytes of one group: in each node, on its NICs, and up and down the leaf switches."""
-    {"collnet_direct": _direct, "collnet_chain": _chain, "nvls_sharp": nccl.nvls_inside}[algorithm](
+    {"collnet_direct": _direct, "collnet_chain": _chain, "nvls_sharp": nvls_inside}[algorithm](
         cluster, graph, kind, tensor_bytes, loads
     )
     _switches(cluster, graph, kind, tensor_bytes, loads)
@@ -164,9 +176,9 @@ def _direct(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, 
         for head in heads:
             for gpu in gpus:
                 if gpu != head and kind != "all_gather":
-                    nccl.add_load(loads, base, cluster.local_route(gpu, head).links, part)
+                    add_load(loads, base, cluster.local_route(gpu, head).links, part)
                 if gpu != head and kind != "reduce_scatter":
-                    nccl.add_load(loads, base, cluster.local_route(head, gpu).links, part)
+                    add_load(loads, base, cluster.local_route(head, gpu).links, part)
 
 
 def _chain(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
@@ -174,8 +186,8 @@ def _chain(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, l
         each, base = tensor_bytes / len(pattern.orders), node * cluster.links_per_domain
         for order in pattern.orders:
             for a, b in pairwise(order):
-                nccl.add_load(loads, base, cluster.local_route(b, a).links, each)
-                nccl.add_load(loads, base, cluster.local_route(a, b).links, each)
+                add_load(loads, base, cluster.local_route(b, a).links, each)
+                add_load(loads, base, cluster.local_route(a, b).links, each)
 
 
 def _switches(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float, loads: Loads) -> None:
@@ -189,14 +201,14 @@ def _switches(cluster: Cluster, graph: RingGraph, kind: str, tensor_bytes: float
     for (node, _), pattern in zip(graph.nodes, graph.patterns, strict=True):
         base = node * cluster.links_per_domain
         for ring, (order, rail) in enumerate(zip(pattern.orders, pattern.rails, strict=True)):
-            nccl.add_load(loads, base, cluster.local_nic_route(order[0], rail, outward=True).links, out)
-            nccl.add_load(loads, base, cluster.local_nic_route(order[0], rail, outward=False).links, back)
+            add_load(loads, base, cluster.local_nic_route(order[0], rail, outward=True).links, out)
+            add_load(loads, base, cluster.local_nic_route(order[0], rail, outward=False).links, back)
             leaf = (ring, cluster.leaf_of(node, rail))
             leaves[leaf] = leaves.get(leaf, 0) + 1
     for (_, index), nodes in leaves.items():
         if nodes < graph.num_nodes:
-            nccl.add_load(loads, 0, (first + 2 * index,), own * nodes if kind == "all_gather" else each)
-            nccl.add_load(loads, 0, (first + 2 * index + 1,), own * nodes if kind == "reduce_scatter" else each)
+            add_load(loads, 0, (first + 2 * index,), own * nodes if kind == "all_gather" else each)
+            add_load(loads, 0, (first + 2 * index + 1,), own * nodes if kind == "reduce_scatter" else each)
 
 
 def inside_s(cluster: Cluster, graph: RingGraph, algorithm: str, kind: str, tensor_bytes: float) -> float:
@@ -212,6 +224,6 @@ def inside_s(cluster: Cluster, graph: RingGraph, algorithm: str, kind: str, tens
     wires_s = max((load / cluster.library_bytes_per_s(link) for link, load in loads.items()), default=0.0)
     if algorithm == "collnet_direct":
         return wires_s
-    each = nccl.CHANNEL_TREE_BW[nccl.generation_of(cluster)][1] * nccl.GB  # of two nodes
+    each = CHANNEL_TREE_BW[generation_of(cluster)][1] * GB  # of two nodes
     searched = graph.channels * num_channels(cluster, graph) / graph.compute_channels
     return max(wires_s, tensor_bytes / (searched * each * 0.5))

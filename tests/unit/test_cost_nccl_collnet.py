@@ -9,8 +9,13 @@ import pytest
 
 from sim.catalog import load
 from sim.cluster.topology import Cluster, build_cluster
-from sim.cost import collnet, nccl
 from sim.cost.calibrated import alone_s
+from sim.cost.collective import bus_bytes_per_s
+from sim.cost.nccl import collnet
+from sim.cost.nccl.loads import Loads, add_load, pat_loads
+from sim.cost.nccl.plan import plan_collective
+from sim.cost.nccl.rings import ring_graph
+from sim.cost.nccl.tuning import _candidates
 from sim.memory.runtime import MIB, NET_BYTES, NcclCommunicator, nccl_bytes
 from sim.pipeline import simulate
 from sim.scenario.load import load_scenario_text
@@ -32,7 +37,7 @@ def everyone(cluster: Cluster) -> tuple[int, ...]:
 
 def offered(cluster: Cluster, kind: str) -> dict[str, tuple[float, float]]:
     """Latency in us and bandwidth in GB/s of each algorithm, Simple."""
-    found = nccl._candidates(cluster, nccl.ring_graph(cluster, everyone(cluster)), kind)
+    found = _candidates(cluster, ring_graph(cluster, everyone(cluster)), kind)
     return {c.algorithm: (c.latency_us, c.bw) for c in found if c.protocol == "Simple"}
 
 
@@ -55,7 +60,7 @@ def test_chains_are_faster_inside_nodes_than_between_them() -> None:
     assert found["collnet_chain"][1] == pytest.approx(8 * 30 / 2)
     assert found["collnet_direct"][1] == pytest.approx(8 * 48 / 2)
     cluster = machine("dgx-a100-80gb", 4)
-    graph = nccl.ring_graph(cluster, everyone(cluster))
+    graph = ring_graph(cluster, everyone(cluster))
     assert collnet.num_channels(cluster, graph) == graph.compute_channels * 3 // 2
 
 
@@ -70,9 +75,9 @@ def test_64_h100_with_sharp_as_published(gibibytes: float, bus: float) -> None:
     """coreweave/nccl-tests@0120901, README.md: all_reduce_perf on 64 H100 over NDR with SHARP, GB/s out of place."""
     num_bytes = int(gibibytes * 2**30)
     cluster = machine("dgx-h100", 8)
-    traffic = nccl.plan_collective(cluster, [everyone(cluster)], "all_reduce", num_bytes)
+    traffic = plan_collective(cluster, [everyone(cluster)], "all_reduce", num_bytes)
     assert traffic.algorithm == "nvls_sharp/Simple"
-    found = nccl.bus_bytes_per_s("all_reduce", 64, num_bytes, alone_s(cluster, traffic)) / 1e9
+    found = bus_bytes_per_s("all_reduce", 64, num_bytes, alone_s(cluster, traffic)) / 1e9
     assert found == pytest.approx(bus, rel=0.07)
 
 
@@ -81,8 +86,8 @@ def test_64_h100_with_sharp_as_published(gibibytes: float, bus: float) -> None:
 def test_a_nic_sends_and_receives_its_part_once(algorithm: str, num_nodes: int) -> None:
     """Of 800 MB each of 8 NICs 100 MB each way, however many nodes."""
     cluster = machine("dgx-h100", num_nodes)
-    loads: nccl.Loads = {}
-    graph = nccl.ring_graph(cluster, everyone(cluster))
+    loads: Loads = {}
+    graph = ring_graph(cluster, everyone(cluster))
     collnet.add_loads(cluster, graph, algorithm, "all_reduce", 800e6, loads)
     nics = [load for link, load in loads.items() if cluster.is_nic(link)]
     assert nics == pytest.approx([100e6] * 16 * num_nodes)
@@ -92,9 +97,9 @@ def test_a_nic_sends_and_receives_its_part_once(algorithm: str, num_nodes: int) 
 def test_leaves_hand_up_one_sum() -> None:
     """Eight nodes, four a leaf: 16 leaves, each an eighth up and an eighth down, where all four would send theirs."""
     cluster = machine("dgx-h100", 8, nodes_per_leaf=4)
-    graph, first = nccl.ring_graph(cluster, everyone(cluster)), cluster.num_domains * cluster.links_per_domain
+    graph, first = ring_graph(cluster, everyone(cluster)), cluster.num_domains * cluster.links_per_domain
     for kind, up, down in (("all_reduce", 100e6, 100e6), ("all_gather", 50e6, 100e6), ("reduce_scatter", 100e6, 50e6)):
-        loads: nccl.Loads = {}
+        loads: Loads = {}
         collnet.add_loads(cluster, graph, "nvls_sharp", kind, 800e6, loads)
         fabric = {link - first: load for link, load in loads.items() if link >= first}
         assert fabric == pytest.approx({2 * leaf + way: (up, down)[way] for leaf in range(16) for way in (0, 1)})
@@ -103,8 +108,8 @@ def test_leaves_hand_up_one_sum() -> None:
 def test_a_direct_exchange_sends_every_head_its_part_and_has_it_back() -> None:
     """Each GPU sends 7/8 to the heads, and as a head 7 x 1/8 back: 1.75 S out and in."""
     cluster = machine("dgx-a100-80gb", 2)
-    loads: nccl.Loads = {}
-    collnet._direct(cluster, nccl.ring_graph(cluster, everyone(cluster)), "all_reduce", 8.0, loads)
+    loads: Loads = {}
+    collnet._direct(cluster, ring_graph(cluster, everyone(cluster)), "all_reduce", 8.0, loads)
     assert list(loads.values()) == pytest.approx([14.0] * 32)
 
 
@@ -112,12 +117,12 @@ def test_pat_goes_far_with_little() -> None:
     """Of eight nodes of one GPU each sends four parts to the next, two over two, one over four; of six 3, 1, 1."""
     for num_nodes, farther in ((8, {1: 4, 2: 2, 4: 1}), (6, {1: 3, 2: 1, 4: 1})):
         cluster = machine("dgx-h100", num_nodes, sharp=False, nodes_per_leaf=1, gpus=1)
-        loads: nccl.Loads = {}
-        nccl._pat_loads(cluster, nccl.ring_graph(cluster, everyone(cluster)), float(num_nodes), loads)
-        expected: nccl.Loads = {}
+        loads: Loads = {}
+        pat_loads(cluster, ring_graph(cluster, everyone(cluster)), float(num_nodes), loads)
+        expected: Loads = {}
         for distance, parts in farther.items():
             for node in range(num_nodes):
-                nccl.add_load(expected, 0, cluster.route(node, (node + distance) % num_nodes, rail=0).links, parts)
+                add_load(expected, 0, cluster.route(node, (node + distance) % num_nodes, rail=0).links, parts)
         assert loads == pytest.approx(expected)
         assert sum(farther.values()) == num_nodes - 1
 
