@@ -356,8 +356,11 @@ def plan(
     jobs: Annotated[
         int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes; all cores if left out.")
     ] = None,
-    backend: Annotated[
-        str, typer.Option("--backend", metavar="NAME", help="loky (this machine), dask or ray (a cluster), sequential.")
+    executor: Annotated[
+        str,
+        typer.Option(
+            "--executor", "--backend", metavar="NAME", help="loky (this machine), dask or ray (a cluster), sequential."
+        ),
     ] = "loky",
     address: Annotated[
         str | None, typer.Option("--address", metavar="ADDRESS", help="Of the cluster's scheduler: tcp://host:8786.")
@@ -379,14 +382,16 @@ def plan(
 
     from sim.planner.answer import answer
     from sim.planner.load import load_plan
-    from sim.planner.run import BACKENDS, Runner, default_cache
+    from sim.planner.run import EXECUTORS, Runner, default_cache
     from sim.planner.search import search
 
-    if backend not in BACKENDS:
-        raise ScenarioError([Finding("--backend", 0, f"unknown back end {backend!r}", f"write {', '.join(BACKENDS)}")])
-    if address is not None and backend not in ("dask", "ray"):
+    if executor not in EXECUTORS:
         raise ScenarioError(
-            [Finding("--address", 0, f"--backend {backend} has no address", "add --backend dask or ray")]
+            [Finding("--executor", 0, f"unknown executor {executor!r}", f"write {', '.join(EXECUTORS)}")]
+        )
+    if address is not None and executor not in ("dask", "ray"):
+        raise ScenarioError(
+            [Finding("--address", 0, f"--executor {executor} has no address", "add --executor dask or ray")]
         )
     began = perf_counter()
     question = load_plan(file, set_ or ())
@@ -395,7 +400,7 @@ def plan(
 
         prepare(out)
     folder = cache or (out / "cache" if out is not None else default_cache())
-    with _progress(f"planning {question.name}", quiet) as step, Runner(folder, jobs, backend, address) as runner:
+    with _progress(f"planning {question.name}", quiet) as step, Runner(folder, jobs, executor, address) as runner:
         content = answer(search(question, runner, step, tolerance=tolerance), runner, step)
     if out is not None:
         from sim.planner.save import save

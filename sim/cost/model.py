@@ -67,6 +67,15 @@ _ORDER = ("elementwise", "norm", "gather", "copy", "reduce", "softmax", "scatter
 """In which they are named: which of them is priced first depends on how ranks are folded."""
 
 
+_SUBJECTS = ("matmuls", "attention", "sdpa", _FAMILIES, "collectives", "CPU Adam")
+"""How assumptions begin, in the order in which they are listed; those of the host come first."""
+
+
+def _subject(text: str) -> tuple[int, str]:
+    """Return where an assumption stands in the list: which is met first depends on how ranks are folded."""
+    return next((i for i, word in enumerate(_SUBJECTS) if text.startswith(word)), -1), text
+
+
 def _place(family: str) -> tuple[int, str]:
     return (_ORDER.index(family) if family in _ORDER else len(_ORDER), family)
 
@@ -297,9 +306,9 @@ class CostModel:
         """Return the time that the CPU takes to issue ``kernel``, in seconds, by who calls it."""
         return self._host.launch_s[caller]
 
-    def issue_s(self, rank: int) -> float:
-        """Return the time that the CPU takes to issue a collective, message or copy, in seconds."""
-        return self._host.collective_s
+    def issue_s(self, rank: int, caller: Caller = "framework") -> float:
+        """Return the time that the CPU takes to issue a collective, message or copy, in seconds, by who calls it."""
+        return self._host.launch_s[caller] if caller in ("library", "graph") else self._host.collective_s
 
     def wait_s(self) -> float:
         """Return the time from the end of what the CPU waits for until it goes on, in seconds."""
@@ -321,6 +330,11 @@ class CostModel:
         return host.cpu_adam_s(work.num_elements, self._cluster.gpus_per_node, bandwidth, self._host, element_bytes)
 
     # --- transfers -----------------------------------------------------------------------------
+
+    @property
+    def library(self) -> str:
+        """Whose collectives run, as ``cluster.backend`` says it."""
+        return self._cluster.spec.backend
 
     @cached_property
     def _backend(self) -> Backend:
@@ -428,9 +442,9 @@ class CostModel:
         self._assumed.setdefault(text, 0)
 
     def assumptions(self) -> tuple[str, ...]:
-        """Return what the answers so far rest on that was not measured on this GPU, in the order of first use."""
+        """Return what the answers so far rest on that was not measured on this GPU, in the order of ``_SUBJECTS``."""
         texts = [self.calibrated.words(self.num_kernels)] if self.calibrated is not None else []
-        for text, count in self._assumed.items():
+        for text, count in sorted(self._assumed.items(), key=lambda item: _subject(item[0])):
             if text == _FAMILIES:
                 families = ", ".join(sorted(self._guessed_families, key=_place))
                 text = f"{families} kernels on {self.gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901

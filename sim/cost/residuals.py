@@ -156,10 +156,14 @@ class Residuals:
         """Return what is known of a communicator's transfers: within a node or between nodes."""
         num_nodes, assumed = self._cost.wires_of(communicator)
         several = num_nodes > 1
-        key = ("nccl", str(several), assumed)
+        key = (self._cost.library, str(several), assumed)
         found = self._found.get(key)
         if found is None:
             words = "collectives between nodes" if several else "collectives within a node"
+            if self._cost.library != "nccl":
+                name = self._cost.library.replace("-", "_")
+                found = self._found[key] = Residual(words, _value(name), 0.0, _source(name))
+                return found
             name = "nccl_other" if assumed else "nccl_own"
             stated = residuals_of(self._gpu, several)
             why = f"{_rows(stated)}; all together: {_source(name)}"

@@ -21,7 +21,7 @@ from typing import Any, Self
 from sim.errors import Finding, ScenarioError
 from sim.planner.trial import VERSION, is_outcome, trial
 
-BACKENDS = ("loky", "sequential", "dask", "ray")
+EXECUTORS = ("loky", "sequential", "dask", "ray")
 AT_ONCE = 4
 """Trials a Ray worker is given at one time: as many are lost at most where the search is killed."""
 
@@ -64,12 +64,12 @@ class Runner:
         self,
         cache_dir: Path | None = None,
         jobs: int | None = None,
-        backend: str = "loky",
+        executor: str = "loky",
         address: str | None = None,
     ) -> None:
         self._dir = cache_dir
         self._jobs = jobs or num_cores()
-        self._backend = "sequential" if backend == "loky" and self._jobs == 1 else backend
+        self._executor = "sequential" if executor == "loky" and self._jobs == 1 else executor
         self._address = address
         self._cluster = contextlib.ExitStack()
         self._connected = False
@@ -129,23 +129,23 @@ class Runner:
         """Yield what all of ``new`` come to, and what else is known by then."""
         if not new:
             return
-        if self._backend == "loky" and (self._pending or len(new) + len(later) > 1):
+        if self._executor == "loky" and (self._pending or len(new) + len(later) > 1):
             yield from self._on_cores(new, later, folder)
             return
-        if self._backend in ("loky", "sequential"):
+        if self._executor in ("loky", "sequential"):
             for key, scenario in new.items():
                 yield key, trial(scenario, folder)
             return
         self._connect()
         every = [*new.items(), *list(later.items())[: max(0, self._jobs - len(new))]]
-        size = len(every) if self._backend == "dask" else AT_ONCE * self._jobs
+        size = len(every) if self._executor == "dask" else AT_ONCE * self._jobs
         for first in range(0, len(every), size):
             for key, there, outcome in self._parallel(
                 _delayed(key, scenario, folder) for key, scenario in every[first : first + size]
             ):
                 if there != key:
                     raise _refused(
-                        "--backend",
+                        "--executor",
                         "a worker of the cluster has another sim than this machine, or other files of the plan",
                         "install this version of sim on all workers; put model and topology files where all find them "
                         "by the same path",
@@ -173,17 +173,19 @@ class Runner:
 
     def _connect(self) -> None:
         """Reach the cluster, once: joblib's back ends of Dask and Ray use the client that is current."""
-        if self._connected or self._backend not in ("dask", "ray"):
+        if self._connected or self._executor not in ("dask", "ray"):
             return
         self._connected = True
         try:
-            parallel = self._dask() if self._backend == "dask" else self._ray()
+            parallel = self._dask() if self._executor == "dask" else self._ray()
         except ImportError as error:
-            extra = "cluster" if self._backend == "dask" else "ray"
-            said = f"{error.name or self._backend} is not installed"
-            raise _refused("--backend", said, f"pip install 'sim[{extra}]'") from None
+            extra = "cluster" if self._executor == "dask" else "ray"
+            said = f"{error.name or self._executor} is not installed"
+            raise _refused("--executor", said, f"pip install 'sim[{extra}]'") from None
         except (OSError, ValueError, RuntimeError) as error:
-            where = f"the cluster at {self._address}" if self._address else f"a {self._backend} cluster on this machine"
+            where = (
+                f"the cluster at {self._address}" if self._address else f"a {self._executor} cluster on this machine"
+            )
             why = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise _refused(
                 "--address", f"{where} cannot be reached: {why}",

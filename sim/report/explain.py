@@ -46,7 +46,7 @@ def explanation(scenario: Scenario, document: Document) -> dict[str, Any]:
         },
         "cost": list(_cost(scenario)),
         "calibration": _calibration(scenario),
-        "time": list(_time()),
+        "time": list(_time(scenario.cluster.backend)),
         "memory": list(_memory(scenario)),
         "warnings": list(scenario.warnings),
     }
@@ -57,9 +57,13 @@ def print_explanation(screen: Screen, content: Mapping[str, Any], *, quiet: bool
     screen.show(_lines(content, min(screen.width, 140), quiet))
 
 
-def _time() -> Iterator[dict[str, Any]]:
-    """Yield what the band beside the time rests on beside the fits' own residuals (sim/report/certainty.py)."""
+def _time(library: str) -> Iterator[dict[str, Any]]:
+    """Yield what the band beside the time rests on beside the fits' own residuals (sim/report/certainty.py); of
+    collectives that of the ``library`` that runs them."""
+    own = library.replace("-", "_")
     for name, fact in _measured("residuals.yaml").items():
+        if name.startswith(("nccl", "gloo", "alpha_beta")) and not name.startswith(own):
+            continue
         yield {"key": name.replace("_", " "), "value": fact["value"], "from": f"{fact['kind']}: {fact['source']}"}
     whole = whole_runs()
     words = f"measured: log(measured / predicted) of {whole.source}; sim/catalog/measured/whole_runs.yaml"

@@ -227,6 +227,9 @@ class _Resolver:
             d.alpha, d.beta = values.get("alpha"), values.get("beta")
         if "nccl" not in wrong:
             d.nccl = values.get("nccl", NCCL_VERSION)
+            if "nccl" in values and d.knows("backend") and d.backend != "nccl":
+                problem = f"cluster.nccl is given, but backend is {d.backend}"
+                self.problems.append(Problem(("cluster", "nccl"), problem, "write backend: nccl, or leave nccl out"))
         for key in ("backend", "nccl", "sharp", "alpha", "beta"):
             if key in values and isinstance(given, Mapping):
                 self.written[key] = values[key] if key == "backend" else given[key]

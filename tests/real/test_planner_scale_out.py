@@ -76,7 +76,7 @@ def test_a_dask_cluster_loses_a_worker() -> None:
         expected = search(plan, here, exhaustive=True)
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         pid = next(iter(cluster.workers.values())).pid
-        with Runner(backend="dask", address=cluster.scheduler_address) as runner:
+        with Runner(executor="dask", address=cluster.scheduler_address) as runner:
             killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
             killer.start()
             found = search(plan, runner, exhaustive=True)
@@ -95,7 +95,7 @@ def test_a_ray_cluster_loses_a_worker() -> None:
     killed: list[int] = []
     killer = threading.Thread(target=_kill_an_actor, args=(killed,), daemon=True)
     killer.start()
-    with Runner(jobs=2, backend="ray") as runner:
+    with Runner(jobs=2, executor="ray") as runner:
         found = search(plan, runner, exhaustive=True)
         assert killed, "the search was over before a worker was killed"
         assert runner.width == 2

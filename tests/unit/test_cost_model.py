@@ -190,6 +190,18 @@ def test_measured_gpus_are_recognised_by_their_figures_and_others_say_whose_shar
     assert "rtx-pro-6000" in other.assumptions()[0]
 
 
+def test_assumptions_stand_in_one_order_whichever_kernel_is_first() -> None:
+    """Which kernel is priced first depends on how ranks are folded."""
+    one, other = model(RTX_4090), model(RTX_4090)
+    kernels = [gemm(4096, 4096, 4096), gemm(4096, 4096, 4096, "fp16"), attention(4096)]
+    for kernel in kernels:
+        one.kernel_s(kernel, 0)
+    for kernel in reversed(kernels):
+        other.kernel_s(kernel, 0)
+    assert one.assumptions() == other.assumptions()
+    assert [text.split()[0] for text in one.assumptions()] == ["matmuls", "matmuls", "attention"]
+
+
 def test_what_holds_of_forward_and_backward_is_said_once() -> None:
     cost = model(gpu("b200-sxm-180gb"))
     for direction in ("forward", "backward"):

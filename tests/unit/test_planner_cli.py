@@ -63,24 +63,24 @@ def test_bad_input_is_two(sim) -> None:
     code, out, err = sim(SMALL.replace("fastest: true", "fastest: maybe"))
     assert (code, out) == (cli.EXIT_BAD_INPUT, "")
     assert "goal.fastest: 'maybe' is neither true nor false" in err
-    assert sim(SMALL, "--backend", "slurm")[0] == cli.EXIT_BAD_INPUT
+    assert sim(SMALL, "--executor", "slurm")[0] == cli.EXIT_BAD_INPUT
 
 
 def test_a_cluster_that_is_not_there_is_bad_input(sim) -> None:
     pytest.importorskip("distributed", reason="Dask is not installed: pip install 'sim[cluster]'")
-    code, out, err = sim(SMALL, "--backend", "dask", "--address", "nonsense")
+    code, out, err = sim(SMALL, "--executor", "dask", "--address", "nonsense")
     assert (code, out) == (cli.EXIT_BAD_INPUT, "")
     assert err.startswith("--address: the cluster at nonsense cannot be reached: ")
     assert sim(SMALL, "--address", "tcp://host:8786")[2] == (
-        "--address: --backend loky has no address\n    add --backend dask or ray\n"
+        "--address: --executor loky has no address\n    add --executor dask or ray\n"
     )
 
 
 def test_without_ray_it_says_what_to_install(sim, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    code, out, err = sim(SMALL, "--backend", "ray")
+    code, out, err = sim(SMALL, "--executor", "ray")
     assert (code, out) == (cli.EXIT_BAD_INPUT, "")
-    assert err == "--backend: ray is not installed\n    pip install 'sim[ray]'\n"
+    assert err == "--executor: ray is not installed\n    pip install 'sim[ray]'\n"
 
 
 def test_where_nothing_can_be_kept_the_search_goes_on(sim, tmp_path) -> None:

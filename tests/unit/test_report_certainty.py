@@ -123,3 +123,18 @@ def test_a_calibration_of_the_machine_makes_it_narrower(h100, tmp_path):
 
 def test_every_residual_says_where_it_is_from(h100):
     assert all(part.source for part in h100.report.time_confidence.parts)
+
+
+@pytest.mark.parametrize(
+    ("library", "deviation", "source"),
+    [
+        ("gloo", 0.32, "gloo.yaml"),
+        ("alpha-beta, alpha: 5 us, beta: 50 GB/s", 0.0, "the scenario's own"),
+    ],
+)
+def test_collectives_of_another_library_are_not_as_sure_as_nccls(library, deviation, source):
+    found = of(f"dgx-a100-80gb, backend: {library}")
+    (part,) = [p for p in found.report.time_confidence.parts if p.name.startswith("collectives")]
+    assert part.deviation_s == pytest.approx(deviation * part.time_s, rel=1e-6)
+    assert source in part.source
+    assert "NCCL" not in part.source

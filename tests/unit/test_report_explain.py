@@ -120,3 +120,18 @@ def test_values_read_as_in_the_file():
     assert [value_words(v) for v in (None, True, 512, 50_000_000, 0.5, "x")] == [
         "null", "true", "512", "50,000,000", "0.5", "x"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "of_collectives"),
+    [
+        ("nccl", ["nccl own", "nccl other"]),
+        ("gloo", ["gloo"]),
+        ("alpha-beta\n  alpha: 5 us\n  beta: 50 GB/s", ["alpha beta"]),
+    ],
+)
+def test_certainty_of_collectives_is_that_of_the_library_that_runs(tmp_path, backend, of_collectives):
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT.replace("node: dgx-h100", f"node: dgx-h100\n  backend: {backend}").replace("ds.json", "{}"))
+    keys = [row["key"] for row in explanation(load_scenario(path), given_document(path, ()))["time"]]
+    assert [key for key in keys if key.startswith(("nccl", "gloo", "alpha"))] == of_collectives
