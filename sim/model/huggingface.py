@@ -60,13 +60,15 @@ def _expand(tape: Tape, name: str, x: Value, heads: Shape, *, module: str) -> Va
 
 
 def eager_attention(
-    tape: Tape, module: str, q: Value, k: Value, v: Value, *, names: Names, out: str, p: float, bias: Tensor
+    tape: Tape, module: str, q: Value, k: Value, v: Value, *, names: Names, out: str, p: float, bias: Tensor,
+    fused_softmax: bool = False,
 ) -> Value:  # fmt: skip
     """eager_attention_forward: keys and values repeated for GQA, scores scaled, masked, softmax (in fp32 where the
     family does), cast back, dropout, product with the values. BLOOM's baddbmm scales and adds ALiBi in the product; the
     mask is added all the same.
 
-    Kept: q, the repeated k and v, softmax's result, its cast (if any), dropout's mask and result.
+    Kept: q, the repeated k and v, softmax's result, its cast (if any), dropout's mask and result. With
+    ``fused_softmax`` one kernel goes from the product's scores to probabilities in their dtype.
     """
     heads, repeated = q.shape[2:3], q.shape[2].size != k.shape[2].size
     single = repeated and k.shape[2].size == 1
@@ -85,6 +87,22 @@ def eager_attention(
     scores = matmul_scores(tape, f"{module}.scores", q, k, "scores", module=module, heads=heads)
     scaled = scores
     if names.scale != "fused":
+    if fused_softmax:
+        low_probabilities = _masked_softmax(tape, f"{module}.softmax", scores, "probabilities", bias, module=module)
+    else:
+        low_probabilities = _eager_softmax(tape, module, scores, q.dtype, names=names, bias=bias)
+    dropped = dropout(
+        tape, f"{module}.dropout", low_probabilities, p, out="dropped", module=module, region=REGION
+    )  # fmt: skip
+    v = for_bmm(tape, module, "value", v)
+    context = matmul_values(tape, f"{module}.{REGION}", dropped, v, f"{out}.heads", module=module)
+    return contiguous(tape, f"{module}.contiguous", context, out, module=module)
+
+
+def _eager_softmax(
+    tape: Tape, module: str, scores: Value, dtype_after: DType, *, names: Names, bias: Tensor
+) -> Value:  # fmt: skip
+    """Scale, mask, softmax and what casts it takes, one by one; the result is of ``dtype_after``."""
         scaled = pointwise(
             tape, f"{module}.scale", (scores,), "scores.scaled", grads=((),), module=module, region=REGION
         )
@@ -106,12 +124,32 @@ def eager_attention(
         tape, f"{module}.probabilities.cast", probabilities, q.dtype, out=f"{name}.low", module=module, region=REGION,
         also_reads=(variable,),
     )  # fmt: skip
-    dropped = dropout(
-        tape, f"{module}.dropout", low_probabilities, p, out="dropped", module=module, region=REGION
+
+
+def _masked_softmax(tape: Tape, name: str, scores: Value, out: str, mask: Tensor, *, module: str) -> Value:
+    """ScaledMaskedSoftmax: scales, masks and normalises in one kernel, keeps its result in 16 bit.
+
+    The mask is a byte a key and the same for all heads; backward writes over the gradient that arrives ("completely
+    in-place"). Source: megatron/fused_kernels and apex, scaled_masked_softmax.h and scaled_masked_softmax_cuda.cu.
+    """
+    result = Value(Tensor(out, scores.shape, scores.dtype))
+    tape.op(
+        name, (Pointwise("softmax", (scores.tensor, replace(mask, dtype="bool")), (result.tensor,)),),
+        reads=(scores.name,), writes=(result.tensor,), saves=(out,), module=module, region=REGION,
     )  # fmt: skip
-    v = for_bmm(tape, module, "value", v)
-    context = matmul_values(tape, f"{module}.{REGION}", dropped, v, f"{out}.heads", module=module)
-    return contiguous(tape, f"{module}.contiguous", context, out, module=module)
+
+    def emit() -> None:
+        grad = tape.take(result)
+        if grad is None:
+            return
+        tape.back(
+            f"{name}.backward", (Pointwise("softmax", (grad, result.tensor), (grad,)),), reads=(grad.name, out),
+            releases=(name,), module=module, region=REGION,
+        )  # fmt: skip
+        tape.give(scores, grad, module, REGION)
+
+    tape.node(emit)
+    return result
 
 
 def gelu_new(tape: Tape, module: str, x: Value, *, region: str) -> Value:

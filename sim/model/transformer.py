@@ -438,7 +438,8 @@ def _core_attention(c: Context, tape: Tape, q: Value, k: Value, v: Value) -> Val
     kernel: str = c.training.attention
     if c.code == "huggingface" and kernel == "math":
         bias = alibi if alibi is not None else _causal_mask(c)
-        return eager_attention(tape, module, q, k, v, names=c.names, out=out, p=p, bias=bias)
+        fused = c.training.softmax == "fused"
+        return eager_attention(tape, module, q, k, v, names=c.names, out=out, p=p, bias=bias, fused_softmax=fused)
     if tape.precision.autocast:
         q, k, v = core.to_low(tape, module, q, k, v)
     biased = kernel == "sdpa" and alibi is not None

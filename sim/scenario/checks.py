@@ -402,6 +402,22 @@ def samples_are_packed(d: Draft) -> Iterator[Problem]:
         yield Problem(where, text, "write cp: 1, or leave sample_length out")
 
 
+def softmax_is_there(d: Draft) -> Iterator[Problem]:
+    """Only Hugging Face's attention ``math`` has a softmax of its own that another code's kernel can stand for."""
+    if d.softmax is None:
+        return
+    path, action = ("training", "softmax"), "leave softmax out"
+    if d.code != "huggingface" or d.attention != "math":
+        if d.code == "megatron" and d.attention == "math":
+            action += "; megatron.masked_softmax_fusion says it there"
+        text = f"training.softmax: there is none to choose in code: {d.code} with attention: {d.attention}"
+        yield Problem(path, text, action)
+    elif d.softmax == "fused" and d.model.position == "alibi":
+        yield Problem(path, "training.softmax: fused: its kernel adds no ALiBi to the scores", action)
+    elif d.softmax == "fused" and d.precision == "fp32":
+        yield Problem(path, "training.softmax: fused: its kernel takes scores of 16 bit alone", action)
+
+
 def context_parallelism_divides(d: Draft) -> Iterator[Problem]:
     """Each rank holds two equal pieces of the sequence, an early and a late one, so that a causal mask is fair."""
     twice = "" if d.framework == "deepspeed" else "2 * "  # by heads, without load balance
@@ -889,6 +905,7 @@ RULES: tuple[Rule, ...] = (
     expert_parallelism_divides,
     context_parallelism_divides,
     samples_are_packed,
+    softmax_is_there,
     heads_divide_over_context,
     exchange_is_the_frameworks,
     optimizer_steps_there,

@@ -94,6 +94,7 @@ class Draft(_Partial):
     gradient_clipping: float
     compile: bool
     norms: str | None
+    softmax: str | None
     metrics: int
     launch_blocking: bool
     sample_length: int

@@ -231,6 +231,8 @@ TRAINING: dict[str, Key] = {
                          "Whose runs blocks again; DeepSpeed's goes by its activation_checkpointing, and is the one of"
                          " code: megatron there."),
     "norms": choice(("fused", "composed"), "a way to compute RMSNorms", "One kernel each, or op by op in fp32."),
+    "softmax": choice(("fused", "composed"), "a way to compute softmax", "Of attention math in code: huggingface: one"
+                      " kernel with scale and mask, or op by op."),
     "compile": boolean("Whether torch.compile fuses the model."),
     "launch_blocking": boolean("CUDA_LAUNCH_BLOCKING=1: the host waits for each kernel."),
     "sample_length": integer(0, 2**27, 200, "Mean tokens of samples packed into a sequence, each by itself; 0: none."),

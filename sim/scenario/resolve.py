@@ -547,6 +547,7 @@ class _Resolver:
             self._code(values.get("code"))
             self._selective(framework)
         d.norms = values.get("norms")
+        d.softmax = values.get("softmax")
         d.metrics = values.get("metrics", 0)
         d.launch_blocking = values.get("launch_blocking", False)
         d.sample_length = values.get("sample_length", 0)
@@ -1397,6 +1398,7 @@ def _scenario(
             code=cast("Any", d.code),
             loss=cast("Any", d.loss),
             norms=cast("Any", d.norms),
+            softmax=cast("Any", d.softmax),
             metrics=d.metrics,
             launch_blocking=d.launch_blocking,
             sample_length=d.sample_length,

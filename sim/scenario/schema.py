@@ -173,6 +173,9 @@ class Training(_Frozen):
     norms: Literal["fused", "composed"] | None = None
     """fused: ``_fused_rms_norm`` (torch from 2.9 on), Liger's; composed: op by op in fp32, as torchtitan and nn.RMSNorm
     did before, and transformers does. None: composed in Hugging Face's code, else fused."""
+    softmax: Literal["fused", "composed"] | None = None
+    """Of attention ``math`` in Hugging Face's code: fused is one kernel that scales, masks and normalises
+    (``ScaledMaskedSoftmax`` of Megatron and apex, as others' trainers took it over). None: composed."""
 
 
 OptimizerImplementation = Literal["foreach", "fused", "for-loop"]

@@ -275,6 +275,33 @@ def test_megatron_with_flash_keeps_a_row_of_statistics_instead_of_scores() -> No
     assert saved(block) == 34 * tokens * hidden + 4 * heads * tokens + 16 + 4 * tokens * 4
 
 
+def test_a_fused_softmax_is_one_kernel_and_keeps_two_bytes_a_score() -> None:
+    """LlamaAttention's eager code scales, masks, casts, normalises and casts: five kernels, and softmax's fp32 result
+    is kept beside its 16-bit copy. One kernel reads scores (2 bytes) and mask (1, alike for all heads), writes 2 bytes.
+    """
+    model, batch, seq, heads = llama(256, 512, 2, 8, 8, 512), 2, 64, 8
+    eager, fused = (
+        describe(
+            model,
+            Training(sequence_length=seq, micro_batch_size=batch, global_batch_size=batch, precision="bf16",
+                     attention="math", code="huggingface", softmax=softmax),
+            parameter_dtype="bf16", compute_dtype="bf16", autocast=False,
+        ).layers[1]
+        for softmax in (None, "fused")
+    )  # fmt: skip
+    between = ("scale", "mask", "float", "softmax", "probabilities.cast")
+    assert [op.name for op in eager.forward if op.name in {f"self_attn.{name}" for name in between}] == [
+        f"self_attn.{name}" for name in between
+    ]
+    (op,) = [op for op in fused.forward if op.name in {f"self_attn.{name}" for name in between}]
+    (kernel,) = op.kernels
+    assert isinstance(kernel, Pointwise)
+    scores = batch * heads * seq * seq
+    assert sum(t.num_bytes for t in kernel.reads) == 2 * scores + scores // heads
+    assert sum(t.num_bytes for t in kernel.writes) == 2 * scores
+    assert saved(eager) - saved(fused) == 4 * scores
+
+
 def test_megatron_without_a_fused_rmsnorm_computes_it_op_by_op() -> None:
     """As many more kernels a norm as LlamaRMSNorm has ops, in a block with two of them; the same matrix products."""
     model = llama(256, 512, 2, 4, 4, 512)
