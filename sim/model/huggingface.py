@@ -6,7 +6,9 @@ transformers/integrations/sdpa_attention.py. Shapes as in ``sim.model.attention`
 
 from __future__ import annotations
 
-from sim.ir.ledger import Dim, Pointwise, Shape, Tensor
+from dataclasses import replace
+
+from sim.ir.ledger import Dim, DType, Pointwise, Shape, Tensor
 from sim.model.attention import REGION, contiguous, for_bmm, matmul_scores, matmul_values, repeat_kv
 from sim.model.names import Names
 from sim.model.precision import promote
@@ -85,8 +87,6 @@ def eager_attention(
         v = cast(tape, f"{module}.value.cast", v, low, out="value.low", module=module, region=REGION)
     q, k = for_bmm(tape, module, "query", q), for_bmm(tape, module, "key", k)
     scores = matmul_scores(tape, f"{module}.scores", q, k, "scores", module=module, heads=heads)
-    scaled = scores
-    if names.scale != "fused":
     if fused_softmax:
         low_probabilities = _masked_softmax(tape, f"{module}.softmax", scores, "probabilities", bias, module=module)
     else:
@@ -103,6 +103,8 @@ def _eager_softmax(
     tape: Tape, module: str, scores: Value, dtype_after: DType, *, names: Names, bias: Tensor
 ) -> Value:  # fmt: skip
     """Scale, mask, softmax and what casts it takes, one by one; the result is of ``dtype_after``."""
+    scaled = scores
+    if names.scale != "fused":
         scaled = pointwise(
             tape, f"{module}.scale", (scores,), "scores.scaled", grads=((),), module=module, region=REGION
         )
@@ -120,9 +122,9 @@ def _eager_softmax(
         tape, f"{module}.softmax", (masked,), name, grads=((name,),), kind="softmax",
         dtype="fp32" if upcast else masked.dtype, module=module, region=REGION,
     )  # fmt: skip
-    low_probabilities = cast(
-        tape, f"{module}.probabilities.cast", probabilities, q.dtype, out=f"{name}.low", module=module, region=REGION,
-        also_reads=(variable,),
+    return cast(
+        tape, f"{module}.probabilities.cast", probabilities, dtype_after, out=f"{name}.low", module=module,
+        region=REGION, also_reads=(variable,),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sim.catalog import load
-from sim.ir.ledger import Attention, DType, Gemm, Layer, Ledger
+from sim.ir.ledger import Attention, DType, Gemm, Layer, Ledger, Pointwise
 from sim.model.transformer import FLOPS_FORMULA, describe, matmul_flops, num_parameters
 from sim.scenario.load import load_scenario
 from sim.scenario.schema import ModelConfig, Training
