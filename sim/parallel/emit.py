@@ -450,6 +450,7 @@ _CALLERS: dict[_Verb, Caller] = {"pre": "forward", "pre_again": "forward", "pre_
 def _issue(op: Op, caller: Caller) -> Iterator[Instruction]:
     """Yield what an op asks of the GPU: its collective on NCCL's stream for the axis, then its kernels."""
     exchange = op.exchange
+    issuer: Caller = "library" if op.library else caller
     if exchange is not None:
         stream = f"nccl:{exchange.axis}"
         yield Record(f"{op.name} ready", COMPUTE)
@@ -459,19 +460,19 @@ def _issue(op: Op, caller: Caller) -> Iterator[Instruction]:
             # one grouped kernel in NCCL; here on two streams, since in a ring each receives what another sends
             beside = f"{stream}:send"
             yield Wait(f"{op.name} ready", beside)
-            yield Send(op.name, f"{exchange.axis}.send", tensor.num_bytes, beside)
-            yield Recv(op.name, f"{exchange.axis}.recv", tensor.num_bytes, stream)
+            yield Send(op.name, f"{exchange.axis}.send", tensor.num_bytes, beside, issuer)
+            yield Recv(op.name, f"{exchange.axis}.recv", tensor.num_bytes, stream, issuer)
         else:
-            yield Collective(op.name, exchange.kind, exchange.axis, tensor.num_bytes, tensor.dtype, stream)
+            yield Collective(op.name, exchange.kind, exchange.axis, tensor.num_bytes, tensor.dtype, stream, issuer)
         yield Record(op.name, stream)
         if exchange.blocking:
             yield Wait(op.name, COMPUTE)
     for awaited in op.awaits:
         yield Wait(awaited, COMPUTE)
     for kernel in op.kernels:
-        yield Compute(op.name, kernel, COMPUTE, caller)
-        if caller == "checkpoint":
-            caller = "forward"
+        yield Compute(op.name, kernel, COMPUTE, issuer)
+        if issuer == "checkpoint":
+            issuer = "forward"
 
 
 def _enter(steps: list[_Step], stack: list[tuple[str, _Verb]], node: _Node) -> None:
@@ -529,9 +530,11 @@ class Emitter:
         held: tuple[str, ...] = (),
         inside: tuple[bool, bool] = (False, False),
         elsewhere: Elsewhere | None = None,
+        caches_casts: bool = True,
     ) -> None:
         """``fused``, ``main_dtype``, ``retained``, ``held`` as in :func:`plan_layer`; ``inside``: whether stages come
-        before, after. ``elsewhere`` rewrites passes where saved tensors do not stay on the GPU."""
+        before, after. ``elsewhere`` rewrites passes where saved tensors do not stay on the GPU. ``caches_casts``:
+        autocast keeps its copies of parameters until its region ends, as it does of leaves that are no views."""
         self.layers = tuple(layers)
         self.batch_inputs = tuple(batch_inputs)
         self.names = layer_names(self.layers)
@@ -539,6 +542,7 @@ class Emitter:
         self._fused = {id(layer): fused(layer) for layer in self.layers}
         self._retained, self._held, self._main_dtype = retained, held, main_dtype
         self._elsewhere = elsewhere
+        self._caches_casts = caches_casts
         self._split_plans: tuple[LayerPlan, ...] = ()
         self.gradient_dtype = gradient_dtype
         self.plans = self._plans(split=False)
@@ -618,7 +622,9 @@ class Emitter:
             written = Written(self.layers, forward, backward, weights, *starts, len(backward), entered)
             self._elsewhere.rewrite(written)
             forward, backward, weights = written.forward, written.backward, written.weights
-        if any(f".{_CACHED}" in slot.name for plan in {id(p): p for p in plans}.values() for slot in plan.slots):
+        if self._caches_casts and any(
+            f".{_CACHED}" in slot.name for plan in {id(p): p for p in plans}.values() for slot in plan.slots
+        ):
             forward = _until_autocast_ends(forward)
         assert not self._waiting, f"gradients of tied parameters never met: {sorted(self._waiting)}"
         last = weights if split else backward

@@ -205,6 +205,10 @@ def lower(ledger: Ledger, scenario: Scenario, places: Places | None = None, *, f
 
     colours = [mesh.coordinates(rank)["pp"] for rank in range(mesh.world_size)]
     written = [_program(job, stage, num_ranks) for stage in range(num_ranks)]
+    if scenario.framework == "megatron" and scenario.megatron.cuda_graph_impl != "none":
+        from sim.parallel.graphs import graphed
+
+        written = graphed(written, whole=scenario.megatron.cuda_graph_scope == "full_iteration")
     if scenario.training.launch_blocking:
         from sim.parallel.blocking import blocking
 
@@ -410,6 +414,8 @@ def _emitter(job: _Job, stage: Stage) -> Emitter:
         held=("logits",) if job.messages.buffers and len(job.stages) > 1 else (),
         inside=(stage.index > 0, stage.index < len(job.stages) - 1),
         elsewhere=_elsewhere(job.scenario),
+        # FSDP1's modules see views of the flat parameter, which autocast does not cache (``_use_unsharded_views``)
+        caches_casts=job.scenario.framework != "fsdp1",
     )
 
 

@@ -94,16 +94,16 @@ def test_one_tile_more_than_sms_costs_a_wave() -> None:
 
 
 def test_rows_that_are_not_aligned_lose_the_wide_loads() -> None:
-    """d_ff 10922 (4-byte rows) against 10944 on H100: 272.7 and 398.4 TFLOP/s, a factor of 0.68; odd rows lose more."""
+    """d_ff 10922 (4-byte rows) against 10944 on H100: 272.7 and 398.4 TFLOP/s, a factor of 0.68; odd rows a third."""
     align = efficiency.ALIGNMENT
     assert alignment_factor(10944, 4096, 2, align) == 1.0
     assert alignment_factor(10922, 4096, 2, align) == align.four_bytes
     assert alignment_factor(50257, 768, 2, align) == align.two_bytes
-    assert model().kernel_s(gemm(4096, 50257, 768), 0) > 1.3 * model().kernel_s(gemm(4096, 50304, 768), 0)
+    assert model().kernel_s(gemm(4096, 50257, 768), 0) > 2 * model().kernel_s(gemm(4096, 50304, 768), 0)
     gradient = Gemm((Dim("vocab", 50257),), (Dim("hidden", 768),), (Dim("batch", 3), Dim("seq", 1023)), "bf16")
     padded = dataclasses.replace(gradient, m=(Dim("vocab", 50304),))
     odd_tokens = dataclasses.replace(padded, k=(Dim("seq", 3072),))
-    assert model().kernel_s(gradient, 0) > 1.3 * model().kernel_s(padded, 0)
+    assert model().kernel_s(gradient, 0) > 2 * model().kernel_s(padded, 0)
     assert model().kernel_s(padded, 0) == pytest.approx(model().kernel_s(odd_tokens, 0), rel=0.01)
 
 

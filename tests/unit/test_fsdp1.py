@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from sim.ir.program import Alloc, Free, HostWait, Record, UseOn, Wait
 from sim.parallel.frameworks.fsdp1 import divide_factors, flat_numel, fsdp1
 from sim.parallel.frameworks.plan import Plan
+from sim.pipeline import simulate
+from sim.scenario.load import load_scenario
 from sim.scenario.schema import Fsdp1Settings
 
 LAYERS = layers_of(gpt_shapes())
@@ -152,3 +155,32 @@ def test_a_step_leaves_what_it_found(recompute: str, settings: dict[str, Any], p
                         recorded.add(each.event)
                     if isinstance(each, Wait | HostWait):
                         assert each.event in recorded
+
+
+def copies_at_once(framework: str, settings: str, tmp_path: Path) -> int:
+    """Return the most of autocast's copies of blocks' weights that a forward pass under checkpoints holds at once."""
+    (tmp_path / "job.yaml").write_text(
+        "model: {hidden_size: 64, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4, "
+        "vocab_size: 256, hidden_act: gelu, norm: layernorm, position: learned, bias: true}\n"
+        f"cluster: {{node: dgx-a100-80gb, num_gpus: 2}}\nframework: {framework}\n{settings}\n"
+        "training: {sequence_length: 64, micro_batch_size: 1, precision: bf16, recompute: full}\n",
+        encoding="utf-8",
+    )
+    program = simulate(load_scenario(tmp_path / "job.yaml", ())).world.programs[0]
+    held, most = 0, 0
+    chunk = next(chunk for name, chunk in program.chunks.items() if "forward" in name)
+    for each in chunk:
+        if isinstance(each, Alloc | Free) and each.storage.name.startswith("block.autocast:"):
+            held += 1 if isinstance(each, Alloc) else -1
+            most = max(most, held)
+    return most
+
+
+def test_autocast_caches_no_copies_of_views_of_flat_parameters(tmp_path: Path) -> None:
+    """``cached_cast`` caches leaves that are no views. What FSDP1's modules see are views; what DDP's see, parameters.
+
+    So DDP holds the four weights of both blocks until autocast's region ends, FSDP1 each until its product is done.
+    """
+    full = "fsdp1: {mixed_precision: FULL}\nparallelism: {zero: 3}"
+    assert copies_at_once("ddp", "", tmp_path) == 8
+    assert copies_at_once("fsdp1", full, tmp_path) == 1
