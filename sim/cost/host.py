@@ -88,6 +88,8 @@ def host_coefficients(cpu: str, code: str, compiled: bool, measured: HostTimes |
             "forward": forward_s,
             "backward": share_s(f"{code}_backward"),
             "checkpoint": forward_s + slower * _duration(facts, "checkpoint"),
+            "library": driver_s,
+            "graph": slower * _duration(facts, "graph_node"),
         },
         collective_s=slower * _duration(facts, "collective"),
         wait_s=_duration(facts, "wait"),

@@ -37,8 +37,8 @@ class Cost(Protocol):
         """Time that the host takes to issue it (framework and driver), by who does so."""
         ...
 
-    def issue_s(self, rank: int) -> float:
-        """Time that the host takes to issue a collective, send, receive or copy."""
+    def issue_s(self, rank: int, caller: Caller) -> float:
+        """Time that the host takes to issue a collective, send, receive or copy, by who does so."""
         ...
 
     def wait_s(self) -> float:

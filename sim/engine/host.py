@@ -273,7 +273,7 @@ class Host:
             elif isinstance(step, Collective):
                 before = next_launch[step.stream]
                 next_launch[step.stream] = before + 1
-                clock += self._prices.issue
+                clock += self._prices.issue(step)
                 if before >= 0:
                     clock = max(clock, streams[step.stream].end_of(before))
                 issued[step.stream].append(clock)
@@ -306,7 +306,7 @@ class Host:
         stream = self._stream(message.stream)
         before = stream.num_launched - LAUNCH_QUEUE_DEPTH
         stream.num_launched += 1
-        self.clock += self._prices.issue
+        self.clock += self._prices.issue(message)
         if before >= 0:
             if before >= stream.num_ended:
                 yield from self._slot(stream, before)

@@ -142,8 +142,16 @@ class Prices:
         self._rank = rank
         self._of: dict[Caller, dict[int, tuple[int, int]]] = {}
         self._alone: dict[int, int] = {}
-        self.issue = ticks(cost.issue_s(rank))
+        self._issue: dict[Caller, int] = {}
         self.wait = ticks(cost.wait_s())
+
+    def issue(self, move: Collective | Send | Recv | Copy) -> int:
+        """Return the ticks of the host to issue a transfer."""
+        caller = move.caller
+        found = self._issue.get(caller)
+        if found is None:
+            found = self._issue[caller] = ticks(self._cost.issue_s(self._rank, caller))
+        return found
 
     def of(self, kernel: Kernel, caller: Caller) -> tuple[int, int]:
         """Return (ticks of the host to launch it, ticks on the GPU)."""
@@ -223,7 +231,9 @@ def compile_chunk(
     return tuple(steps)
 
 
-def bundle(steps: CompiledChunk, duration: Duration, issue: int, shared: frozenset[str] = frozenset()) -> BundledChunk:
+def bundle(
+    steps: CompiledChunk, duration: Duration, issue: Duration, shared: frozenset[str] = frozenset()
+) -> BundledChunk:
     """Return the steps with those that can be worked out beforehand in stretches, as long ones as can be.
 
     ``shared`` streams carry other transfers too, which may hold them up: they are in no stretch but their own.
@@ -253,7 +263,7 @@ class _Draft:
     matter, before the base gets there.
     """
 
-    def __init__(self, duration: Duration, issue: int, shared: frozenset[str]) -> None:
+    def __init__(self, duration: Duration, issue: Duration, shared: frozenset[str]) -> None:
         self._duration, self._issue, self._shared = duration, issue, shared
         self._launches: dict[str, int] = {}
         self._streams: dict[str, None] = {}
@@ -312,7 +322,7 @@ class _Draft:
 class _Player:
     """Works a stretch out: with ``ahead`` from when the base gets there, else from when the host begins."""
 
-    def __init__(self, duration: Duration, issue: int, base: str, ahead: bool) -> None:
+    def __init__(self, duration: Duration, issue: Duration, base: str, ahead: bool) -> None:
         self._duration, self._issue, self._ahead = duration, issue, ahead
         self._now: dict[str, int] = {base: 0} if ahead else {}
         self._base = base
@@ -345,7 +355,7 @@ class _Player:
             if isinstance(step, Segment):
                 self._segment(index, step, mark)
             elif isinstance(step, Collective):
-                self.host += self._issue
+                self.host += self._issue(step)
                 start = self._launch(step.stream, self._duration(step))
                 self._work.append((step.stream, index, step, start, self._now[step.stream], (), mark))
             elif isinstance(step, Record):

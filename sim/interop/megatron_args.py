@@ -58,6 +58,9 @@ _FLAGS = {
     "no-check-for-nan-in-loss-and-grad": ("megatron.check_for_nan_in_grad", False),
     "disable-bias-linear": ("model.bias", False),
     "distribute-saved-activations": ("megatron.distribute_saved_activations", True),
+    "enable-cuda-graph": ("megatron.cuda_graph_impl", "local"),
+    "external-cuda-graph": ("megatron.cuda_graph_impl", "transformer_engine"),
+    "use-tp-pp-dp-mapping": ("parallelism.order", "tp-cp-pp-dp"),
 }
 _VOCABULARIES = {"GPT2BPETokenizer": 50257, "GPTSentencePieceTokenizer": None, "Llama2Tokenizer": 32000}
 """Tokenizers whose vocabulary is always the same (megatron/training/tokenizer/tokenizer.py)."""
@@ -72,7 +75,7 @@ _SILENT = re.compile(
     r"loss-scale|initial-loss|min-loss|loss-scale-window|hysteresis|lr-|override-|mock-data|straggler|error-|rerun|"
     r"make-vocab|moe-aux|moe-router-load|moe-router-score|moe-router-pre|moe-z-loss|"
     r"empty-unused|one-logger|no-one-logger|ntasks|nodes|cpus|gpus-per|container|mpi|job|output|"
-    r"no-initialization|calculate|enable-one|use-tp-pp-dp|te-rng|use-cpu-init|no-async|iteration|disable-"
+    r"no-initialization|calculate|enable-one|te-rng|use-cpu-init|no-async|iteration|disable-"
     r"straggler|abort-on|kill-|valid-|test-|wait|special-tokens|ddp-average|ddp-num-buckets|use-dist|consumed|test-mode|skip|decoder-first-pipeline)"
 )
 
@@ -288,6 +291,17 @@ def _optimizer(said: Imported, word: Any) -> None:
             said.say(f"megatron.{name.replace('-', '_')}", dtype, f"--{name}")
 
 
+def _graphs(said: Imported, word: Any) -> None:
+    """``full_iteration`` has been a scope of ``local`` and is an implementation of its own since."""
+    graphs = word("cuda-graph-impl")
+    if graphs not in ("local", "transformer_engine", "full_iteration"):
+        return
+    whole = "full_iteration" in (graphs, word("cuda-graph-scope"))
+    said.say("megatron.cuda_graph_impl", "local" if whole else graphs, "--cuda-graph-impl")
+    if whole:
+        said.say("megatron.cuda_graph_scope", "full_iteration", "--cuda-graph-scope")
+
+
 def _training(said: Imported, word: Any, flag: Any) -> None:
     fp8 = word("fp8-format", "fp8")
     recipe = word("fp8-recipe")
@@ -316,6 +330,7 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
         said.say("training.gradient_clipping", float(clip) if clip else 1.0, "--clip-grad" if clip else _DEFAULT)
     except ValueError:
         said.problems.append(_unknown_value("training.gradient_clipping", "clip-grad", str(clip)))
+    _graphs(said, word)
     if (implementation := word("transformer-impl")) is not None:
         said.say("megatron.transformer_impl", implementation, "--transformer-impl")
     if flag("cross-entropy-loss-fusion"):

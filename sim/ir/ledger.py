@@ -213,6 +213,7 @@ class Op:
     ``region``      a label that recompute policies refer to ("core_attention", "mlp_activation")
     ``exchange``    the collective that the op is, instead of or before its kernels
     ``awaits``      names of ops whose exchange was not blocking and must have ended before the kernels run
+    ``library``     a library's C++ issues its kernels and its collective within its call for the op before
     """
 
     name: str
@@ -229,6 +230,7 @@ class Op:
     region: str = ""
     exchange: Exchange | None = None
     awaits: tuple[str, ...] = ()
+    library: bool = False
 
     @property
     def flops(self) -> int:

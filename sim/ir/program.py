@@ -48,9 +48,10 @@ class Storage:
 # --- instructions ------------------------------------------------------------------------------
 
 
-Caller = Literal["framework", "forward", "backward", "checkpoint"]
-"""Who issues a kernel, on which the host's time for it depends: a framework's hook or step, the model's Python, the
-autograd engine, or the model's Python just after a checkpoint's own (the first kernel that runs again)."""
+Caller = Literal["framework", "forward", "backward", "checkpoint", "library", "graph"]
+"""Who issues a kernel or transfer, on which the host's time for it depends: a framework's hook or step, the model's
+Python, the autograd engine, the model's Python just after a checkpoint's own (the first kernel that runs again),
+a library's C++ within a call that was paid for, or a CUDA graph that was launched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Collective:
     tensor_bytes: int
     dtype: DType
     stream: str
+    caller: Caller = "framework"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Send:
     axis: str
     tensor_bytes: int
     stream: str
+    caller: Caller = "framework"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class Recv:
     axis: str
     tensor_bytes: int
     stream: str
+    caller: Caller = "framework"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class Copy:
     direction: Literal["host_to_device", "device_to_host"]
     num_bytes: int
     stream: str
+    caller: Caller = "framework"
 
 
 @dataclass(frozen=True, slots=True)

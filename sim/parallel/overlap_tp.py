@@ -21,6 +21,9 @@ shift is a copy by the copy engines, beside a block that waits for flags. Two wa
                  part into the symmetric buffer comes first, the sum of what arrived last
                  (torch/distributed/_symmetric_memory/__init__.py).
 
+All pieces of a product under user buffers are issued by one call of Transformer Engine's C++: only the first costs the
+host what a linear does (``Op.library``).
+
 Only blocks: Transformer Engine names no other linear's buffer, torchtitan compiles block by block.
 Leaves out: that a buffer is filled again only once it has been read.
 """
@@ -83,7 +86,7 @@ def _in_pieces(ops: tuple[Op, ...], tp: int, way: Way, *, backward: bool) -> tup
         op = ops[group.exchange]
         at[group.exchange] = _shifts(op, tp, own=way == "symmetric" or backward)
         whole = op.writes[0].name
-        at[group.products[0]] = _consume([ops[i] for i in group.products], op, tp)
+        at[group.products[0]] = _consume([ops[i] for i in group.products], op, tp, library=way == "userbuffers")
         gone.update(group.products)
         late[whole] = (group.products[0], op.name)
         if op.kernels and any(whole in other.reads for i, other in enumerate(ops) if i not in group.products):
@@ -219,7 +222,7 @@ def _shifts(op: Op, tp: int, *, own: bool) -> list[Op]:
     return out
 
 
-def _consume(products: list[Op], gather: Op, tp: int) -> list[Op]:
+def _consume(products: list[Op], gather: Op, tp: int, *, library: bool) -> list[Op]:
     """Return products in pieces, each piece of all of them when it has come; the own one first."""
     whole = gather.writes[0].name
     cut = [_cut(op, tp, along_seq=True) for op in products]
@@ -230,8 +233,9 @@ def _consume(products: list[Op], gather: Op, tp: int) -> list[Op]:
         for op, kernels in zip(products, cut, strict=True):
             outputs = tuple(t.name for t in op.writes)
             piece = Op(
-                f"{op.name}.{i}", kernels[i], (whole, *outputs), module=last.module, region=op.region, awaits=(arrived,)
-            )
+                f"{op.name}.{i}", kernels[i], (whole, *outputs), module=last.module, region=op.region,
+                awaits=(arrived,), library=library,
+            )  # fmt: skip
             out.append(_ending(piece, op) if i == tp - 1 else piece)
     return out
 
@@ -287,7 +291,7 @@ def _pipeline(op: Op, scatter: Op, tp: int) -> list[Op]:
         if i == 0:
             out.append(replace(op, kernels=kernels, releases=()))
         else:
-            piece = Op(f"{op.name}.{i}", kernels, (part.name,), module=op.module, region=op.region)
+            piece = Op(f"{op.name}.{i}", kernels, (part.name,), module=op.module, region=op.region, library=True)
             out.append(_ending(piece, op) if last else piece)
         out.append(
             replace(
@@ -296,6 +300,7 @@ def _pipeline(op: Op, scatter: Op, tp: int) -> list[Op]:
                 reads=(part.name,) if i == 0 else (part.name, into.name),
                 writes=(into,) if i == 0 else (),
                 exchange=Exchange("reduce_scatter", TP_AXIS, piece_tensor, blocking=last),
+                library=True,
             )
         )
     return out

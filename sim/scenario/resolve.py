@@ -859,6 +859,7 @@ class _Resolver:
         self._kept_elsewhere(values)
         self._megatron_states(values)
         self._megatron_low(values)
+        self._megatron_graphs(values)
         if not values.get("overlap_param_gather"):
             return
         if d.knows("zero") and not d.zero:
@@ -924,6 +925,25 @@ class _Resolver:
                     f"megatron.use_precision_aware_optimizer is of Adam, but the optimizer is {d.optimizer}",
                     "write optimizer: adam, or leave it out",
                 )
+            )
+
+    def _megatron_graphs(self, values: Mapping[str, Any]) -> None:
+        """A graph of all passes waits for nothing (megatron/training/arguments.py), and blocks' graphs are launched."""
+        scope = values.get("cuda_graph_scope", "full")
+        if scope == "full_iteration" and values.get("cuda_graph_impl", "none") != "local":
+            what = "megatron.cuda_graph_scope full_iteration is of cuda_graph_impl local"
+            self.problems.append(
+                Problem(("megatron", "cuda_graph_scope"), what, "write megatron.cuda_graph_impl: local, or scope full")
+            )
+        elif scope == "full_iteration" and values.get("check_for_nan_in_grad", True):
+            what = "megatron.check_for_nan_in_grad waits for the GPU, which a graph of the full iteration cannot"
+            self.problems.append(
+                Problem(("megatron", "cuda_graph_scope"), what, "write megatron.check_for_nan_in_grad: false")
+            )
+        elif values.get("cuda_graph_impl", "none") != "none" and self.draft.launch_blocking:
+            what = "CUDA_LAUNCH_BLOCKING does not wait for what a CUDA graph launches"
+            self.problems.append(
+                Problem(("megatron", "cuda_graph_impl"), what, "write training.launch_blocking: false, or no graphs")
             )
 
     def _megatron_low(self, values: Mapping[str, Any]) -> None:

@@ -277,6 +277,10 @@ class MegatronSettings(_Frozen):
     """Of 2021 to 2023, without ``sp``: a tp rank sends its part of a message, which the receivers gather."""
     tp_comm_overlap: bool = False
     """Transformer Engine's user buffers: tensor-parallel exchanges in pieces beside pieces of the products."""
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    """Whose CUDA graphs the blocks' passes are captured in, if any; both save the host the same."""
+    cuda_graph_scope: Literal["full", "full_iteration"] = "full"
+    """``full``: each block's forward and backward; ``full_iteration``: all passes of a step in one graph."""
     check_for_nan_in_grad: bool = True
     transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
     """Whose linear layers the blocks have; Megatron's own keep no tensors between passes."""

@@ -72,7 +72,7 @@ class RandomCost:
     def memory_bytes(self, traffic: Traffic) -> float:
         return traffic.sms * 1e3
 
-    def issue_s(self, rank: int) -> float:
+    def issue_s(self, rank: int, caller: str = "framework") -> float:
         return 3e-7
 
     def wait_s(self) -> float:

@@ -57,7 +57,7 @@ class OnlyBlocks:
     def launch_s(self, kernel: Kernel, rank: int, caller: str = "framework") -> float:
         return 0.0
 
-    def issue_s(self, rank: int) -> float:
+    def issue_s(self, rank: int, caller: str = "framework") -> float:
         return 0.0
 
     def wait_s(self) -> float:

@@ -57,7 +57,7 @@ class UnitCost:
         assert isinstance(kernel, Pointwise)
         return int(kernel.kind.split("/")[0]) * UNIT_S
 
-    def issue_s(self, rank: int) -> float:
+    def issue_s(self, rank: int, caller: str = "framework") -> float:
         return self.issue * UNIT_S
 
     def wait_s(self) -> float:
