@@ -294,7 +294,8 @@ def _written(
         **({"nccl_tests": [str(path) for path in tests]} if tests else {}),
         "counts": counts,
     }
-    said = [f"{count} {name}" for name, count in counts.items()]
+    words = {"host": "of the host", "nccl": "of collectives", "gemm": "products", "memory": "kernels bound by memory"}
+    said = [f"{count} {words.get(name, name)}" for name, count in counts.items()]
     if host.forward:
         said.append(f"the host takes {format_duration(host.forward)} a kernel of the reference block")
     return Calibrating(calibration_text(provenance, rows, host, curves), (f"measured: {', '.join(said)}", *notes))

@@ -270,7 +270,9 @@ def _calibration(scenario: Scenario) -> dict[str, Any] | None:
     settings = CostSettings(code=scenario.training.code, calibration=scenario.calibration)
     own = CostModel(build_cluster(scenario.cluster), scenario.cluster.gpu, settings).calibrated
     assert own is not None
-    curves = {f"{c.collective}, {c.ranks} ranks, {c.nodes} nodes": ratios for c, ratios in own.curves()}
+    curves = {
+        f"{c.collective}, {c.ranks} ranks, {c.nodes} node{'s' * (c.nodes > 1)}": ratios for c, ratios in own.curves()
+    }
     families = {" ".join(family): ratios for family, ratios in own.families().items()}
     return {
         "file": scenario.calibration.file,

@@ -258,9 +258,7 @@ def _curves(given: object, problems: list[Problem]) -> tuple[NcclCurve, ...]:
         before = len(problems)
         values, _ = read_mapping(entry, _CURVE, at, problems)
         _hint(problems, before, "nccl")
-        if len(problems) > before:
-            continue
-        rows = _points(values["rows"], (*at, "rows"), problems)
+        rows = _points(values["rows"], (*at, "rows"), problems) if "rows" in values else ()
         if len(problems) == before:
             found.append(NcclCurve(values["collective"], values["ranks"], values["nodes"], rows))
     return tuple(found)

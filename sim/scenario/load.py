@@ -113,7 +113,7 @@ def _assign(document: Document, path: tuple[str, ...], value: Any, findings: lis
             return False
         at = below
     at[path[-1]] = value
-    document.origin[path] = "--set"
+    document.origin[path] = "--calibration" if path == ("calibration",) else "--set"
     return True
 
 

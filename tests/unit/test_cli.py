@@ -242,3 +242,11 @@ sim.cli.main()
     assert done.returncode == 0
     assert json.loads(done.stdout)["fits"] is True
     assert (b"simulating zero_3" in seen) is not quiet
+
+
+def test_a_calibration_that_is_wrong_is_named_by_its_option(sim, tmp_path):
+    empty = tmp_path / "calibration.yaml"
+    empty.write_text("")
+    code, out, err = sim("run", write(tmp_path, "zero_3"), "--calibration", empty)
+    assert (code, out) == (cli.EXIT_BAD_INPUT, "")
+    assert err.startswith(f"--calibration: {empty}: is empty\n")

@@ -83,3 +83,11 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         HEAD + "gemm:\n- {m: 1, n: 2, k: x, dtype: bf16, time: 3 us}\n- {m: 1, n: 2, k: 3, dtype: bf17, time: 3 us}\n"
     )
     assert len(problems(tmp_path, text)) == 2
+
+
+def test_a_wrong_curve_tells_its_wrong_rows_too(tmp_path):
+    text = calibration_text(PROVENANCE, {}, HostTimes(), CURVES).replace("ranks: 16", "ranks: 0").replace("40 us", "40")
+    assert [words.split("\n")[0] for words in problems(tmp_path, text)] == [
+        "calibration.yaml:10: nccl.0.ranks: 0 is too small",
+        "calibration.yaml:13: row 1 is not a size and a time",
+    ]
