@@ -12,6 +12,9 @@ choose (``shared``).
 * Products of gradients promote their partial sums to fp32 (``gemm_config_grad_input``, ``gemm_config_grad_weight``:
   no ``use_fast_accum``). The rowwise kernel is slow at that, so that these are products without scales, and a kernel of
   its own reads and writes each result once more to scale it (``addmm_float8_unwrapped``: ``post_inverse_scale``).
+  Inductor works both scales out of the largest values for each element there, partly in fp64 (:data:`SCALING_FLOPS`).
+* The largest values of columns come from a pass over the whole tensor before the cast that writes the other order: a
+  reduction along another dimension shares no kernel with the one along rows, and the tensor is there in 16 bits.
 * ``gathered_low``: FSDP gathers weights in FP8 (``enable_fsdp_float8_all_gather``): no cast where they are used.
 
 Sources: torchao/float8/{float8_linear,float8_scaling_utils,float8_tensor_parallel,float8_ops,fsdp_utils}.py.
@@ -27,6 +30,17 @@ from sim.ir.ledger import Dim, Exchange, Gemm, Kernel, Layer, Ledger, Op, Pointw
 from sim.parallel.quantise import linears
 
 Granularity = Literal["tensorwise", "rowwise"]
+
+SCALING_FLOPS = 192
+"""What scaling a result by its row and its column costs an element, in fp32 operations' time.
+
+Inductor stores largest values and inlines all that follows into the pointwise kernel: its value is no reduction, read
+but once and of a dozen operations (``should_realize_on_reuse`` of torch/_inductor/ir.py: more than 4 reads or 30
+operations). For each of the two scales these are (``amax_to_scale`` of torchao/float8/float8_utils.py, with powers of
+two): to fp64, a division, back to fp32, log2, floor, exp2, reciprocal. Six of them run 16 to a clock and SM: the
+conversions from and to 64 bit, the division's first reciprocal, log2, exp2 and reciprocal (CUDA C++ Programming Guide,
+"Throughput of Native Arithmetic Instructions", 9.0). 256 fp32 operations would: 2 * 6 / 16 * 256.
+"""
 
 
 def float8_ledger(ledger: Ledger, granularity: Granularity, *, gathered_low: bool, shared: bool) -> Ledger:
@@ -108,10 +122,13 @@ class _Float8:
         self.done.add(into)
         source, low = self.tensors[of], self.made(into, of)
         if self.rowwise:
-            kernels: list[Kernel] = [Pointwise("norm", (source,), (low,), 4)]
-            if columns:
-                kernels = [Pointwise("reduce", (source,), (), 2), Pointwise("transpose", (source,), (low,), 2)]
-            self.emit(f"{into}.cast", kernels, (of,), low, like, of)
+            if not columns:
+                self.emit(f"{into}.cast", [Pointwise("norm", (source,), (low,), 4)], (of,), low, like, of)
+                return
+            largest = self.made(f"{into}.amax", of, "fp32")  # one number a column: next to nothing beside the tensor
+            self.emit(largest.name, [Pointwise("reduce", (source,), (largest,), 2)], (of,), largest, like, of)
+            kernel = Pointwise("transpose", (source, largest), (low,), 2)
+            self.emit(f"{into}.cast", [kernel], (of, largest.name), low, like, of)
             return
         amax = f"{self.value(of)}.amax"
         if amax not in self.done:
@@ -243,7 +260,7 @@ class _Float8:
             made.append(replace(kernel, dtype="fp8", promotes=True))
             if self.rowwise:
                 result = Tensor("result", (*kernel.batch, *kernel.m, *kernel.n), "bf16")
-                made.append(Pointwise("elementwise", (result,), (result,), 2))
+                made.append(Pointwise("elementwise", (result,), (result,), SCALING_FLOPS))
         return tuple(made)
 
     def _weight_columns(self, weight: str, op: Op) -> str:

@@ -11,8 +11,9 @@ What the compiler changes is what is kept for backward, which kernels there are,
   where backward first asks for it. Parts that nobody asks for do not run.
 * **Fusion** (Inductor): an elementwise op is written into each of its readers, if all of them can take it; what is left
   joins the kernel that makes its input, or one that reads the same tensor, if all else that it reads is there by then.
-  A norm is one kernel with what stands before and after it. Sums over tokens (gradients of norm weights) are kernels of
-  their own. Complex numbers are not compiled: rotary embedding by ``view_as_complex`` stays three kernels.
+  A norm is one kernel with what stands before and after it. Sums over tokens (gradients of norm weights) and largest
+  values over them (of 8-bit casts of columns) are kernels of their own. Complex numbers are not compiled: rotary
+  embedding by ``view_as_complex`` stays three kernels.
 * **Lives** are those of a written function: no local variable outlasts its last use, a result takes the place of an
   argument of its size that dies there, gradients are no longer added in an engine's buffers.
 
@@ -34,6 +35,8 @@ from sim.parallel.emit import Recompute
 _AGAIN = "~"
 """Ends the names of what backward makes again."""
 _COMPLEX_TABLE = "freqs_cis"
+_LARGEST_OF_COLUMNS = ".columns.amax"
+"""Ends the names of reductions over tokens of tensors that are read along rows as well."""
 _INFINITE = 1 << 62
 _REDUCES = ("norm", "softmax", "reduce")
 
@@ -160,6 +163,7 @@ class _Part:
         if not heavy:
             writes, kernels = self._statistics(op, writes, kernels)
         apart = op.name in self.complex or op.name.removesuffix(".backward") in self.complex
+        apart = apart or op.name.endswith(_LARGEST_OF_COLUMNS)
         return _Node(replace(op, kernels=kernels), list(dict.fromkeys(reads)), writes, heavy, apart)
 
     def _version(self, tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sim.ir.ledger import Gemm, Layer, Op, size
+from sim.ir.ledger import Gemm, Layer, Op, Pointwise, size
 from sim.ir.program import Collective
 from sim.model.transformer import describe
 from sim.parallel.emit import NO_RECOMPUTE, Emitter, Recompute, plan_layer
@@ -115,6 +115,32 @@ def test_the_largest_value_is_a_kernel_before_the_cast() -> None:
     layer = compile_block(of(shared=True), Recompute("none"))
     made = {t.name: i for i, op in enumerate(layer.forward) for t in op.writes}
     assert made["activated.amax"] < made["activated.low"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_largest_values_of_columns_are_a_pass_of_their_own(compiled: bool) -> None:
+    """18 tensors are cast along columns in backward. Each is read once more before, by a reduction along another
+    dimension than any kernel beside it, and the cast that reads what comes of it is a kernel after that one."""
+    layer = of("rowwise")
+    layer = compile_block(layer, Recompute("none")) if compiled else layer
+    at = {op.name: i for i, op in enumerate(layer.backward)}
+    largest = [op for op in layer.backward if op.name.endswith(".columns.amax")]
+    assert len(largest) == 7 + 4 + 7
+    for op in largest:
+        (kernel,) = op.kernels
+        (cast,) = [o for o in layer.backward if op.writes[0].name in o.reads]
+        assert isinstance(kernel, Pointwise) and kernel.kind == "reduce"
+        assert [k.kind for k in cast.kernels if isinstance(k, Pointwise)] == ["transpose"]
+        assert at[op.name] < at[cast.name]
+
+
+def test_scaling_a_result_by_rows_and_columns_is_arithmetic_of_twelve_slow_instructions() -> None:
+    """16 a clock and SM take as long as 256 fp32 operations: 12 / 16 * 256 = 192 an element of the result."""
+    scaled = [op for op in of("rowwise").backward if any(isinstance(k, Gemm) for k in op.kernels)]
+    for op in scaled:
+        product, scaling = op.kernels
+        assert isinstance(product, Gemm) and isinstance(scaling, Pointwise)
+        assert scaling.flops == 192 * size(product.m) * size(product.n)
 
 
 def test_fsdp_gathers_weights_of_linears_in_one_byte() -> None:
