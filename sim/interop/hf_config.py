@@ -48,6 +48,7 @@ MODEL_KEYS: dict[str, Key] = {
     "parallel_block": boolean("Attention and MLP read the same normed input (Falcon)."),
     "num_block_norms": integer(1, 2, 2, "Norms in a block."),
     "query_key_norm": boolean("Norms on queries and keys (Qwen3)."),
+    "fused_qkv": boolean("One matrix makes query, key and value where the family's own code has three."),
     "num_local_experts": integer(1, 65536, 8, "Experts of a layer (mixture of experts)."),
     "num_experts_per_tok": integer(1, 65536, 2, "Experts that a token visits."),
     "moe_intermediate_size": integer(1, 2**24, 1408, "Width of an expert; intermediate_size if left out."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sim.scenario.schema import ModelConfig
@@ -90,6 +90,13 @@ MPT = Names(
 
 def names_of(model: ModelConfig) -> Names:
     """Return the paths of the family that a config's structure belongs to (a parallel block with biases is NeoX's)."""
+    names = _family(model)
+    if model.fused_qkv and not names.qkv:
+        return replace(names, q="", k="", v="", qkv=f"{names.attention}.qkv_proj")
+    return names
+
+
+def _family(model: ModelConfig) -> Names:
     if model.parallel_block:
         return NEOX if model.mlp_bias else FALCON
     if model.position == "alibi":

@@ -245,6 +245,7 @@ def _job(ledger: Ledger, scenario: Scenario) -> _Job:
             prepare_module_input=scenario.framework == "fsdp2",
             loss_parallel=scenario.training.loss != "eager" or scenario.framework not in ("megatron", "deepspeed"),
             async_allreduce=scenario.megatron.async_tensor_model_parallel_allreduce,
+            each_linear=scenario.framework in ("megatron", "deepspeed") and scenario.training.code != "megatron",
         )
         ledger = transformed(shard_ledger(ledger, plan), scenario)
         of = {id(ours): theirs for ours, theirs in zip(ledger.layers, whole, strict=True)}

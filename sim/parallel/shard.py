@@ -37,6 +37,9 @@ class ShardPlan:
     ``loss_parallel``  logits stay divided along ``vocab``; else they are gathered, as trainers on Megatron's layers do
                  whose loss is F.cross_entropy
     ``async_allreduce``  megatron: input gradients are summed beside the weight's gradient, else before it
+    ``each_linear``  megatron: modules of plain code in which each linear is a ColumnParallelLinear of its own: each
+                 sums its own input gradient (``copy_to_tensor_model_parallel_region`` in its forward,
+                 megatron/core/tensor_parallel/layers.py), a gate's and an up projection's are not added first
     """
 
     tp: int = 1
@@ -47,6 +50,7 @@ class ShardPlan:
     prepare_module_input: bool = False
     loss_parallel: bool = True
     async_allreduce: bool = True
+    each_linear: bool = False
 
     @property
     def sequence_parallel(self) -> bool:

@@ -300,7 +300,12 @@ class _Transform:
         return None if tensor is None else Tensor(tensor.name, self.shape(tensor.shape, self.sp), tensor.dtype)
 
     def group_of(self, module: str) -> str:
-        """Linears of one group share their input's exchange: a whole module's, or each its own."""
+        """Linears of one group share their input's exchange: a whole module's, or each its own.
+
+        Under sequence parallelism the norm before them gathers once for all of a module.
+        """
+        if self.plan.each_linear and not self.sp:
+            return module
         if self.megatron or self.plan.prepare_module_input:
             return module.rpartition(".")[0]
         return module

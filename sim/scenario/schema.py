@@ -69,6 +69,8 @@ class ModelConfig(_Frozen):
     num_block_norms: Literal[1, 2] = 2
     """Norms in a block: Falcon-7B's parallel block has one, Falcon-40B's two."""
     query_key_norm: bool = False
+    fused_qkv: bool = False
+    """One matrix makes query, key and value where the family's own code has three (Phi-3's, Aleph Alpha's)."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Residual, embedding and MLP dropout."""
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

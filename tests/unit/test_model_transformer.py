@@ -275,6 +275,19 @@ def test_megatron_with_flash_keeps_a_row_of_statistics_instead_of_scores() -> No
     assert saved(block) == 34 * tokens * hidden + 4 * heads * tokens + 16 + 4 * tokens * 4
 
 
+def test_one_matrix_for_query_key_and_value_is_kept_whole_for_the_sake_of_value() -> None:
+    """A view of it is what attention keeps as value: 2 bytes a token and head more of query and of key."""
+    model, batch, seq = llama(256, 512, 2, 8, 4, 512), 2, 64
+    apart, fused = (ledger(m, "huggingface", "flash-2", batch=batch, seq=seq) for m in (model, _fused(model)))
+    assert num_parameters(_fused(model)) == num_parameters(model)
+    assert next(op.name for op in fused.layers[1].forward if op.name.endswith("_proj")) == "self_attn.qkv_proj"
+    assert saved(fused.layers[1]) - saved(apart.layers[1]) == 2 * batch * seq * (256 + 128)
+
+
+def _fused(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"fused_qkv": True})
+
+
 def test_a_fused_softmax_is_one_kernel_and_keeps_two_bytes_a_score() -> None:
     """LlamaAttention's eager code scales, masks, casts, normalises and casts: five kernels, and softmax's fp32 result
     is kept beside its 16-bit copy. One kernel reads scores (2 bytes) and mask (1, alike for all heads), writes 2 bytes.

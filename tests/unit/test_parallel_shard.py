@@ -165,6 +165,16 @@ def test_one_exchange_for_a_modules_input_where_projections_are_apart() -> None:
     assert kinds(block.backward) == {"all_gather": 4, "reduce_scatter": 2}
 
 
+@pytest.mark.parametrize(("fused", "sp", "sums"), [(False, False, 5), (True, False, 3), (True, True, 2)])
+def test_column_parallel_linears_of_plain_modules_each_sum_their_input_gradient(
+    fused: bool, sp: bool, sums: int
+) -> None:
+    """Query, key, value (or one matrix for all), gate and up projection; with sp the norms gather for a module."""
+    plan = ShardPlan(tp=2, sp=sp, async_allreduce=False, each_linear=True)
+    block = shard(layers(ledger(LLAMA, "huggingface", fused_qkv=fused))[1], plan)
+    assert kinds(block.backward).get("reduce_scatter" if sp else "all_reduce") == sums
+
+
 def test_dtensor_reduces_for_every_linear() -> None:
     """2 forward and 5 backward (query, key, value, gate, up), unless the module's input is prepared."""
     plan = ShardPlan(tp=4, style="dtensor")
