@@ -22,13 +22,17 @@ _SIZE = re.compile(rf"^{_NUMBER}\s*([KMGTP]i|[kKMGTPE]?)B$")
 _BYTE_RATE = re.compile(rf"^{_NUMBER}\s*([KMGTP]i|[kKMGTPE]?)B/s$")
 _BIT_RATE = re.compile(rf"^{_NUMBER}\s*([kKMGTPE]?)bit/s$")
 _FLOP_RATE = re.compile(rf"^{_NUMBER}\s*([kKMGTPE]?)FLOP/s$")
-_DURATION = re.compile(rf"^{_NUMBER}\s*(ps|ns|us|ms|s|min|h|days?|weeks?|years?)$")
+_DURATION = re.compile(rf"^{_NUMBER}\s*(ps|ns|us|ms|s|min|minutes?|h|hours?|days?|weeks?|years?)$")
 _POWER = re.compile(rf"^{_NUMBER}\s*([kM]?)W$")
 _FREQUENCY = re.compile(rf"^{_NUMBER}\s*([kMG]?)Hz$")
 _MONEY = re.compile(rf"^(?:{_NUMBER}\s*([kMG]?)USD|\$\s*{_NUMBER}\s*([kMG]?))$")
 _MONEY_RATE = re.compile(rf"^{_NUMBER}\s*([kMG]?)USD\s*/\s*(kWh|GPU|node|h|day|week|month|year|GB/month|TB/month)$")
+_OTHER_CURRENCY = re.compile(
+    r"[€£¥₩₹]|(?<![A-Za-z])[kMG]?(?:EUR|GBP|CNY|RMB|JPY|CHF|KRW|INR|CAD|AUD|SEK|SGD|TWD)(?![A-Za-z])"
+)
 _SECONDS = {
-    "ps": 1e-12, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0,
+    "ps": 1e-12, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0,
+    "min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hour": 3600.0, "hours": 3600.0,
     "day": 86400.0, "days": 86400.0, "week": 604800.0, "weeks": 604800.0, "year": 31536000.0, "years": 31536000.0,
 }  # fmt: skip
 
@@ -77,7 +81,7 @@ def parse_duration(text: object) -> float:
     """Return seconds of "3 us", "90 days"."""
     found = _DURATION.match(text.strip()) if isinstance(text, str) else None
     if found is None:
-        raise ValueError(f"{text!r} is not a duration; write '3 us', '250 ms' or '90 days'")
+        raise ValueError(f"{text!r} is not a duration; write '3 us', '12 h' or '90 days'")
     return float(found[1]) * _SECONDS[found[2]]
 
 
@@ -97,11 +101,18 @@ def parse_frequency(text: object) -> float:
     return float(found[1]) * _DECIMAL[found[2]]
 
 
+def _in_dollars(text: object) -> str:
+    """Return what to do with an amount in another currency, or nothing."""
+    found = _OTHER_CURRENCY.search(text) if isinstance(text, str) else None
+    return f": amounts are in US dollars, so convert {found[0]}" if found else ""
+
+
 def parse_money(text: object) -> float:
     """Return US dollars of "2 MUSD", "35 kUSD", "250000 USD", "$2M"."""
     found = _MONEY.match(text.strip()) if isinstance(text, str) else None
     if found is None:
-        raise ValueError(f"{text!r} is not an amount of money; write '2 MUSD', '35 kUSD' or '250000 USD'")
+        what = "write '2 MUSD', '35 kUSD' or '250000 USD'"
+        raise ValueError(f"{text!r} is not an amount of money; {what}{_in_dollars(text)}")
     return float(found[1] or found[3]) * _DECIMAL[found[2] or found[4] or ""]
 
 
@@ -110,7 +121,8 @@ def parse_money_per(text: object, per: str) -> float:
     found = _MONEY_RATE.match(text.strip()) if isinstance(text, str) else None
     if found is None or found[3] != per:
         example = {"h": "2.50", "kWh": "0.08", "GPU": "30000", "node": "300000", "day": "10000", "year": "200000"}
-        raise ValueError(f"{text!r} is not a price per {per}; write '{example.get(per, '10')} USD/{per}'")
+        what = f"write '{example.get(per, '10')} USD/{per}'"
+        raise ValueError(f"{text!r} is not a price per {per}; {what}{_in_dollars(text)}")
     return float(found[1]) * _DECIMAL[found[2]]
 
 

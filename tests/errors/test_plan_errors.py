@@ -37,4 +37,4 @@ def test_what_is_laid_over_a_plan_is_held_to_the_same_rules() -> None:
         load_plan_text(text, "x.yaml", ["goal.deadline=soon"])
     problem, remedy = str(caught.value).split("\n")
     assert problem == "--set: goal.deadline: 'soon' is not a duration"
-    assert remedy == "    write '3 us', '250 ms' or '90 days'"
+    assert remedy == "    write '3 us', '12 h' or '90 days'"
