@@ -8,7 +8,12 @@ rescaling), which is why small heads are slower:
     block    = prologue + TILE * keys * pair
     compute  = max(longest block, sum of blocks / SMs + tail * longest block)     for more blocks than SMs
     memory   = bytes of q, k, v, o (backward: and their gradients) / achieved bandwidth
-    T        = floor + max(compute, memory)
+    T        = floor + max(compute, memory) + droop * FLOPs / peak
+
+The last term is what the fallen clock takes where kernels that draw more power than the GPU may follow each other, as
+in ``sim.cost.gemm``: on B200 forward of 16 heads runs at 1310 TFLOP/s for 3 ms and at 1110 for 60 ms
+(validation/measure/attention_training.tsv), and repeated ones lose 15 % within 70 launches, the clock going from 1965
+to 1580 MHz (flashinfer-ai/flashinfer#2899).
 
 A causal mask leaves (keys - queries) * queries + queries * (queries + TILE) / 2 pairs: whole blocks on the diagonal.
 
@@ -38,6 +43,7 @@ class AttentionCoefficients:
     ``tail``             share of the longest block by which the last SM is late
     ``memory_fraction``  share of the memory bandwidth that is achieved
     ``floor_s``          the shortest kernel; backward: with the kernels before and after it
+    ``droop``            growth where the clock has settled; 0 of short measurements
     """
 
     peak_fraction: float
@@ -46,6 +52,7 @@ class AttentionCoefficients:
     tail: float
     memory_fraction: float
     floor_s: float
+    droop: float = 0.0
 
 
 def attention_s(
@@ -63,7 +70,8 @@ def attention_s(
     """Return the time of one attention kernel (backward: and the two beside it), in seconds, on an idle GPU."""
     c = coefficients
     sms = machine.num_sms
-    pair_s = (10 if backward else 4) * head_dim * sms / (machine.peak_flops * c.peak_fraction)
+    pair_flops = (10 if backward else 4) * head_dim
+    pair_s = pair_flops * sms / (machine.peak_flops * c.peak_fraction)
     pair_s += c.softmax_clocks / machine.clock_hz
     blocks = batch * heads * -(-(keys if backward else queries) // TILE)
     if causal:
@@ -81,4 +89,5 @@ def attention_s(
     if backward:
         moved = 2 * moved + batch * head_dim * 12 * heads * queries
     memory_s = moved / (c.memory_fraction * machine.memory_bytes_per_s)
-    return c.floor_s + max(compute_s, memory_s)
+    droop_s = c.droop * batch * heads * pairs * pair_flops / machine.peak_flops
+    return c.floor_s + max(compute_s, memory_s) + droop_s

@@ -226,6 +226,12 @@ def sustained_droop(source: Source, dtype: str, droop: float) -> float:
     return droop if entry is None else float(entry["droop"])
 
 
+def attention_droop(source: Source, kernel: str, backward: bool) -> float:
+    """Return the droop of attention kernels that follow each other, 0 where long ones were not measured."""
+    entry = read("sustained.yaml").get(source.name, {}).get("attention", {}).get(kernel, {})
+    return float(entry.get("backward" if backward else "forward", {}).get("droop", 0.0))
+
+
 def alignment_of(gpu: GpuFacts, dtype: str, batch: int) -> Alignment:
     """Return what is left of the rate of ``batch`` products of ``dtype`` whose rows are not aligned."""
     if batch > 1 and gpu.vendor == "nvidia" and gpu.compute_capability[0] == _BATCHED_MEASURED_ON:

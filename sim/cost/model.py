@@ -278,6 +278,8 @@ class CostModel:
                 other = efficiency.attention_coefficients(self._source, name, not backward, key[3])[1]
                 which = name if other == assumed else f"{name}, {kernel.direction}"
                 assumed = f"attention ({which}) on {self.gpu.name}: {assumed}"
+            if self._settings.sustained and (droop := efficiency.attention_droop(self._source, name, backward)):
+                coefficients = replace(coefficients, droop=droop)
             machine = self._machine(kernel.dtype)
             if limit := efficiency.LEGACY_FLOPS_PER_CLOCK.get(name, 0.0) * machine.num_sms * machine.clock_hz:
                 machine = replace(machine, peak_flops=min(machine.peak_flops, limit))

@@ -41,7 +41,8 @@ from sim.cost.attention import TILE, AttentionCoefficients, attention_s
 from sim.cost.roofline import Machine
 
 HERE = Path(__file__).parent
-FIELDS = tuple(AttentionCoefficients.__dataclass_fields__)
+FIELDS = tuple(field for field in AttentionCoefficients.__dataclass_fields__ if field != "droop")
+"""Fitted here; the droop is of kernels that run longer than these (fit_sustained.py)."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     python validation/measure/fit_sustained.py b200-sxm-180gb validation/measure/gemm_sustained_b200.tsv
     python validation/measure/fit_sustained.py gb200-186gb DATA.tsv.gz [fp8]
+    python validation/measure/fit_sustained.py b200-sxm-180gb validation/measure/attention_training.tsv cudnn
 
 The first table has m, n, k and microseconds a product, each timed in a loop of its own on warm operands: what counts
 are products of 1e11 FLOP and more. DATA is that of fit_gemm.py: what counts are kernels of 3 ms and more, which are
@@ -9,6 +10,9 @@ timed back to back; of fp8 rows, the quantisation fitted there is left out. All 
 of ``sim.cost.gemm`` but ``droop`` are those that the GPU uses; ``droop`` is the one that leaves no median error over
 the rows not held out (one in five, by checksum). Prints a line for sim/catalog/measured/sustained.yaml, and the held-
 out error with the droop of short measurements.
+
+The third is of attention: kernels of 20 ms and more, long after the clock has fallen (5 ms on B200:
+flashinfer-ai/flashinfer#2899); its ``droop`` is the mean of what they take longer than by the coefficients, by pass.
 """
 
 from __future__ import annotations
@@ -26,10 +30,12 @@ from fit_gemm import DTYPES, SYSTEMS, quantise_s
 
 from sim.catalog.load import gpu
 from sim.cost import efficiency
+from sim.cost.attention import attention_s
 from sim.cost.gemm import gemm_s
 from sim.cost.roofline import machine_of
 
 LONG_FLOPS, LONG_S, LEAST_ROWS = 1e11, 3e-3, 512
+SETTLED_S = 20e-3
 Row = tuple[int, int, int, float, float]
 """m, n, k, seconds of the product, and of what is timed with it."""
 
@@ -70,7 +76,37 @@ def errors(name: str, dtype: str, rows: Sequence[Row], droop: float) -> list[flo
     ]
 
 
+def attention(name: str, path: Path, kernel: str) -> None:
+    """Print the droop of both passes of an attention kernel, and by how much single rows are off with it."""
+    facts = gpu(name)
+    source, machine = efficiency.source_of(facts), machine_of(facts, "bf16")
+    with path.open(encoding="utf-8") as file:
+        table = list(csv.DictReader((line for line in file if not line.startswith("#")), delimiter="\t"))
+    for direction in ("forward", "backward"):
+        backward = direction == "backward"
+        coefficients, _ = efficiency.attention_coefficients(source, kernel, backward)
+        found = []
+        for row in table:
+            seconds = float(row["us"]) * 1e-6
+            if (row["gpu"], row["kernel"], row["pass"]) != (name, kernel, direction) or seconds < SETTLED_S:
+                continue
+            batch, heads, kv_heads, length, width, causal = (
+                int(row[key]) for key in ("batch", "heads", "kv_heads", "sequence", "head_dim", "causal")
+            )
+            short = attention_s(
+                batch, heads, kv_heads, length, length, width, bool(causal), backward, machine, coefficients
+            )
+            peak_s = (10 if backward else 4) * batch * heads * width * length**2 / (1 + causal) / machine.peak_flops
+            found.append((short, peak_s, seconds))
+        droop = mean((seconds - short) / peak_s for short, peak_s, seconds in found)
+        off = [(short + droop * peak_s) / seconds - 1 for short, peak_s, seconds in found]
+        print(f"{kernel} {direction}: droop {droop:.3f}, errors {[round(e, 4) for e in off]}")
+
+
 def main() -> None:
+    if sys.argv[3:] and sys.argv[3] not in DTYPES.values():
+        attention(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+        return
     name, path, dtype = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], "bf16")[0]
     rows = rows_of(path, name, dtype)
     held = [row for row in rows if zlib.crc32(f"{row[0]},{row[1]},{row[2]}".encode()) % 5 == 0]
