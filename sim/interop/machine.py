@@ -114,7 +114,7 @@ def guess_gpu(links: int, num_gpus: int) -> tuple[str, str]:
     if links >= 12:
         return "a100-sxm-80gb", "12 NVLinks: A100 SXM"
     if links == 6 and num_gpus > 2:
-        return "v100-sxm2-32gb", "6 NVLinks: V100 behind NVSwitch"
+        return "v100-sxm3-32gb", "6 NVLinks: V100 behind NVSwitch"
     if links in (1, 2):
         return "v100-sxm2-16gb", "1 or 2 NVLinks between GPUs: V100 in a mesh"
     if links:

@@ -15,7 +15,8 @@ from sim.errors import Finding, ScenarioError
 from sim.interop.machine import NVLINK, PCIE_GENERATION, Machine, join_sockets, wire_nvlinks
 
 GPU_OF = {
-    "0x1db1": "v100-sxm2-16gb", "0x1db5": "v100-sxm2-32gb", "0x1db6": "v100-pcie-32gb", "0x1eb8": "t4",
+    "0x1db1": "v100-sxm2-16gb", "0x1db5": "v100-sxm2-32gb", "0x1db6": "v100-pcie-32gb", "0x1db8": "v100-sxm3-32gb",
+    "0x1eb8": "t4",
     "0x20b0": "a100-sxm-40gb", "0x20b2": "a100-sxm-80gb", "0x20f1": "a100-pcie-40gb", "0x20b5": "a100-pcie-80gb",
     "0x20b7": "a30", "0x2235": "a40", "0x2236": "a10", "0x2237": "a10g", "0x2230": "rtx-a6000", "0x2204": "rtx-3090",
     "0x26b9": "l40s", "0x27b8": "l4", "0x2684": "rtx-4090", "0x2b85": "rtx-5090", "0x2330": "h100-sxm-80gb",

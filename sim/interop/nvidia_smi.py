@@ -237,7 +237,7 @@ def to_machine(matrix: Matrix, title: str, gpu: str, major: int, cpu_vendor: str
     elif not gpu:
         machine.gpu, why = guess_gpu(widest, len(matrix.gpus))
         machine.notes.append(f"GPU guessed: {why}; --gpu NAME says which")
-        major = {"h100-sxm-80gb": 9, "v100-sxm2-32gb": 7, "v100-sxm2-16gb": 7}.get(machine.gpu, 8)
+        major = {"h100-sxm-80gb": 9, "v100-sxm3-32gb": 7, "v100-sxm2-32gb": 7, "v100-sxm2-16gb": 7}.get(machine.gpu, 8)
     machine.pcie_generation = PCIE_GENERATION.get(major, 4)
     pcie = f"pcie{machine.pcie_generation}-x16"
     device = {name: machine.add("gpu", name) for name in matrix.gpus}
