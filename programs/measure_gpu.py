@@ -195,6 +195,9 @@ def memory(row: dict[str, Any]) -> float:
         if family == "reduce":
             a = make(1.0)
             return timed([lambda: a.sum(0)])
+        if family == "amax":
+            a = make(1.0)
+            return timed([lambda: torch.linalg.vector_norm(a, float("inf"))])
         if family == "gather":
             table, ids = make(1 / 2), torch.randperm(make(1 / 2).shape[0], device="cuda")
             return timed([lambda: functional.embedding(ids, table)])

@@ -222,7 +222,8 @@ def sustained_droop(source: Source, dtype: str, droop: float) -> float:
     All of them run at the clock that the power controller settles at, short ones too: it averages over many kernels.
     """
     name = {"fp16": "bf16", "mxfp8": "fp8", "nvfp4": "fp8"}.get(dtype, dtype)
-    entry = read("sustained.yaml").get(source.name, {}).get(name)
+    entries = read("sustained.yaml").get(source.name, {})
+    entry = entries.get(dtype, entries.get(name))
     return droop if entry is None else float(entry["droop"])
 
 

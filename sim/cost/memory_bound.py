@@ -4,9 +4,9 @@
     random  = random numbers / (numbers a clock * SMs * clock)
     T       = floor + max(sqrt(move^2 + random^2), FLOPs / vector peak)
 
-``share`` is of the family (elementwise, norm, softmax, reduce, gather, scatter, copy, optimizer). The L2 serves what
-fits in the part of it that stays resident (the kernel before has just written it); beyond that, a stream evicts what
-it is about to read: of b bytes with R resident, 2 R - b are found, and none from 2 R on.
+``share`` is of the family (elementwise, norm, softmax, reduce, amax, gather, scatter, copy, optimizer). The L2 serves
+what fits in the part of it that stays resident (the kernel before has just written it); beyond that, a stream evicts
+what it is about to read: of b bytes with R resident, 2 R - b are found, and none from 2 R on.
 
 Arithmetic hides behind memory (fp32 gelu takes as long as relu on V100, A100 and L4, to 1 %), random numbers do not
 wholly: ten rounds of Philox are some hundred integer instructions for four of them (cuRAND, curand_philox4x32_x.h), on

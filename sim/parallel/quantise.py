@@ -130,7 +130,7 @@ def cast_kernels(recipe: Recipe, num_elements: int, copies: int, *, known_amax: 
     source = Tensor("source", (Dim("numel", num_elements),), "bf16")
     kernels: list[Kernel] = []
     if recipe.amax == "always" or (recipe.amax == "tensor" and not known_amax):
-        kernels.append(Pointwise("reduce", (source,), (), 2))
+        kernels.append(Pointwise("amax", (source,), (), 2))
     passes = min(copies, recipe.passes)
     for _ in range(passes):
         made = Tensor("quantised", (Dim("bytes", recipe.num_bytes(num_elements, copies) // passes),), "fp8")
