@@ -115,7 +115,8 @@ def entry(plan: Plan, one: Tried, economics: Economics, why: str) -> dict[str, A
                    "beside": dict(outcome["beside"])},
         "money": {"gpus": cost.usd_gpus, "power": cost.usd_power, "people": cost.usd_people,
                   "storage": cost.usd_storage, "provider": site.offer.provider, "term": site.offer.term,
-                  "usd_per_gpu_hour": site.offer.usd_per_gpu_hour, "date": site.offer.date,
+                  "usd_per_gpu_hour": site.offer.usd_per_gpu_hour, "owned_gpus": site.owned_gpus,
+                  "date": site.offer.date,
                   "source": site.offer.source},
         "run": {"goodput": cost.goodput, "mtbf_s": reliable.mtbf_s, "checkpoint_s": reliable.checkpoint_s,
                 "checkpoint_interval_s": reliable.interval_s, "recovery_s": reliable.recovery_s,
@@ -187,11 +188,8 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
     cost, c = best.cost, best.candidate
     assert cost is not None
     site = plan.sites[c.site]
-    how = {"bought": "Buy", "given": "Take", "unknown": "Take"}.get(site.offer.term, "Rent")
-    from_ = f" from {site.offer.provider} ({site.offer.term})" if how == "Rent" else ""
-    price = f" at {site.offer.usd_per_gpu_hour:.2f} USD a GPU-hour" if site.offer.usd_per_gpu_hour else ""
     text = (
-        f"{how} {cluster_words(plan, c)}{from_}{price} and run {c.words()}. "
+        f"{_acquire(plan, best)} and run {c.words()}. "
         f"It takes {format_duration(cost.time_s)}, costs {format_money(cost.usd)} and draws "
         f"{format_energy(cost.joules)}: a step of {format_duration(best.outcome['step_s'])} reaches "
         f"{best.outcome['mfu']:.0%} of the GPUs' peak."
@@ -208,6 +206,23 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
         text += f" On {name} it would take {format_duration(other.cost.time_s)} and cost "
         text += f"{format_money(other.cost.usd)}."
     return text
+
+
+def _acquire(plan: Plan, best: Tried) -> str:
+    """Say what to rent, buy or take: what is owned costs no rent, spare nodes included."""
+    c = best.candidate
+    site, words = plan.sites[c.site], cluster_words(plan, c)
+    needed = c.num_gpus + Economics(plan).reliability(c.site, c.num_gpus).spare_nodes * min(
+        c.num_gpus, site.node.num_gpus
+    )
+    if site.owned_gpus >= needed:
+        return f"Take {words}, which you own,"
+    how = {"bought": "Buy", "given": "Take", "unknown": "Take"}.get(site.offer.term, "Rent")
+    from_ = f" from {site.offer.provider} ({site.offer.term})" if how == "Rent" else ""
+    price = f" at {site.offer.usd_per_gpu_hour:.2f} USD a GPU-hour" if site.offer.usd_per_gpu_hour else ""
+    if site.owned_gpus:
+        return f"Take the {site.owned_gpus:,} GPUs that you own and {how.lower()} the rest of {words}{from_}{price},"
+    return f"{how} {words}{from_}{price}"
 
 
 def _at_worst(plan: Plan, best: Tried, economics: Economics, step_s: float) -> str:
@@ -230,7 +245,10 @@ def _nothing(plan: Plan, ranked: Sequence[Tried], search: Search) -> str:
             )
         best = min(search.discarded, key=lambda d: d.over_bytes, default=None)
         if best is None:
-            return "No candidate is valid: no axis divides the model and the GPUs that the plan names."
+            return (
+                "No candidate is valid: nothing of frameworks and axes divides the model, the batch and the GPUs that "
+                "the plan names. Leave axes out, or name other num_gpus."
+            )
         return (
             f"Nothing fits. Nearest: {cluster_words(plan, best.candidate)}, {best.candidate.words()}, "
             f"{format_bytes(best.over_bytes)} over on stage {best.bound.stage} at the least.{more}"

@@ -68,6 +68,8 @@ class _Reader:
         self.findings = findings
         self.problems: list[Problem] = []
         self.assumptions: list[str] = []
+        self.above: list[str] = []
+        """Nodes of which constraints.max_gpus leaves none."""
 
     def plan(self) -> Plan:
         top, _ = read_mapping(self.doc.data, fields.TOP, (), self.problems)
@@ -251,7 +253,7 @@ class _Reader:
                 counts = self._counts(
                     node, values.get("num_gpus", candidates.get("num_gpus")), limits.get("max_gpus"), at, net is None
                 )
-                offer = self._offer(node, quotes, prices, goal, owned, at)
+                offer = self._offer(node, quotes, prices, goal, owned.get(node.name, 0) >= max(counts, default=0), at)
                 if not counts or offer is None:
                     continue
                 name = node.name + (f", {network}" if network and len(networks) > 1 else "")
@@ -269,6 +271,17 @@ class _Reader:
                     ("candidates", "owned", name),
                     f"candidates.owned names {name}, which is not among candidates.nodes",
                     f"write it there too: nodes: [{', '.join([*(site.node.name for site in sites), name])}]",
+                )
+            )
+        if self.above and sites:
+            self.assumptions.append(f"constraints.max_gpus is below the least of some nodes: {', '.join(self.above)}")
+        elif self.above and not self.problems and not self.findings:
+            least = f"the fewest GPUs of the plan are {', '.join(dict.fromkeys(self.above))}"
+            self.problems.append(
+                Problem(
+                    ("constraints", "max_gpus"),
+                    f"constraints.max_gpus is {limits['max_gpus']}, but {least}",
+                    "write more, or fewer num_gpus",
                 )
             )
         if len(sites) > MAX_SITES:
@@ -307,7 +320,10 @@ class _Reader:
                     f"write num_gpus: [{', '.join(map(str, near))}]" if not alone else "write candidates.networks too",
                 )
             )
-        return tuple(sorted(n for n in usable if most is None or n <= most))
+        kept = tuple(sorted(n for n in usable if most is None or n <= most))
+        if usable and not kept:
+            self.above.append(f"{min(usable)} of {node.name}")
+        return kept
 
     def _owned(self, given: object) -> dict[str, int]:
         if given is None:
@@ -328,10 +344,13 @@ class _Reader:
         quotes: tuple[list[Quote], list[Quote]],
         prices: Mapping[str, Any],
         goal: Goal,
-        owned: Mapping[str, int],
+        owned: bool,
         at: tuple[str, ...],
     ) -> Offer | None:
-        """Return the cheapest offer for a node's GPUs. Of two that cost the same, the one that stands first."""
+        """Return the cheapest offer for a node's GPUs. Of two that cost the same, the one that stands first.
+
+        Where all of them are ``owned`` no price is needed.
+        """
         acquire = prices.get("acquire", "rent")
         lifetime = prices.get("lifetime", units.parse_duration(economy.running("people")["lifetime"].text))
         found: list[Offer] = []
@@ -350,8 +369,8 @@ class _Reader:
             ]  # fmt: skip
         if found:
             return min(found, key=lambda offer: offer.usd_per_gpu_hour)
-        if node.name in owned or (goal.objective not in ("cheapest", "trade_off") and goal.budget_usd is None):
-            if node.name not in owned:
+        if owned or (goal.objective not in ("cheapest", "trade_off") and goal.budget_usd is None):
+            if not owned:
                 self.assumptions.append(f"no price of {node.name}'s {node.gpu} is known: its money is left out (0 USD)")
             return Offer(provider="none", term="unknown", usd_per_gpu_hour=0.0, date="", source="")
         key = "rent" if acquire != "buy" else "buy"

@@ -194,9 +194,9 @@ def _of_framework(plan: Plan, site: int, num_gpus: int, framework: str) -> Itera
     stages = tuple(p for p in divisors(layers) if p <= MAX_STAGES)
     pps = axes.pp or (stages if framework == "megatron" else (1,))
     cps = axes.cp or ((1, 2, 4, 8) if plan.workload.sequence_length >= LONG_SEQUENCE else (1,))
-    if not has_model_axes:
-        tps, cps = (1,), (1,)
-        pps = (1,) if framework != "deepspeed" else tuple(axes.pp) or (1,)
+    if not has_model_axes:  # it has these axes at 1, which a plan that names others does not want
+        tps, cps = (_only_1(axis) for axis in (axes.tp, axes.cp))
+        pps = _only_1(axes.pp) if framework != "deepspeed" else tuple(axes.pp) or (1,)
     micro = axes.micro_batch_size or MICRO_BATCHES
     for tp, cp, pp in product(tps, cps, pps):
         dp, rest = divmod(num_gpus, tp * cp * pp)
@@ -210,6 +210,10 @@ def _of_framework(plan: Plan, site: int, num_gpus: int, framework: str) -> Itera
                     yield Candidate(
                         site, num_gpus, framework, tp, cp, pp, vpp, schedule, dp, zero, shard, size, batch, recompute
                     )
+
+
+def _only_1(given: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) if not given or 1 in given else ()
 
 
 def _schedules(plan: Plan, framework: str, pp: int) -> Iterator[tuple[int, str]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from plan_world import ONE_NODE, TWO_SITES, plan_of
+from plan_world import ONE_NODE, TINY, TWO_SITES, plan_of
 
 from sim.errors import ScenarioError
 from sim.planner.fields import plan_schema
 from sim.planner.load import load_plan, load_plan_text
+from sim.planner.space import candidates
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +91,10 @@ def test_a_price_is_needed_only_where_money_counts() -> None:
     assert plan_of(text).sites[0].offer.usd_per_gpu_hour == 0
     with pytest.raises(ScenarioError, match="no price is known of dgx-h20's h20-sxm-96gb"):
         plan_of(text, "goal={cheapest: true}")
+    cheapest = "goal={cheapest: true}"
+    assert plan_of(text, cheapest, "candidates.owned={dgx-h20: 8}").sites[0].offer.usd_per_gpu_hour == 0
+    with pytest.raises(ScenarioError, match="no price is known"):  # of the rest
+        plan_of(text, cheapest, "candidates.owned={dgx-h20: 4}")
 
 
 def test_the_schema_names_every_section() -> None:
@@ -115,3 +120,21 @@ def test_an_empty_plan_names_its_own_schema() -> None:
     with pytest.raises(ScenarioError) as error:
         load_plan_text("", "x.yaml")
     assert str(error.value) == "x.yaml: is empty\n    see 'sim schema plan' for what a plan holds"
+
+
+def test_nodes_above_the_most_gpus_are_left_out_with_a_word() -> None:
+    plan = plan_of(
+        TINY + "candidates: {nodes: [dgx-h100, {node: pcie-8x-4090, num_gpus: 16}], num_gpus: 8}\n"
+        "constraints: {max_gpus: 8}\n"
+    )
+    assert [site.name for site in plan.sites] == ["dgx-h100"]
+    assert "constraints.max_gpus is below the least of some nodes: 16 of pcie-8x-4090" in plan.assumptions
+
+
+def test_an_axis_that_a_plan_names_is_kept_by_every_framework() -> None:
+    """deepspeed has no tensor parallelism here: it is 1, which tp: 2 does not allow."""
+    for given, frameworks in (("2", {"megatron", "fsdp2"}), ("[1, 2]", {"megatron", "fsdp2", "deepspeed"})):
+        plan = plan_of(TINY + f"candidates: {{nodes: dgx-h100, num_gpus: 8}}\naxes: {{tp: {given}}}\n")
+        found = list(candidates(plan))
+        assert {c.framework for c in found} == frameworks
+        assert {c.tp for c in found} <= {1, 2}
