@@ -187,7 +187,6 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
     """Return the recommendation with the three figures that carry it: time, money, and what the step reaches."""
     cost, c = best.cost, best.candidate
     assert cost is not None
-    site = plan.sites[c.site]
     text = (
         f"{_acquire(plan, best)} and run {c.words()}. "
         f"It takes {format_duration(cost.time_s)}, costs {format_money(cost.usd)} and draws "
