@@ -336,9 +336,9 @@ def test_training_runs_at_the_clock_that_long_matmuls_settle_at() -> None:
 
 
 def test_attention_runs_at_the_clock_that_long_kernels_settle_at() -> None:
-    """B200, 16 heads over 131,072 tokens: 63.3 and 189.2 ms; 0.122 and 0.147 of the time at peak is the clock's."""
+    """B200, 16 heads over 131,072 tokens: 63.3 and 189.2 ms; 0.153 and 0.147 of the time at peak is the clock's."""
     b200 = gpu("b200-sxm-180gb")
-    ways: tuple[tuple[Any, float, float], ...] = (("forward", 63.2572e-3, 0.122), ("backward", 189.1638e-3, 0.147))
+    ways: tuple[tuple[Any, float, float], ...] = (("forward", 63.2572e-3, 0.153), ("backward", 189.1638e-3, 0.147))
     for way, measured_s, droop in ways:
         kernel = dataclasses.replace(
             attention(131072, way, "cudnn"), batch=(Dim("batch", 1),), kv_heads=(Dim("kv_heads", 2),)

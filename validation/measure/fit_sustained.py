@@ -11,7 +11,7 @@ of ``sim.cost.gemm`` but ``droop`` are those that the GPU uses; ``droop`` is the
 the rows not held out (one in five, by checksum). Prints a line for sim/catalog/measured/sustained.yaml, and the held-
 out error with the droop of short measurements.
 
-The third is of attention: kernels of 20 ms and more, long after the clock has fallen (5 ms on B200:
+The third is of attention: kernels of 60 ms and more, long after the clock has fallen (5 ms on B200:
 flashinfer-ai/flashinfer#2899); its ``droop`` is the mean of what they take longer than by the coefficients, by pass.
 """
 
@@ -35,7 +35,7 @@ from sim.cost.gemm import gemm_s
 from sim.cost.roofline import machine_of
 
 LONG_FLOPS, LONG_S, LEAST_ROWS = 1e11, 3e-3, 512
-SETTLED_S = 20e-3
+SETTLED_S = 60e-3
 Row = tuple[int, int, int, float, float]
 """m, n, k, seconds of the product, and of what is timed with it."""
 
@@ -98,6 +98,8 @@ def attention(name: str, path: Path, kernel: str) -> None:
             )
             peak_s = (10 if backward else 4) * batch * heads * width * length**2 / (1 + causal) / machine.peak_flops
             found.append((short, peak_s, seconds))
+        if not found:
+            continue
         droop = mean((seconds - short) / peak_s for short, peak_s, seconds in found)
         off = [(short + droop * peak_s) / seconds - 1 for short, peak_s, seconds in found]
         print(f"{kernel} {direction}: droop {droop:.3f}, errors {[round(e, 4) for e in off]}")
