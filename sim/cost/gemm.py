@@ -25,8 +25,8 @@ reads its tile of C when the main loop is over and writes it; other SMs' main lo
 Which operand is transposed (forward TN, gradient of the input NN, of the weight NT) makes no difference to 16-bit
 tensor cores, which take both orders from shared memory: 0.718 and 0.716 of the peak on A100, 0.496 and 0.491 on B200
 for TN and NN; NT is 0.509 where it writes 16 bits (MooreThreads/SimuMax @4dcaae5, configs/system). Volta, which cannot
-load transposed (``ldmatrix`` came with Turing), is 3 % slower in TN, 2 and 6 % faster in NN and NT than its coefficients
-have it (validation/measure/gemm_v100.tsv): a step has all three, their sum is right.
+load transposed (``ldmatrix`` came with Turing), is 3 % slower in TN, 2 and 6 % faster in NN and NT than its numbers
+below have it (validation/measure/gemm_v100.tsv): a step has all three, their sum is right.
 
 Sources: NVIDIA, "Matrix Multiplication Background User's Guide" (tiles, wave quantisation, alignment); CUTLASS,
 ``media/docs/efficient_gemm.md`` (tile hierarchy, split-K, stream-K: q towards 1); Osama et al., "Stream-K", PPoPP 2023.
