@@ -17,9 +17,12 @@ NODES = sorted(path.stem for path in Path("topologies").glob("*.yaml"))
 
 
 def test_a_launch_is_the_drivers_and_the_frameworks_share() -> None:
-    """On EPYC 7742 (565 points a GHz, 3.4 GHz): 5 us of a desktop's 4200 points, 19.4 us of Zen 5's 917 at 3.8 GHz."""
+    """On EPYC 7742 (565 points a GHz, 3.4 GHz): 5 us of a desktop's 4200 points, 19.4 us of Zen 5's 917 at 3.8 GHz.
+
+    Whole steps of Megatron-LM take 1.25 times what its block does in a loop.
+    """
     points = 565 * 3.4
-    expected = 5e-6 * 4200 / points + 19.4e-6 * 917 * 3.8 / points
+    expected = 1.25 * (5e-6 * 4200 / points + 19.4e-6 * 917 * 3.8 / points)
     found = host_coefficients("2x AMD EPYC 7742", "megatron", compiled=False)
     assert found.launch_s["forward"] == pytest.approx(expected)
     assert found.assumed == ""
