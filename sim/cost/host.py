@@ -46,19 +46,22 @@ ELEMENT_BYTES = {
 torch's own kernels on the CPU: an SGD update, ``mul_`` and a copy of fp32, a cast of fp32 to 16 bit; ``isinf().any()``
 and ``isnan().any()`` of 16 bit (the absolute value in and out, in and a mask out, the mask in; in, out and in again).
 """
+MODULE_KINDS = ("zero3_forward", "zero3_backward")
+"""Hooks of DeepSpeed's ZeRO-3 around one torch module, a pass (validation/measure/measure_zero3.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostCoefficients:
     """Times of the issuing CPU thread of one node and code, in seconds, and CPU Adam's share of the host's memory.
 
-    ``launch_s`` is by caller. ``points`` is the processor's single-thread score; ``assumed`` says what of it was not
-    known ("" if nothing).
+    ``launch_s`` is by caller, ``module_s`` what a framework's hooks take around a module, by kind. ``points`` is the
+    processor's single-thread score; ``assumed`` says what of it was not known ("" if nothing).
     """
 
     launch_s: Mapping[Caller, float]
     collective_s: float
     wait_s: float
+    module_s: Mapping[str, float]
     python_step_s: float
     cpu_adam_fraction: float
     points: float
@@ -97,6 +100,7 @@ def host_coefficients(cpu: str, code: str, compiled: bool, measured: HostTimes |
         },
         collective_s=slower * _duration(facts, "collective"),
         wait_s=_duration(facts, "wait"),
+        module_s={kind: slower * _duration(facts, kind) for kind in MODULE_KINDS},
         python_step_s=slower * _duration(facts, "python_step"),
         cpu_adam_fraction=float(facts["cpu_adam_fraction"]["value"]),
         points=points,

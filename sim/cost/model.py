@@ -325,6 +325,8 @@ class CostModel:
         element_bytes = host.ELEMENT_BYTES.get(work.kind)
         if work.kind == "python":
             return host.python_s(work.num_elements, self._host)
+        if work.kind in self._host.module_s:
+            return work.num_elements * self._host.module_s[work.kind]
         if element_bytes is None:
             return host.driver_s(work.kind, work.num_elements)
         self._assume("CPU Adam: half the bandwidth of host memory")

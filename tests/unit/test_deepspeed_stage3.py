@@ -9,7 +9,7 @@ from deepspeed_world import H, Job, P, V, collectives, gpt, peak_bytes
 from held import live, live_bytes
 
 from sim.ir.ledger import Dim
-from sim.ir.program import Chunk, Collective, UseOn
+from sim.ir.program import Chunk, Collective, HostCompute, UseOn
 from sim.parallel.frameworks.deepspeed_stage3 import ALL_GATHER_STREAM, REDUCE_STREAM, Stage3
 
 PERSISTENT = 308_736
@@ -167,3 +167,21 @@ def test_a_bias_beside_a_tied_weight_does_not_wait_for_it() -> None:
     job = Job(3, layers=(embedding, block, biased), memory_efficient_linear=True)
     scattered = sum(size // 2 for kind, size in collectives(job.passes[0][1]) if kind == "reduce_scatter")
     assert scattered == sum(p.num_elements for layer in (embedding, block, biased) for p in layer.parameters) - V * H
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_host_passes_the_hooks_of_every_module(recompute: str) -> None:
+    """Once forward, once more where a block runs again, once backward; a block of the test model is itself and six."""
+    forward, backward = Job(3, recompute=recompute).passes[0]
+    hooks = {"zero3_forward": 0, "zero3_backward": 0}
+    for each in forward:
+        if isinstance(each, HostCompute) and each.kind in hooks:
+            hooks[each.kind] += each.num_elements
+    modules = hooks["zero3_forward"]
+    assert hooks["zero3_backward"] == 0
+    for each in backward:
+        if isinstance(each, HostCompute) and each.kind in hooks:
+            hooks[each.kind] += each.num_elements
+    assert hooks["zero3_backward"] == modules
+    again = sum(len({"", *(op.module for op in layer.forward)}) for layer in gpt() if layer.kind == "block")
+    assert hooks["zero3_forward"] - modules == (again if recompute == "full" else 0)

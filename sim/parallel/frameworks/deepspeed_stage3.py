@@ -12,6 +12,8 @@ parameter_offload.py of DeepSpeed 0.19.8.
 * ``memory_efficient_linear`` replaces ``F.linear`` by a function that hands over the weight's gradient before the
   bias's (linear.py, ``LinearFunctionForZeroStage3``); autograd's own comes in the other order.
 * Gradients are copied into a permanent bucket, reduce-scattered when the next does not fit, added to one flat buffer.
+* Hooks around every module, forward and backward, cost the host more than the module's own kernels
+  (validation/measure/measure_zero3.py).
 * ``offload_optimizer``: that flat buffer, master, moments and fp32 gradients live on the host, and DeepSpeedCPUAdam
   steps; with a ``ratio`` the first sub groups stay on the GPU. ``offload_param``: the partitions live on the host too,
   and each gather first copies its own.
@@ -150,7 +152,9 @@ class Stage3(DeepSpeed):
         self.communication_dtype = communication_dtype(settings, plan.parameter_dtype)
         self.accumulation_dtype: DType = named_dtype(settings.grad_accum_dtype) or plan.parameter_dtype
         self.persistent = self._persistent()
+        self.entered = self._entered()
         self.modules = self._modules()
+        self.around = [self._hooks(kind) for kind in ("zero3_forward", "zero3_backward")]
         self.trace: list[_Place] | None = None
         self.recorded: list[_Place] = []
         self.linears = _biased_linears(self.layers) if settings.memory_efficient_linear else frozenset()
@@ -178,20 +182,35 @@ class Stage3(DeepSpeed):
             total += count if keeps else 0
         return marks
 
+    def _entered(self) -> dict[int, set[str]]:
+        """Return the torch modules of each layer (by its id) that ops run in, containers and the layer itself too."""
+        entered: dict[int, set[str]] = {}
+        for layer in self.layers:
+            if id(layer) in entered:
+                continue
+            known = entered[id(layer)] = {""}
+            for op in (*layer.forward, *layer.backward):
+                parts = op.module.split(".")
+                known.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        return entered
+
+    def _hooks(self, kind: str) -> dict[int, HostCompute]:
+        """Return what the hooks around the modules of each layer (by its id) take of the host in a pass.
+
+        Every module has them, with parameters or without (``_register_deepspeed_module`` of parameter_offload.py). They
+        stand together where the layer is entered.
+        """
+        count = {key: len(known) for key, known in self.entered.items()}
+        return {key: HostCompute("zero3 hooks", kind, number) for key, number in count.items()}
+
     def _modules(self) -> dict[_Place, tuple[int, ...]]:
         """Return the parameters that each torch module owns itself, tied ones included.
 
         A parameter whose module runs no op of its own belongs to the nearest container that does.
         """
         found: dict[_Place, list[int]] = {}
-        entered: dict[int, set[str]] = {}
         for index, layer in enumerate(self.layers):
-            known = entered.get(id(layer))
-            if known is None:
-                known = entered[id(layer)] = {""}
-                for op in (*layer.forward, *layer.backward):
-                    parts = op.module.split(".")
-                    known.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+            known = self.entered[id(layer)]
             for parameter in layer.parameters:
                 module = parameter.module
                 while module not in known:
@@ -368,6 +387,8 @@ class Stage3(DeepSpeed):
             for _ in range(self.plan.root_modules):
                 self._fetch(_ROOT, out)
         place = (layer, module)
+        if not module:
+            out.append(self.around[0][id(self.layers[layer])])
         if module or self._is_module(place):
             self._fetch(place, out)
         return out
@@ -383,6 +404,8 @@ class Stage3(DeepSpeed):
             for _ in range(self.plan.root_modules):
                 self._fetch(_ROOT, out)
         place = (layer, module)
+        if not module:
+            out.append(self.around[1][id(self.layers[layer])])
         if module or self._is_module(place):
             self._fetch(place, out)
         return out
