@@ -14,7 +14,9 @@ choose (``shared``).
   its own reads and writes each result once more to scale it (``addmm_float8_unwrapped``: ``post_inverse_scale``).
   Inductor works both scales out of the largest values for each element there, partly in fp64 (:data:`SCALING_FLOPS`).
 * The largest values of columns come from a pass over the whole tensor before the cast that writes the other order: a
-  reduction along another dimension shares no kernel with the one along rows, and the tensor is there in 16 bits.
+  reduction along another dimension shares no kernel with the one along rows, and the tensor is there in 16 bits. Where
+  there are :data:`COLUMNS_PER_SM` columns an SM, Inductor does not split the reduction, and so writes one kernel for
+  both, which goes down the columns twice: reads that do not coalesce (``kind`` columns).
 * ``gathered_low``: FSDP gathers weights in FP8 (``enable_fsdp_float8_all_gather``): no cast where they are used.
 
 Sources: torchao/float8/{float8_linear,float8_scaling_utils,float8_tensor_parallel,float8_ops,fsdp_utils}.py.
@@ -26,11 +28,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sim.ir.ledger import Dim, Exchange, Gemm, Kernel, Layer, Ledger, Op, Pointwise, Tensor
+from sim.ir.ledger import Dim, Exchange, Gemm, Kernel, Layer, Ledger, Op, Pointwise, Tensor, size
 from sim.parallel.quantise import linears
 
 Granularity = Literal["tensorwise", "rowwise"]
 
+COLUMNS_PER_SM = 64
+"""``num_sm * 2 * 32`` of ``Reduction.num_splits``, torch/_inductor/ir.py: so many keep the GPU busy by themselves."""
 SCALING_FLOPS = 192
 """What scaling a result by its row and its column costs an element, in fp32 operations' time.
 
@@ -43,19 +47,26 @@ conversions from and to 64 bit, the division's first reciprocal, log2, exp2 and 
 """
 
 
-def float8_ledger(ledger: Ledger, granularity: Granularity, *, gathered_low: bool, shared: bool) -> Ledger:
-    """Return the ledger with the linears of its blocks in FP8; the head stays (torchtitan's ``filter_fqns``)."""
+def float8_ledger(
+    ledger: Ledger, granularity: Granularity, *, gathered_low: bool, shared: bool, num_sms: int = 0
+) -> Ledger:
+    """Return the ledger with the linears of its blocks in FP8; the head stays (torchtitan's ``filter_fqns``).
+
+    ``num_sms``: of the GPU that torch.compile writes the casts for; 0: they are eager.
+    """
     made: dict[int, Layer] = {}
     for layer in ledger.layers:
         if id(layer) not in made:
             wanted = layer.kind == "block"
-            made[id(layer)] = float8(layer, granularity, gathered_low=gathered_low, shared=shared) if wanted else layer
+            more = {"gathered_low": gathered_low, "shared": shared, "num_sms": num_sms}
+            made[id(layer)] = float8(layer, granularity, **more) if wanted else layer  # type: ignore[arg-type]
     return replace(ledger, layers=tuple(made[id(layer)] for layer in ledger.layers))
 
 
-def float8(layer: Layer, granularity: Granularity, *, gathered_low: bool, shared: bool) -> Layer:
+def float8(layer: Layer, granularity: Granularity, *, gathered_low: bool, shared: bool, num_sms: int = 0) -> Layer:
     """Return ``layer`` with its linears in FP8."""
-    return _Float8(layer, granularity == "rowwise", gathered_low, shared and granularity == "tensorwise").run()
+    rowwise = granularity == "rowwise"
+    return _Float8(layer, rowwise, gathered_low, shared and not rowwise, num_sms * COLUMNS_PER_SM).run()
 
 
 @dataclass(slots=True)
@@ -66,6 +77,8 @@ class _Float8:
     rowwise: bool
     gathered_low: bool
     shared: bool
+    wide: int = 0
+    """From how many columns on their largest values and casts are one kernel; 0: never."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     out: list[Op] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
@@ -124,6 +137,10 @@ class _Float8:
         if self.rowwise:
             if not columns:
                 self.emit(f"{into}.cast", [Pointwise("norm", (source,), (low,), 4)], (of,), low, like, of)
+                return
+            depth = next(size(k.k) for k in like.kernels if isinstance(k, Gemm))  # each column is summed along
+            if self.wide and source.num_elements >= self.wide * depth:
+                self.emit(f"{into}.cast", [Pointwise("columns", (source, source), (low,), 2)], (of,), low, like, of)
                 return
             largest = self.made(f"{into}.amax", of, "fp32")  # one number a column: next to nothing beside the tensor
             self.emit(largest.name, [Pointwise("reduce", (source,), (largest,), 2)], (of,), largest, like, of)

@@ -164,6 +164,7 @@ class _Part:
             writes, kernels = self._statistics(op, writes, kernels)
         apart = op.name in self.complex or op.name.removesuffix(".backward") in self.complex
         apart = apart or op.name.endswith(_LARGEST_OF_COLUMNS)
+        apart = apart or any(isinstance(k, Pointwise) and k.kind == "columns" for k in kernels)
         return _Node(replace(op, kernels=kernels), list(dict.fromkeys(reads)), writes, heavy, apart)
 
     def _version(self, tensor: Tensor) -> Tensor:

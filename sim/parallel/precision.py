@@ -79,7 +79,9 @@ def transformed(ledger: Ledger, scenario: Scenario) -> Ledger:
 
         settings = scenario.fsdp2
         low = scenario.framework == "fsdp2" and settings.float8_all_gather
-        ledger = float8_ledger(ledger, settings.float8_recipe, gathered_low=low, shared=scenario.training.compile)
+        compiled = scenario.training.compile
+        sms = scenario.cluster.gpu.num_sms if compiled else 0
+        ledger = float8_ledger(ledger, settings.float8_recipe, gathered_low=low, shared=compiled, num_sms=sms)
     elif recipe is not None:
         from sim.parallel.quantise import quantise_ledger
 

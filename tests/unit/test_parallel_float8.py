@@ -134,6 +134,21 @@ def test_the_largest_values_of_columns_are_a_pass_of_their_own(compiled: bool) -
         assert at[op.name] < at[cast.name]
 
 
+def test_many_columns_are_reduced_and_cast_by_one_kernel_that_goes_down_them_twice() -> None:
+    """At 64 columns an SM and one SM: all but the gradients of key and value (2 heads of 16), 16 of 18. Such a kernel
+    reads 16 bits twice and writes 8; nothing else is fused with it."""
+    layer = float8(shard(LEDGER.layers[1], ShardPlan()), "rowwise", gathered_low=False, shared=True, num_sms=1)
+    layer = compile_block(layer, Recompute("none"))
+    wide = [op for op in layer.backward for k in op.kernels if isinstance(k, Pointwise) and k.kind == "columns"]
+    assert len(wide) == 16
+    assert sum(op.name.endswith(".columns.amax") for op in layer.backward) == 2
+    for op in wide:
+        (kernel,) = op.kernels
+        (low,) = op.writes
+        assert isinstance(kernel, Pointwise)
+        assert kernel.moved_bytes == (2 + 2 + 1) * low.num_elements
+
+
 def test_scaling_a_result_by_rows_and_columns_is_arithmetic_of_twelve_slow_instructions() -> None:
     """16 a clock and SM take as long as 256 fp32 operations: 12 / 16 * 256 = 192 an element of the result."""
     scaled = [op for op in of("rowwise").backward if any(isinstance(k, Gemm) for k in op.kernels)]
