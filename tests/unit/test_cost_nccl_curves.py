@@ -23,6 +23,7 @@ from sim.scenario.schema import ClusterSpec
 TOLERANCE = 0.15
 GIB = 2**10
 ML = "stas00/ml-engineering@744d01e1, network/README.md"
+VTRAIN = "VIA-Research/vTrain@f8dda84, trace/a100/AR_GPU*_1M_1024M_LUT (in place)"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ ML = "stas00/ml-engineering@744d01e1, network/README.md"
         ("dgx-a100-80gb", 8, 256, 194, ML),
         ("dgx-a100-80gb", 8, GIB, 229, ML),
         ("dgx-a100-80gb", 8, 16 * GIB, 235, ML),
+        ("dgx-a100-80gb", 2, 64, 166.1, VTRAIN),
+        ("dgx-a100-80gb", 2, GIB, 196.9, VTRAIN),
+        ("dgx-a100-80gb", 3, 256, 200.4, VTRAIN),
+        ("dgx-a100-80gb", 4, 64, 186.2, VTRAIN),
+        ("dgx-a100-80gb", 6, GIB, 226.9, VTRAIN),
+        ("dgx-a100-80gb", 8, 64, 202.6, VTRAIN),
         ("dgx-h100", 8, 64, 374.5, "xxrjun/nccl-tests-cluster@455de4f"),
         ("dgx-h100", 8, 128, 416.4, "xxrjun/nccl-tests-cluster@455de4f"),
         ("dgx-h100", 8, GIB, 469.6, "xxrjun/nccl-tests-cluster@455de4f"),
