@@ -379,3 +379,24 @@ def test_what_a_megatron_script_keeps_elsewhere():
     said = read_megatron_args(options).values
     assert said["megatron", "cpu_offloading_num_layers"].value == 8
     assert said["megatron", "distribute_saved_activations"].value is True
+
+
+@pytest.mark.parametrize(
+    ("options", "impl", "scope"),
+    [
+        ("--enable-cuda-graph", "local", None),
+        ("--cuda-graph-impl transformer_engine", "transformer_engine", None),
+        ("--cuda-graph-impl local --cuda-graph-scope full_iteration", "local", "full_iteration"),
+        ("--cuda-graph-impl full_iteration", "local", "full_iteration"),
+        ("--cuda-graph-impl none", None, None),
+    ],
+)
+def test_cuda_graphs_of_a_megatron_script(options: str, impl: str | None, scope: str | None):
+    said = read_megatron_args(f"--num-layers 32 {options}").values
+    found = [said.get(("megatron", name)) for name in ("cuda_graph_impl", "cuda_graph_scope")]
+    assert [None if value is None else value.value for value in found] == [impl, scope]
+
+
+def test_ranks_of_a_script_that_count_through_the_pipeline_first():
+    said = read_megatron_args("--num-layers 32 --use-tp-pp-dp-mapping").values
+    assert said["parallelism", "order"].value == "tp-cp-pp-dp"
