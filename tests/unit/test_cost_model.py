@@ -346,7 +346,9 @@ def test_attention_runs_at_the_clock_that_long_kernels_settle_at() -> None:
         burst, training = (model(b200, sustained=s).kernel_s(kernel, 0) for s in (False, True))
         assert training == pytest.approx(measured_s, rel=0.02)
         assert training - burst == pytest.approx(droop * kernel.flops / b200.peak_flops["bf16"], rel=2e-3)
-    h100 = attention(8192, "forward", "cudnn")  # no kernels long enough were measured
+    for name, droop in (("gb200-186gb", 0.194), ("gb300-288gb", 0.208), ("b300-sxm-288gb", 0.208)):
+        assert efficiency.attention_droop(efficiency.source_of(gpu(name)), "cudnn", backward=True) == droop
+    h100 = attention(8192, "forward", "cudnn")  # in its matmuls' settled clock
     assert model(sustained=False).kernel_s(h100, 0) == model().kernel_s(h100, 0)
 
 
@@ -370,10 +372,11 @@ def test_looking_for_the_largest_value_takes_as_long_on_either_memory(name: str,
 
 
 def test_v100_runs_real_numbers_slower_than_zeros() -> None:
-    """DeepBench multiplies zeros (106 TFLOP/s); mli/transformers-benchmarks reaches 95 with 8192 x 8192 of randn."""
+    """DeepBench multiplies zeros (106 TFLOP/s). With randn three cards reach 95, 97.4 and 94.8 for seconds, each 6.7 to
+    6.8 times its own fp32 rate, of which the median card keeps 13.68 for minutes."""
     v100, kernel, flops = gpu("v100-sxm2-32gb"), gemm(8192, 8192, 8192, "fp16"), 2 * 8192**3
     assert flops / model(v100, sustained=False).kernel_s(kernel, 0) == pytest.approx(106e12, rel=0.02)
-    assert flops / model(v100).kernel_s(kernel, 0) == pytest.approx(95e12, rel=0.02)
+    assert flops / model(v100).kernel_s(kernel, 0) == pytest.approx(6.76 * 13.68e12, rel=0.01)
 
 
 def test_products_that_promote_their_sums_are_slower_on_hopper_alone() -> None:
