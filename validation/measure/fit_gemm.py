@@ -45,9 +45,9 @@ FIXED = {"v100_sxm2": {"memory_fraction": 0.91, "tail_smoothing": 0.0}}
 """Few rows are bound by memory there: the share that plain kernels reach (memory_bound.yaml). And no
 product of 1e10 FLOP and more has less than 4.7 waves of large tiles, or wastes more than 8 % of them, so that the table
 says nothing of waves (held-out error 5.0 % with whole ones, 5.3 % without): whole ones, as Volta's kernels give each
-tile to one block. With the clock of sustained.yaml that is 75 and 92 TFLOP/s at 2048 and 4096, 0.81 of each other; 78.2
-and 95.7 were measured, 0.82 (zzc0721/torch-performance-test-data #140, V100 SXM2 16 GB, torch 2.7, normal numbers).
-Evenly divided work would have 0.94."""
+tile to one block. With the clock of sustained.yaml that is 73 and 89 TFLOP/s at 2048 and 4096, 0.82 of each other, as
+much as was measured (78.2 and 95.7: zzc0721/torch-performance-test-data #140, V100 SXM2 16 GB, torch 2.7, normal
+numbers). Evenly divided work would have 0.94."""
 NAMES = (*GemmCoefficients.__dataclass_fields__, "row_s", "quantise_fraction", "quantise_floor_s")
 START = (0.85, 64.0, 2000.0, 2e-6, 0.85, 3.0, 0.5, 2048.0, 0.2, 0.1, 1e-3, 0.1, 3e-9, 0.3, 2e-6)
 LOW = (0.3, 8.0, 10.0, 0.5e-6, 0.4, 1.0, 0.01, 512.0, 0.01, 0.001, 5e-5, 0.001, 1e-10, 0.05, 1e-7)
