@@ -400,8 +400,13 @@ def plan(
 
         prepare(out)
     folder = cache or (out / "cache" if out is not None else default_cache())
-    with _progress(f"planning {question.name}", quiet) as step, Runner(folder, jobs, executor, address) as runner:
-        content = answer(search(question, runner, step, tolerance=tolerance), runner, step)
+    try:
+        with _progress(f"planning {question.name}", quiet) as step, Runner(folder, jobs, executor, address) as runner:
+            content = answer(search(question, runner, step, tolerance=tolerance), runner, step)
+    except KeyboardInterrupt:
+        if not quiet:
+            typer.echo(f"interrupted; what was simulated is in {folder}: the same command goes on from there", err=True)
+        raise
     if out is not None:
         from sim.planner.save import save
 

@@ -14,7 +14,9 @@ from typing import Any
 from sim.units import format_bytes, format_duration, format_energy, format_money
 
 WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 104, 18, 18, 52
+LEFT, RIGHT, TOP, BOTTOM = 120, 18, 18, 52
+ROW = 66
+"""Height of a bar with its two lines."""
 _SERIES = ("#2a6fdb", "#c2571a", "#1f8a5b", "#8a4fc7", "#b8860b", "#c23b6b", "#4a7a8c", "#6b6b6b")
 _STYLE = (
     "<style>.ink{fill:var(--ink,#1c1c1c)}.soft{fill:var(--soft,#5f6368)}.grid{stroke:var(--grid,#dadce0)}"
@@ -81,9 +83,10 @@ def memory(answer: Mapping[str, Any]) -> str:
         held["buffers"] = held.get("buffers", 0) + held.pop("rounding", 0)
         held["beside"] = sum(e["memory"]["beside"].values())
         rows.append((
-            f"{e['node']} {e['strategy'].split(', ')[0]}",
+            f"{format_bytes(e['memory']['peak_device_bytes'])} of {format_bytes(e['memory']['capacity_bytes'])}: "
+            f"{e['cluster']}",
             [(colour, held.get(part, 0)) for part, colour in zip(PARTS, _SERIES, strict=False)],
-            f"{format_bytes(e['memory']['peak_device_bytes'])} of {format_bytes(e['memory']['capacity_bytes'])}",
+            e["strategy"],
         ))  # fmt: skip
     most = max((e["memory"]["capacity_bytes"] for e in answer["ranked"][:MAX_BARS]), default=1)
     return _bars(rows, dict(zip(PARTS, _SERIES, strict=False)), "Memory of the fullest GPU at its peak", most)
@@ -189,21 +192,21 @@ def _legend(colour: Mapping[str, str], top: float = HEIGHT) -> list[str]:
 def _bars(
     rows: Sequence[tuple[str, list[tuple[str, float]], str]], legend: Mapping[str, str], title: str, most: float | None
 ) -> str:
-    """Return stacked bars, their names above them so that they have the whole width; ``most`` is marked."""
+    """Return stacked bars, two lines above each, so that a phone has room for larger letters; ``most`` is the whole."""
     full = max([*(sum(value for _, value in parts) for _, parts, _ in rows), most or 0.0], default=1.0) or 1.0
     inner = WIDTH - 2 * RIGHT
     out = []
     for i, (name, parts, words) in enumerate(rows):
-        top = 8 + 44 * i
+        top = 8 + ROW * i
         out.append(f'<text class="ink" x="{RIGHT}" y="{top + 12}">{escape(name)}</text>')
-        out.append(f'<text class="soft" x="{WIDTH - RIGHT}" y="{top + 12}" text-anchor="end">{escape(words)}</text>')
+        out.append(f'<text class="soft" x="{RIGHT}" y="{top + 33}">{escape(words)}</text>')
         left = float(RIGHT)
         for fill, value in parts:
             width = inner * value / full
             if width > 0.05:
-                out.append(f'<rect x="{left:.1f}" y="{top + 18}" width="{width:.1f}" height="14" fill="{fill}"/>')
+                out.append(f'<rect x="{left:.1f}" y="{top + 40}" width="{width:.1f}" height="14" fill="{fill}"/>')
             left += width
-    height = 8 + 44 * len(rows)
+    height = 8 + ROW * len(rows)
     out += _legend(legend, height)
     return _svg(out, title, height + 22 * _rows(legend) + 6)
 

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -88,6 +89,8 @@ class Runner:
 
     def __exit__(self, *error: object) -> None:
         if any(not future.cancel() and not future.done() for future in self._pending.values()):
+            if error[0] is KeyboardInterrupt:  # the executor's thread may miss work that was taken from it: no matter
+                threading.excepthook = lambda _: None
             _executor(self._jobs).shutdown(wait=False, kill_workers=True)
         self._pending.clear()
         self._cluster.close()

@@ -47,6 +47,9 @@ def test_the_page_as_people_see_it(width: int, scheme: str, tmp_path: Path) -> N
         bright = [sum(map(int, text[4:-1].split(","))) for text in (paper, ink)]
         assert (bright[0] > bright[1]) == (scheme == "light")
         assert abs(bright[0] - bright[1]) > 400  # of 765: it can be read
+        for drawn in seen.locator("svg").all():  # whole, and all of it to be seen without scrolling
+            assert drawn.bounding_box()["width"] <= width
+            assert drawn.evaluate("svg => svg.getBBox().width <= svg.viewBox.baseVal.width")
         box = seen.locator("svg").first.bounding_box()
         assert box["width"] > 0
         assert box["height"] > 150
