@@ -16,7 +16,9 @@ choose (``shared``).
 * The largest values of columns come from a pass over the whole tensor before the cast that writes the other order: a
   reduction along another dimension shares no kernel with the one along rows, and the tensor is there in 16 bits. Where
   there are :data:`COLUMNS_PER_SM` columns an SM, Inductor does not split the reduction, and so writes one kernel for
-  both, which goes down the columns twice: reads that do not coalesce (``kind`` columns).
+  both, which goes down the columns twice: reads that do not coalesce (``kind`` columns). Of fewer columns it splits the
+  reduction, and a gradient's two casts become one kernel, that of its rows' largest values, whose writes in the other
+  order do not coalesce.
 * ``gathered_low``: FSDP gathers weights in FP8 (``enable_fsdp_float8_all_gather``): no cast where they are used.
 
 Sources: torchao/float8/{float8_linear,float8_scaling_utils,float8_tensor_parallel,float8_ops,fsdp_utils}.py.
@@ -250,7 +252,7 @@ class _Float8:
             gradient = op.reads[0]
             low = self._low(gradient)
             if low != gradient:
-                self.cast(gradient, low, op)
+                self._cast_gradient(gradient, low, op, op.name in inputs)
             kernels = self._gradient_kernels(op)
             if op.name in inputs:
                 columns = self._weight_columns(f"{inputs[op.name]}.weight", op)
@@ -266,6 +268,22 @@ class _Float8:
             if any(not isinstance(kernel, Gemm) for kernel in kernels):
                 reads = (*reads, gradient)  # the bias's gradient is a sum of the 16-bit one
             self.out.append(replace(op, kernels=kernels, reads=reads))
+
+    def _cast_gradient(self, gradient: str, low: str, op: Op, along_features: bool) -> None:
+        """Cast a gradient along its rows; where it has few columns and torch.compile is used, along these as well."""
+        columns = f"{self.value(gradient)}.columns"
+        source = self.tensors[gradient]
+        depth = next(size(k.k) for k in op.kernels if isinstance(k, Gemm))
+        count = depth if along_features else source.num_elements // depth
+        if not self.rowwise or not 0 < count < self.wide or low in self.done:
+            self.cast(gradient, low, op)
+            return
+        self.done.update((low, columns))
+        largest = self.made(f"{columns}.amax", gradient, "fp32")
+        self.emit(largest.name, [Pointwise("reduce", (source,), (largest,), 2)], (gradient,), largest, op, gradient)
+        made = (self.made(low, gradient), self.made(columns, gradient))
+        kernel = Pointwise("columns", (source, largest), made, 4)
+        self.out.append(Op(f"{low}.cast", (kernel,), (gradient, largest.name), made, module=op.module))
 
     def _gradient_kernels(self, op: Op) -> tuple[Kernel, ...]:
         """The product of a gradient; where rows have scales, and what multiplies the result by them afterwards."""

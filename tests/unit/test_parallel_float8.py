@@ -140,13 +140,27 @@ def test_many_columns_are_reduced_and_cast_by_one_kernel_that_goes_down_them_twi
     layer = float8(shard(LEDGER.layers[1], ShardPlan()), "rowwise", gathered_low=False, shared=True, num_sms=1)
     layer = compile_block(layer, Recompute("none"))
     wide = [op for op in layer.backward for k in op.kernels if isinstance(k, Pointwise) and k.kind == "columns"]
-    assert len(wide) == 16
+    assert len(wide) == 16 + 2
     assert sum(op.name.endswith(".columns.amax") for op in layer.backward) == 2
     for op in wide:
         (kernel,) = op.kernels
-        (low,) = op.writes
         assert isinstance(kernel, Pointwise)
-        assert kernel.moved_bytes == (2 + 2 + 1) * low.num_elements
+        if len(op.writes) == 1:
+            assert kernel.moved_bytes == (2 + 2 + 1) * op.writes[0].num_elements
+
+
+def test_few_columns_of_a_gradient_are_cast_with_its_rows() -> None:
+    """At 64 columns an SM and two SMs all seven gradients are narrow (96 columns at most): seven reductions, and seven
+    kernels that read 16 bits and write two tensors of 8, and the largest values (4 bytes stand for them)."""
+    layer = float8(shard(LEDGER.layers[1], ShardPlan()), "rowwise", gathered_low=False, shared=True, num_sms=2)
+    layer = compile_block(layer, Recompute("none"))
+    both = [(op, k) for op in layer.backward for k in op.kernels if isinstance(k, Pointwise) and k.kind == "columns"]
+    assert len(both) == 7
+    assert sum(op.name.endswith(".columns.amax") for op in layer.backward) == 7 + 4 + 7
+    for op, kernel in both:
+        rows, columns = op.writes
+        assert kernel.moved_bytes == (2 + 1 + 1) * rows.num_elements + 4
+        assert rows.num_elements == columns.num_elements
 
 
 def test_scaling_a_result_by_rows_and_columns_is_arithmetic_of_twelve_slow_instructions() -> None:
