@@ -63,7 +63,10 @@ _TOKENS = ("batch", "seq")
 _FAMILIES = "families of kernels bound by memory"
 """Stands in the account of assumptions for all of them together."""
 
-_ORDER = ("elementwise", "norm", "gather", "copy", "reduce", "amax", "softmax", "scatter", "transpose", "optimizer")
+_ORDER = (
+    "elementwise", "norm", "gather", "copy", "reduce", "amax", "softmax", "scatter", "transpose", "columns",
+    "optimizer",
+)  # fmt: skip
 """In which they are named: which of them is priced first depends on how ranks are folded."""
 
 
