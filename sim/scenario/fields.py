@@ -287,7 +287,8 @@ FSDP1: dict[str, Key] = {
     "sharding_strategy": choice(("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"),
                                 "a sharding strategy"),
     "mixed_precision": choice(("DEFAULT", "PURE", "FULL"), "a mixed precision",
-                              "DEFAULT reduces gradients in fp32, PURE in 16 bit, FULL keeps everything in fp32."),
+                              "DEFAULT reduces gradients in fp32, PURE in 16 bit, FULL keeps everything in fp32; of a "
+                              "16-bit model wrapped without any: PURE, with orig_dtype."),
     "orig_dtype": choice(_TORCH_DTYPES, "a dtype", "In which parameters are sharded and optimized."),
     "backward_prefetch": choice(("BACKWARD_PRE", "BACKWARD_POST", "NONE"), "a way to prefetch"),
     "forward_prefetch": boolean("Whether the next unit is gathered before this one's forward."),
