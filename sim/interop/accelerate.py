@@ -124,3 +124,7 @@ def _megatron(said: Imported, given: Mapping[str, Any]) -> None:
         said.say("training.recompute", "selective", "megatron_lm_recompute_activations")
     if isinstance(clip := given.get("megatron_lm_gradient_clipping"), int | float):
         said.say("training.gradient_clipping", float(clip), "megatron_lm_gradient_clipping")
+    if isinstance(many := given.get("megatron_lm_num_micro_batches"), int) and many > 1:
+        said.notes.append(
+            f"megatron_lm_num_micro_batches {many}: global_batch_size is to be {many} x micro_batch_size x dp"
+        )

@@ -44,6 +44,7 @@ _WHOLE = {
 _FLAGS = {
     "use-distributed-optimizer": ("parallelism.zero", 1),
     "sequence-parallel": ("parallelism.sp", True),
+    "embed-layernorm": ("model.embedding_norm", True),
     "overlap-grad-reduce": ("megatron.overlap_grad_reduce", True),
     "overlap-param-gather": ("megatron.overlap_param_gather", True),
     "accumulate-allreduce-grads-in-fp32": ("megatron.accumulate_allreduce_grads_in_fp32", True),
@@ -141,9 +142,9 @@ def read_megatron_args(
     for path, names in _WHOLE.items():
         value, origin = whole(path, *names)
         said.say(path, value, origin)
-    for name, (path, value) in _FLAGS.items():
+    for name, (path, switched) in _FLAGS.items():
         if flag(name):
-            said.say(path, value, f"--{name}")
+            said.say(path, switched, f"--{name}")
     _sharding(said, word, flag)
     _cluster(said, whole)
     _model(said, given, whole, word, flag)
@@ -390,3 +391,18 @@ def _parallelism(said: Imported, whole: Any, word: Any) -> None:
         if middle > 0 and rest % middle == 0:
             stages = [*([first] if first else []), *[rest // middle] * middle, *([last] if last else [])]
             said.say("parallelism.layers_per_stage", stages, "--decoder-first- and last-pipeline-num-layers")
+    if (method := word("pp-partition-method")) is not None and pp and pp.value > 1:
+        _partition(said, method, pp.value, layers.value if layers else 0)
+
+
+def _partition(said: Imported, method: str, pp: int, layers: int) -> None:
+    """Megatron-DeepSpeed's stages: as many layers each whose class is named (deepspeed/runtime/pipe/module.py,
+    ``_partition_layers``). The embedding comes before the first layer and, tied, after the last."""
+    classes = set(method.lower().removeprefix("type:").split("|")) if method.lower().startswith("type:") else set()
+    each, rest = divmod(layers + 2, pp)
+    if classes == {"transformer", "embedding"} and layers and not rest and each > 1:
+        stages = [each - 1, *[each] * (pp - 2), each - 1]
+        said.say("parallelism.layers_per_stage", stages, f"--pp-partition-method {method}")
+    elif classes != {"transformer"} or layers % pp:
+        what = "stages of as many layers each taken; parallelism.layers_per_stage says otherwise"
+        said.notes.append(f"--pp-partition-method {method}: {what}")

@@ -22,6 +22,8 @@ _ASSIGNMENT = re.compile(r"(?:(?:export|local|readonly|declare(?:\s+-\w+)*)\s+)*
 _VARIABLE = re.compile(
     r"\$\(\((?P<sum>[^()]*(?:\([^()]*\)[^()]*)*)\)\)|\$\{(?P<braced>\w+)(?:\[[@*]\])?(?::?-(?P<default>[^{}]*))?\}|\$(?P<plain>\w+)"
 )
+_WHOLE_ARRAY = re.compile(r'"\$\{(\w+)\[@\]\}"')
+"""An array in quotes is each of its elements as one word, and those have quotes of their own where they need any."""
 _MAX_EXPANSIONS = 64
 _MAX_TEXT = 200_000
 _OPERATIONS: dict[type[ast.AST], Callable[[int, int], int]] = {
@@ -50,6 +52,7 @@ def words_of(
         text = branches.enter(statement.strip(), known)
         if text is None:
             continue
+        text = _WHOLE_ARRAY.sub(r"${\1[@]}", text)
         found = _ASSIGNMENT.fullmatch(text)
         if found and not _is_command(found[3]):
             name, append, value = found.groups()

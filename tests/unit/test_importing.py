@@ -68,6 +68,8 @@ def test_variables_arrays_and_arithmetic_of_a_script_are_expanded():
         "# only arguments\n--num-layers 2 \\\n  --bf16",
         'A="--num-layers 2"\nB=(--bf16)\nrun $A ${B[@]}',
         "ARGS=(--num-layers 2)\nARGS+=(--bf16)",
+        'A=(\n  --num-layers 2  # layers\n  --bf16\n)\nrun "${A[@]}"',
+        'A=(--num-layers 2)\nB=("${A[@]}" --bf16)\nrun "${B[@]}"',
     ],
 )
 def test_arguments_are_found_however_they_are_written(text):
@@ -110,6 +112,29 @@ def test_what_is_not_understood_is_named_and_what_does_not_matter_is_not():
     assert read_megatron_args(SCRIPT).unread == ["--frobnicate"]
     changes = "--num-layers 2 --vocab-size 100 --no-bias-gelu-fusion --hybrid-override-pattern M-M --lr 1e-4"
     assert read_megatron_args(changes).unread == ["--no-bias-gelu-fusion", "--hybrid-override-pattern"]
+
+
+BLOOM = (
+    "--num-layers 70 --hidden-size 14336 --num-attention-heads 112 --embed-layernorm --vocab-size 250680 "
+    "--seq-length 2048 --micro-batch-size 2 --bf16 --pipeline-model-parallel-size 12 --deepspeed "
+)
+
+
+def test_stages_that_count_embeddings_as_layers_have_one_layer_less_at_the_ends():
+    """70 layers and two embeddings over 12 stages: 6 each (DeepSpeed's PipelineModule, as BLOOM was trained)."""
+    said = read_megatron_args(BLOOM + "--pp-partition-method 'type:transformer|embedding'")
+    assert values(said)["parallelism.layers_per_stage"] == [5, *[6] * 10, 5]
+    assert values(said)["model.embedding_norm"] is True
+    assert (said.notes, said.unread) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("method", "noted"), [("type:transformer", False), ("parameters", True), ("type:transformer|embedding", True)]
+)
+def test_stages_that_are_divided_otherwise_are_named(method: str, noted: bool):
+    said = read_megatron_args(BLOOM.replace("layers 70", "layers 72") + f"--pp-partition-method '{method}'")
+    assert "parallelism.layers_per_stage" not in values(said)
+    assert [note.startswith(f"--pp-partition-method {method}: ") for note in said.notes] == [True] * noted
 
 
 def test_a_llama_in_megatron_has_gates_groups_and_virtual_stages():
