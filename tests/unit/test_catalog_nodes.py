@@ -83,7 +83,7 @@ def test_all_gpus_of_a_node_have_the_same_links(name):
     ("name", "kind", "count"),
     [("dgx-1", "nvlink2", 6), ("dgx-2", "nvlink2", 6), ("jean-zay-v100-32gb", "nvlink2", 6),
      ("dgx-a100", "nvlink3", 12), ("hgx-a100-4-80gb", "nvlink3", 12), ("hgx-a800", "nvlink3", 8),
-     ("dgx-h100", "nvlink4", 18), ("p5", "nvlink4", 18),
+     ("dgx-h100", "nvlink4", 18), ("p5", "nvlink4", 18), ("hgx-h800", "nvlink4", 8),
      ("gh200-quad", "nvlink4", 18), ("dgx-b200", "nvlink5", 18), ("gb200-nvl72", "nvlink5", 18),
      ("mi300x-8", "xgmi-mi300x", 7)],
 )  # fmt: skip
