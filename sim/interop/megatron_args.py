@@ -41,7 +41,7 @@ _WHOLE = {
     "megatron.cpu_offloading_num_layers": ("cpu-offloading-num-layers",),
 }
 """Path of the scenario -> options of one whole number."""
-_FLAGS = {
+_FLAGS: dict[str, tuple[str, Any]] = {
     "use-distributed-optimizer": ("parallelism.zero", 1),
     "sequence-parallel": ("parallelism.sp", True),
     "embed-layernorm": ("model.embedding_norm", True),
@@ -303,6 +303,20 @@ def _graphs(said: Imported, word: Any) -> None:
         said.say("megatron.cuda_graph_scope", "full_iteration", "--cuda-graph-scope")
 
 
+def _attention(said: Imported, word: Any, flag: Any) -> None:
+    """``--use-flash-attn`` sets the backend too (megatron/training/arguments.py)."""
+    attention = word("attention-backend")
+    kernels = {"flash": "flash-2", "fused": "cudnn", "unfused": "math", "local": "math"}
+    if flag("use-flash-attn"):
+        said.say("training.attention", "flash-2", "--use-flash-attn")
+        if ("framework",) not in said.values or said.values["framework",].value != "deepspeed":
+            said.say("megatron.attention_backend", "flash", "--use-flash-attn")
+    elif attention in kernels:
+        said.say("training.attention", kernels[attention], "--attention-backend")
+        if attention == "flash":
+            said.say("megatron.attention_backend", "flash", "--attention-backend")
+
+
 def _training(said: Imported, word: Any, flag: Any) -> None:
     fp8 = word("fp8-format", "fp8")
     recipe = word("fp8-recipe")
@@ -318,14 +332,7 @@ def _training(said: Imported, word: Any, flag: Any) -> None:
         said.say("training.precision", precision, origin)
     _optimizer(said, word)
     _recompute(said, word, flag)
-    attention = word("attention-backend")
-    kernels = {"flash": "flash-2", "fused": "cudnn", "unfused": "math", "local": "math"}
-    if flag("use-flash-attn"):
-        said.say("training.attention", "flash-2", "--use-flash-attn")
-    elif attention in kernels:
-        said.say("training.attention", kernels[attention], "--attention-backend")
-        if attention == "flash":
-            said.say("megatron.attention_backend", "flash", "--attention-backend")
+    _attention(said, word, flag)
     clip = word("clip-grad")
     try:
         said.say("training.gradient_clipping", float(clip) if clip else 1.0, "--clip-grad" if clip else _DEFAULT)

@@ -761,10 +761,11 @@ class _Resolver:
         return values
 
     def _attention_backend(self, values: Mapping[str, Any]) -> None:
-        """Transformer Engine prefers cuDNN's kernel from Hopper on (``get_attention_backend``).
+        """Transformer Engine prefers cuDNN's kernel to FlashAttention-2 from Hopper on, where it may run both.
 
-        On Hopper FlashAttention-2 is common all the same, as launchers turn the other off (NVTE_FUSED_ATTN=0): there it
-        is taken at its word.
+        ``get_attention_backend``, and transformer_engine/pytorch/attention.py of 1.3 on before that: "to give
+        FusedAttention preference on Hopper+ for performance reasons". Launchers that turn it off (NVTE_FUSED_ATTN=0)
+        and older versions are ``attention_backend: flash``.
         """
         d = self.draft
         if not all(d.knows(key) for key in ("attention", "gpu", "code", "precision")):
@@ -772,19 +773,19 @@ class _Resolver:
         engine = d.code == "megatron" and values.get("transformer_impl") != "local"
         if not engine:
             return
-        blackwell = (10, 0) <= d.gpu.compute_capability < (12, 0)
+        prefers = d.gpu.vendor == "nvidia" and (9, 0) <= d.gpu.compute_capability < (12, 0)
         if "training.attention" in self.sources:
             fused = d.gpu.compute_capability >= (8, 0) and d.precision not in ("fp32", "tf32")
             newest = d.gpu.vendor == "nvidia" and d.gpu.compute_capability >= (9, 0)
             d.attention = ("cudnn" if newest else "flash-2") if fused else "math"
             self.sources["training.attention"] = "Transformer Engine's choice for this GPU"
             return
-        if blackwell and d.attention == "flash-2" and values.get("attention_backend", "auto") == "auto":
+        if prefers and d.attention == "flash-2" and values.get("attention_backend", "auto") == "auto":
             d.attention = "cudnn"
-            self.sources["training.attention"] = "Transformer Engine's choice on Blackwell"
+            self.sources["training.attention"] = "Transformer Engine's choice from Hopper on"
             self.warnings.append(
-                "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel on "
-                "Blackwell; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
+                "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel from "
+                "Hopper on; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
             )
 
     def _megatron_fsdp(self, values: dict[str, Any]) -> None:
