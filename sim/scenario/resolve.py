@@ -546,6 +546,9 @@ class _Resolver:
         if "code" not in wrong:
             self._code(values.get("code"))
             self._selective(framework)
+            if "attention" not in values and framework == "deepspeed" and d.knows("code") and d.code == "megatron":
+                d.attention = "math"
+                self.sources["training.attention"] = "Megatron-DeepSpeed's fused softmax, without --use-flash-attn"
         d.norms = values.get("norms")
         d.softmax = values.get("softmax")
         d.metrics = values.get("metrics", 0)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
 from sim.errors import ScenarioError, SimError
+from sim.interop.values import dotted, show
 from sim.pipeline import simulate
 from sim.scenario.load import load_scenario_mapping
 from sim.scenario.schema import Scenario
@@ -214,6 +217,11 @@ def in_formula(quantity: str, flops_formula: str, prediction: Prediction) -> flo
 
 
 def _assumptions(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    runs = {(row.source, row.run.id): row.run for row in comparisons}
+    taken = Counter((source, *change) for (source, _), run in runs.items() for change in run.taken)
+    for (source, path, value), count in taken.items():
+        given = "a guess, left to sim's default" if value is None else f"{show(value)}, as assumed says"
+        yield f"{source}: {dotted(path)} of {count} runs: {given}"
     counted: dict[tuple[str, str], int] = {}
     for row in comparisons:
         if row.quantity in ("model_flops_per_s_per_gpu", "mfu"):
@@ -232,11 +240,36 @@ def _assumptions(comparisons: Sequence[Comparison]) -> Iterator[str]:
                 f"{row.source}: {row.run.id}: it needs more FLOP/s than the GPU has: the source's batch or "
                 "time cannot be what stands in its table; compared as it is"
             )
+    yield from contradictions(comparisons)
     if lost := len({(r.source, r.run.id) for r in comparisons if not r.prediction.values["fits"] and _ran(r.run)}):
         yield (
             f"{lost} runs that were measured are predicted not to fit; the memory predicted for them ends where the "
             "allocator gives up"
         )
+
+
+SAME_TOKENS = 0.05
+"""Shares by which a step's tokens by two measured figures may differ: they are rounded, and of different steps."""
+
+
+def contradictions(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Yield, for each run whose own figures cannot all hold, which do not; all are compared as they are."""
+    for row in {(r.source, r.run.id): r for r in comparisons}.values():
+        found, ours, name = row.run.measured, row.prediction.values, f"{row.source}: {row.run.id}"
+        step, rate = (found.get(quantity) for quantity in ("step_time_s", "tokens_per_s_per_gpu"))
+        if step and rate:
+            tokens = float(ours["step_time_s"]) * float(ours["tokens_per_s_per_gpu"])
+            if abs(float(step) * float(rate) / tokens - 1) > SAME_TOKENS:
+                yield (
+                    f"{name}: step_time_s times tokens_per_s_per_gpu is {float(step) * float(rate):,.0f} tokens of a GPU "
+                    f"and step, the scenario has {tokens:,.0f}"
+                )
+        held = [
+            (q, found[q]) for q in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes") if q in found
+        ]
+        for (less, a), (more, b) in pairwise(held):
+            if float(a) > float(b):
+                yield f"{name}: {less} is above {more}, which includes it"
 
 
 def above_peak(row: Comparison) -> bool:

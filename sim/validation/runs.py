@@ -26,6 +26,7 @@ from sim.interop.values import (
 )
 from sim.interop.values import Path as Keys
 from sim.scenario.document import Document, UnreadableError, parse_yaml, read_text
+from sim.validation.assumed import read_assumed
 
 MAX_FILE_BYTES = 32_000_000
 MAX_VALUES = 2_000_000
@@ -64,6 +65,8 @@ class Run:
     """Allocated bytes at the peak by category, where the source has them."""
     snapshot: str = ""
     """A real memory snapshot, relative to the file's folder."""
+    taken: tuple[tuple[tuple[str, ...], object], ...] = ()
+    """Keys of ``scenario`` that are as ``assumed`` has them (``assumed.py``): values, or None for sim's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +145,23 @@ def _runs(given: Sequence[object], document: Document, folder: str, problems: li
         problems.extend(Problem((*at, *p.path), f"run {name}: {p.problem}", p.remedy) for p in mine)
         if mine:
             continue
+        assumed = tuple(values.get("assumed", ()))
+        scenario, taken = read_assumed(values["scenario"], assumed)
         yield Run(
             id=name,
             file=document.file,
             line=line,
             folder=folder,
-            scenario=values["scenario"],
+            scenario=scenario,
             measured={quantity: measured[quantity] for quantity in QUANTITIES if quantity in measured},
             cite=values.get("cite", ""),
-            assumed=tuple(values.get("assumed", ())),
+            assumed=assumed,
             flops_formula=values.get("flops_formula", ""),
             notes=values.get("notes", ""),
             pipeline_rank=measured.get("pipeline_rank"),
             at_peak=measured.get("at_peak"),
             snapshot=measured.get("snapshot", ""),
+            taken=taken,
         )
 
 
