@@ -76,20 +76,20 @@ def _parallelism(said: Imported, given: Mapping[str, Any]) -> None:
                 return value
         return 1
 
-    shard = degree("data_parallel_shard_degree")
-    if "data_parallel_shard_degree" not in given:
-        shard = -1
+    names = ("data_parallel_shard_degree", "data_parallel_degree")  # the second before HSDP, in 2024
+    name = next((name for name in names if name in given), names[0])
+    shard = degree(name) if name in given else -1
     replicas = degree("data_parallel_replicate_degree")
-    for axis, names in (
+    for axis, keys in (
         ("tp", ("tensor_parallel_degree",)),
         ("pp", ("pipeline_parallel_degree",)),
         ("cp", ("context_parallel_degree",)),
         ("ep", ("expert_parallel_degree",)),
     ):
-        if (size := degree(*names)) > 1:
-            said.say(f"parallelism.{axis}", size, names[0])
+        if (size := degree(*keys)) > 1:
+            said.say(f"parallelism.{axis}", size, keys[0])
     if shard > 0:
-        said.say("parallelism.dp", shard * replicas, "data_parallel_shard_degree x data_parallel_replicate_degree")
+        said.say("parallelism.dp", shard * replicas, f"{name} x data_parallel_replicate_degree")
     said.say("parallelism.zero", 3, "torchtitan shards with fully_shard")
     if replicas > 1 and shard > 0:
         said.say("fsdp2.shard_size", shard, "data_parallel_shard_degree")

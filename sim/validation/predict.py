@@ -260,10 +260,8 @@ def contradictions(comparisons: Sequence[Comparison]) -> Iterator[str]:
         if step and rate:
             tokens = float(ours["step_time_s"]) * float(ours["tokens_per_s_per_gpu"])
             if abs(float(step) * float(rate) / tokens - 1) > SAME_TOKENS:
-                yield (
-                    f"{name}: step_time_s times tokens_per_s_per_gpu is {float(step) * float(rate):,.0f} tokens of a GPU "
-                    f"and step, the scenario has {tokens:,.0f}"
-                )
+                theirs = f"{float(step) * float(rate):,.0f} tokens of a GPU and step"
+                yield f"{name}: step_time_s times tokens_per_s_per_gpu is {theirs}, the scenario has {tokens:,.0f}"
         held = [
             (q, found[q]) for q in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes") if q in found
         ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from sim.report.layout import Cell, Line, Screen, fold, grid, title
 from sim.units import format_bytes, format_duration, format_flops
-from sim.validation.predict import Comparison, Failed, Validation
+from sim.validation.predict import Comparison, Failed, Validation, contradictions
 from sim.validation.summary import Summary, by_quantity, by_source, grouped, reasons, sources_alike
 
 SUMMARY_HEADER = ("", "number", "mean", "mean abs", "median abs", "worst")
@@ -54,6 +54,11 @@ def _lines(validation: Validation, width: int, quiet: bool) -> Iterator[Line]:
                 yield from _failures(failed.get(file.name, ()), width)
                 yield ()
         yield from _by_category(validation, width)
+        if wrong := list(contradictions(validation.comparisons)):
+            yield title("figures that cannot all hold")
+            for words in wrong:
+                yield from (((line, "yellow"),) for line in fold(words, width, 2, hang=2))
+            yield ()
     for source, summaries in by_source(validation.comparisons).items():
         yield title(source)
         yield from _summaries(summaries, width)

@@ -425,3 +425,10 @@ def test_cuda_graphs_of_a_megatron_script(options: str, impl: str | None, scope:
 def test_ranks_of_a_script_that_count_through_the_pipeline_first():
     said = read_megatron_args("--num-layers 32 --use-tp-pp-dp-mapping").values
     assert said["parallelism", "order"].value == "tp-cp-pp-dp"
+
+
+def test_the_data_parallel_degree_of_torchtitan_before_hsdp():
+    """A job of 2024: ``data_parallel_degree`` where ``data_parallel_shard_degree`` stands today."""
+    job = '[model]\nname = "llama3"\nflavor = "8B"\n[training]\ndata_parallel_degree = {}\ntensor_parallel_degree = 2\n'
+    assert values(read_torchtitan(job.format(8)))["parallelism.dp"] == 8
+    assert "parallelism.dp" not in values(read_torchtitan(job.format(-1)))  # all GPUs that are left

@@ -228,3 +228,15 @@ def test_the_picture_is_the_same_bytes_each_time():
     drawn = [results_png({"a": [(1.0, 1.1), (2.0, 1.9)], "b": [(0.1, 0.2)]}) for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert drawn[0].startswith(b"\x89PNG")
+
+
+def test_figures_of_a_run_that_contradict_each_other_are_told():
+    """128 tokens a step on each of 8 GPUs: half the time at the same rate is half the tokens."""
+    rate = TRUTH["step"]["tokens_per_s_per_gpu"]
+    held = {"peak_allocated_bytes": 3e9, "peak_reserved_bytes": 2e9, "peak_device_bytes": 4e9}
+    found = validate([file(run("x", {"step_time_s": STEP / 2, "tokens_per_s_per_gpu": rate, **held}),
+                           run("y", {"step_time_s": STEP * 2, "tokens_per_s_per_gpu": rate / 2}))], 1)  # fmt: skip
+    assert [words for words in found.assumptions if words.startswith(("a: x", "a: y"))] == [
+        "a: x: step_time_s times tokens_per_s_per_gpu is 64 tokens of a GPU and step, the scenario has 128",
+        "a: x: peak_allocated_bytes is above peak_reserved_bytes, which includes it",
+    ]
