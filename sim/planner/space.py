@@ -14,7 +14,7 @@ from typing import Any
 from sim.planner.schema import Plan, Site
 from sim.scenario.checks import RULES, divisors
 from sim.scenario.draft import Draft, UnknownError
-from sim.scenario.resolve import default_code
+from sim.scenario.sections.training import default_code
 from sim.scenario.supported import NOT_YET
 
 LONG_SEQUENCE = 32_768

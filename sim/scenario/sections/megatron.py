@@ -1,0 +1,238 @@
+"""The section ``megatron``: what Megatron's arguments imply and refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sim.interop.values import Problem
+from sim.scenario.sections.resolution import EIGHT_BIT, Resolution, plain
+
+
+def _attention_backend(r: Resolution, values: Mapping[str, Any]) -> None:
+    """Transformer Engine prefers cuDNN's kernel to FlashAttention-2 from Hopper on, where it may run both.
+
+    ``get_attention_backend``, and transformer_engine/pytorch/attention.py of 1.3 on before that: "to give
+    FusedAttention preference on Hopper+ for performance reasons". Launchers that turn it off (NVTE_FUSED_ATTN=0)
+    and older versions are ``attention_backend: flash``.
+    """
+    d = r.draft
+    if not all(d.knows(key) for key in ("attention", "gpu", "code", "precision")):
+        return
+    engine = d.code == "megatron" and values.get("transformer_impl") != "local"
+    if not engine:
+        return
+    prefers = d.gpu.vendor == "nvidia" and (9, 0) <= d.gpu.compute_capability < (12, 0)
+    if "training.attention" in r.sources:
+        fused = d.gpu.compute_capability >= (8, 0) and d.precision not in ("fp32", "tf32")
+        newest = d.gpu.vendor == "nvidia" and d.gpu.compute_capability >= (9, 0)
+        d.attention = ("cudnn" if newest else "flash-2") if fused else "math"
+        r.sources["training.attention"] = "Transformer Engine's choice for this GPU"
+        return
+    if prefers and d.attention == "flash-2" and values.get("attention_backend", "auto") == "auto":
+        d.attention = "cudnn"
+        r.sources["training.attention"] = "Transformer Engine's choice from Hopper on"
+        r.warnings.append(
+            "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel from "
+            "Hopper on; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
+        )
+
+
+def _megatron_fsdp(r: Resolution, values: dict[str, Any]) -> None:
+    """ZeRO-2 and ZeRO-3 are Megatron-FSDP, which overlaps what its strategy shards (megatron_fsdp.py)."""
+    d = r.draft
+    if not d.knows("zero"):
+        return
+    given = values.get("use_megatron_fsdp")
+    if given and "parallelism.zero" in r.sources:
+        d.zero = 3
+        r.sources["parallelism.zero"] = "megatron.use_megatron_fsdp"
+    elif given is not None and given != (d.zero >= 2):
+        r.problems.append(
+            Problem(
+                ("parallelism", "zero"),
+                f"parallelism.zero = {d.zero}, but megatron.use_megatron_fsdp is {plain(given)}",
+                "write zero: 3 (or 2: gradients alone)" if given else "write zero: 1, or leave the other out",
+            )
+        )
+    if d.zero < 2:
+        r.problems.extend(
+            Problem(
+                ("megatron", name),
+                f"megatron.{name} is Megatron-FSDP's, and parallelism.zero is {d.zero}",
+                "write parallelism.zero: 3, or leave it out",
+            )
+            for name in ("suggested_communication_unit_size",)
+            if values.get(name)
+        )
+        return
+    for name, holds in (
+        ("use_megatron_fsdp", True),
+        ("overlap_grad_reduce", True),
+        ("overlap_param_gather", d.zero == 3),
+    ):
+        if holds and values.get(name) is None:
+            values[name] = True
+            r.sources[f"megatron.{name}"] = "parallelism.zero"
+
+
+def settle_megatron(r: Resolution, values: dict[str, Any], framework: str | None) -> None:
+    """Megatron's distributed optimizer is ZeRO-1: the two ways to ask for it have to agree."""
+    d = r.draft
+    if framework != "megatron":
+        return
+    _megatron_fsdp(r, values)
+    _attention_backend(r, values)
+    sharded = values.get("use_distributed_optimizer")
+    if d.knows("zero"):
+        if sharded is None:
+            values["use_distributed_optimizer"] = d.zero >= 1
+            r.sources["megatron.use_distributed_optimizer"] = "parallelism.zero"
+        elif "parallelism.zero" in r.sources:
+            d.zero = int(sharded)
+            r.sources["parallelism.zero"] = "megatron.use_distributed_optimizer"
+        elif sharded != (d.zero >= 1):
+            r.problems.append(
+                Problem(
+                    ("parallelism", "zero"),
+                    f"parallelism.zero = {d.zero}, but megatron.use_distributed_optimizer is {plain(sharded)}",
+                    f"write zero: {int(sharded)}, or leave zero out",
+                )
+            )
+    r.problems.extend(
+        Problem(
+            ("megatron", name),
+            f"megatron.{name} needs the distributed optimizer, but parallelism.zero is 0",
+            "write parallelism.zero: 1",
+        )
+        for name in ("fp8_param_gather", "use_precision_aware_optimizer")
+        if values.get(name) and d.knows("zero") and not d.zero
+    )
+    _kept_elsewhere(r, values)
+    _megatron_states(r, values)
+    _megatron_low(r, values)
+    _megatron_graphs(r, values)
+    if not values.get("overlap_param_gather"):
+        return
+    if d.knows("zero") and not d.zero:
+        r.problems.append(
+            Problem(
+                ("megatron", "overlap_param_gather"),
+                "megatron.overlap_param_gather needs the distributed optimizer, but parallelism.zero is 0",
+                "write parallelism.zero: 1",
+            )
+        )
+    if not values.get("overlap_grad_reduce"):
+        r.problems.append(
+            Problem(
+                ("megatron", "overlap_param_gather"),
+                "megatron.overlap_param_gather needs overlap_grad_reduce",
+                "write megatron.overlap_grad_reduce: true",
+            )
+        )
+
+
+def _kept_elsewhere(r: Resolution, values: dict[str, Any]) -> None:
+    """What Megatron refuses of saved tensors on the host and over tp (transformer_config.py, arguments.py)."""
+    d = r.draft
+    name, given = "cpu_offloading_num_layers", values.get("cpu_offloading_num_layers", 0)
+    path = ("megatron", name)
+    if given and d.knows("pp") and d.pp > 1:
+        what = f"megatron.{name} does not go with pp {d.pp}: Megatron has no offloading in a pipeline"
+        r.problems.append(Problem(path, what, f"leave {name} out, or write parallelism.pp: 1"))
+    if given and d.knows("recompute") and d.recompute != "none":
+        what = f"megatron.{name} does not go with recompute {d.recompute}: Megatron does one or the other"
+        r.problems.append(Problem(path, what, f"leave {name} out, or write training.recompute: none"))
+    if given and d.knows("model") and d.model.knows("num_hidden_layers") and given >= d.model.num_hidden_layers:
+        what = f"megatron.{name} = {given}, but the model has {d.model.num_hidden_layers}, of which the last stays"
+        r.problems.append(Problem(path, what, f"write at most {d.model.num_hidden_layers - 1}"))
+    if not values.get("distribute_saved_activations") or not d.knows("tp", "recompute", "sp"):
+        return
+    for wrong, what, remedy in (
+        (d.tp == 1, "tp is 1", "write parallelism.tp, or leave it out"),
+        (d.recompute != "full", f"recompute is {d.recompute}", "write training.recompute: full"),
+        (d.sp, "sp divides them already", "leave one of the two out"),
+    ):
+        if wrong:
+            path = ("megatron", "distribute_saved_activations")
+            r.problems.append(Problem(path, f"megatron.distribute_saved_activations, but {what}", remedy))
+            return
+
+
+def _megatron_states(r: Resolution, values: Mapping[str, Any]) -> None:
+    """``__post_init__`` of megatron/core/optimizer/optimizer_config.py: whose states may be of few bits."""
+    d = r.draft
+    if not values.get("use_precision_aware_optimizer"):
+        r.problems.extend(
+            Problem(
+                ("megatron", name),
+                f"megatron.{name} is {values[name]}, but Megatron's usual optimizer keeps its states in fp32",
+                "write megatron.use_precision_aware_optimizer: true, or leave it out",
+            )
+            for name in ("exp_avg_dtype", "exp_avg_sq_dtype")
+            if values.get(name, "fp32") != "fp32"
+        )
+    elif d.knows("optimizer") and d.optimizer not in ("adam", "adamw"):
+        r.problems.append(
+            Problem(
+                ("megatron", "use_precision_aware_optimizer"),
+                f"megatron.use_precision_aware_optimizer is of Adam, but the optimizer is {d.optimizer}",
+                "write optimizer: adam, or leave it out",
+            )
+        )
+
+
+def _megatron_graphs(r: Resolution, values: Mapping[str, Any]) -> None:
+    """A graph of all passes waits for nothing (megatron/training/arguments.py), and blocks' graphs are launched."""
+    scope = values.get("cuda_graph_scope", "full")
+    if scope == "full_iteration" and values.get("cuda_graph_impl", "none") != "local":
+        what = "megatron.cuda_graph_scope full_iteration is of cuda_graph_impl local"
+        r.problems.append(
+            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.cuda_graph_impl: local, or scope full")
+        )
+    elif scope == "full_iteration" and values.get("check_for_nan_in_grad", True):
+        what = "megatron.check_for_nan_in_grad waits for the GPU, which a graph of the full iteration cannot"
+        r.problems.append(
+            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.check_for_nan_in_grad: false")
+        )
+    elif values.get("cuda_graph_impl", "none") != "none" and r.draft.launch_blocking:
+        what = "CUDA_LAUNCH_BLOCKING does not wait for what a CUDA graph launches"
+        r.problems.append(
+            Problem(("megatron", "cuda_graph_impl"), what, "write training.launch_blocking: false, or no graphs")
+        )
+
+
+def _megatron_low(r: Resolution, values: Mapping[str, Any]) -> None:
+    """``__post_init__`` of megatron/core/transformer/transformer_config.py: which layers may stay in 16 bit."""
+    d, names = r.draft, ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+    if not d.knows("precision"):
+        return
+    # 1 is what a resolved scenario has there
+    idle = [n for n in names if values.get(n, 1) != 1 and not values.get("first_last_layers_bf16")]
+    why = "first_last_layers_bf16 is false"
+    if d.precision not in EIGHT_BIT:
+        idle = [n for n in ("fp8_param_gather", "first_last_layers_bf16") if values.get(n)]
+        idle, why = [*idle, *(n for n in names if values.get(n, 1) != 1)], f"precision is {d.precision}"
+    r.warnings.extend(f"megatron.{name} {plain(values[name])} changes nothing: {why}" for name in idle)
+    if d.precision not in EIGHT_BIT or not values.get("first_last_layers_bf16"):
+        return
+    if d.precision == "fp8" and values.get("fp8_recipe", "delayed") == "delayed":
+        r.problems.append(
+            Problem(
+                ("megatron", "first_last_layers_bf16"),
+                "megatron.first_last_layers_bf16 does not go with fp8_recipe delayed: all layers share its scales",
+                "write megatron.fp8_recipe: tensorwise or blockwise, or leave it out",
+            )
+        )
+    if not (d.knows("model", "pp") and d.model.knows("num_hidden_layers")):
+        return
+    most = d.model.num_hidden_layers // d.pp
+    r.problems.extend(
+        Problem(
+            ("megatron", name),
+            f"megatron.{name} = {values[name]} is more than the {most} layers of a stage",
+            f"write at most {most}",
+        )
+        for name in names
+        if values.get(name, 0) > most
+    )
