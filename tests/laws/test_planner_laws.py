@@ -109,7 +109,8 @@ def test_with_a_tolerance_the_front_is_missed_by_no_more(seed: int, tolerance: f
 def test_the_front_of_real_simulations_is_that_of_an_exhaustive_search() -> None:
     """Of sequences that keep the GPU busy: bounds leave the host out, and exclude nothing where all wait for it."""
     plan = plan_of(
-        ONE_NODE, "workload.sequence_length=16384", "candidates.num_gpus=4", "axes.tp=[1, 2]", "axes.pp=[1, 2]", "axes.micro_batch_size=2",
+        ONE_NODE, "workload.sequence_length=16384", "candidates.num_gpus=4",
+        "axes.tp=[1, 2]", "axes.pp=[1, 2]", "axes.micro_batch_size=2",
         "axes.recompute=[none, full]", "frameworks=[megatron, fsdp2]",
     )  # fmt: skip
     runner = Runner(jobs=1)
