@@ -145,6 +145,8 @@ def read_megatron_args(
     for name, (path, switched) in _FLAGS.items():
         if flag(name):
             said.say(path, switched, f"--{name}")
+    if "deepspeed" not in given and said.has("parallelism.zero") and not said.has("megatron.overlap_grad_reduce"):
+        said.say("megatron.overlap_grad_reduce", False, _DEFAULT)
     _sharding(said, word, flag)
     _cluster(said, whole)
     _model(said, given, whole, word, flag)

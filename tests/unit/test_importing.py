@@ -399,6 +399,14 @@ def test_init_asks_again_until_the_answer_is_good_and_writes_what_loads():
     assert scenario.training.global_batch_size == 8  # 16 GPUs / tp 2, one microbatch each
 
 
+def test_a_megatron_script_that_does_not_overlap_says_so():
+    path = ("megatron", "overlap_grad_reduce")
+    assert read_megatron_args("--num-layers 32 --use-distributed-optimizer").values[path].value is False
+    assert read_megatron_args("--num-layers 32 --use-distributed-optimizer --overlap-grad-reduce").values[path].value
+    assert path not in read_megatron_args("--num-layers 32").values
+    assert path not in read_megatron_args("--num-layers 32 --deepspeed --zero-stage 1").values
+
+
 def test_what_a_megatron_script_keeps_elsewhere():
     options = "--num-layers 32 --cpu-offloading-num-layers 8 --distribute-saved-activations"
     said = read_megatron_args(options).values

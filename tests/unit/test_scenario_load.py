@@ -222,6 +222,39 @@ training: {sequence_length: 128, micro_batch_size: 1}
     assert load(gpt, "model.norm=rmsnorm").model.dropout == 0.0
 
 
+def test_a_distributed_optimizer_overlaps_from_hopper_on_unless_the_scenario_says_otherwise() -> None:
+    llama = """
+model: llama-3-8b
+cluster: {node: dgx-h100}
+framework: megatron
+parallelism: {zero: 1}
+training: {sequence_length: 128, micro_batch_size: 1}
+"""
+
+    def overlap(*overrides: str) -> tuple[bool, bool]:
+        settings = load(llama, *overrides).megatron
+        return settings.overlap_grad_reduce, settings.overlap_param_gather
+
+    assert overlap() == (True, True)
+    assert overlap("cluster.node=dgx-a100-80gb") == (False, False)
+    assert overlap("parallelism.zero=0") == (False, False)
+    assert overlap("megatron.overlap_grad_reduce=false") == (False, False)
+    assert overlap("megatron.overlap_grad_reduce=true") == (True, False)
+
+
+def test_megatron_deepspeed_takes_flash_attention_only_where_it_is_asked_for() -> None:
+    gpt = """
+model: {hidden_size: 64, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 1000,
+  hidden_act: gelu, norm: layernorm, bias: true, position: learned, max_position_embeddings: 128}
+cluster: {node: dgx-a100-80gb}
+framework: deepspeed
+training: {sequence_length: 128, micro_batch_size: 1}
+"""
+    assert load(gpt).training.attention == "math"
+    assert load(gpt, "training.attention=flash-2").training.attention == "flash-2"
+    assert load(gpt, "training.code=torch").training.attention == "sdpa"
+
+
 def test_findings_come_in_the_order_of_the_file() -> None:
     with pytest.raises(ScenarioError) as caught:
         load("training: {sequence_length: x, micro_batch_size: 1}\nframework: y\nmodel: z\ncluster: {node: w}\n")

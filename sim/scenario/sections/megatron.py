@@ -8,6 +8,8 @@ from typing import Any
 from sim.interop.values import Problem
 from sim.scenario.sections.resolution import EIGHT_BIT, Resolution, plain
 
+_HOPPER = "Megatron-LM's script for Hopper (examples/llama/train_llama3_8b_h100_fp8.sh)"
+
 
 def _attention_backend(r: Resolution, values: Mapping[str, Any]) -> None:
     """Transformer Engine prefers cuDNN's kernel to FlashAttention-2 from Hopper on, where it may run both.
@@ -108,6 +110,7 @@ def settle_megatron(r: Resolution, values: dict[str, Any], framework: str | None
         for name in ("fp8_param_gather", "use_precision_aware_optimizer")
         if values.get(name) and d.knows("zero") and not d.zero
     )
+    _overlap_from_hopper(r, values)
     _kept_elsewhere(r, values)
     _megatron_states(r, values)
     _megatron_low(r, values)
@@ -130,6 +133,22 @@ def settle_megatron(r: Resolution, values: dict[str, Any], framework: str | None
                 "write megatron.overlap_grad_reduce: true",
             )
         )
+
+
+def _overlap_from_hopper(r: Resolution, values: dict[str, Any]) -> None:
+    """What the distributed optimizer exchanges runs beside backward and forward from Hopper on, if nothing is said.
+
+    So Megatron-LM's own script for these GPUs (examples/llama/train_llama3_8b_h100_fp8.sh) and the recipes of Megatron
+    Bridge have it. On older GPUs the arguments keep their default, with which runs of those years were started.
+    """
+    d = r.draft
+    if not d.knows("gpu", "zero") or d.zero != 1 or d.gpu.vendor != "nvidia" or d.gpu.compute_capability < (9, 0):
+        return
+    names = ("overlap_grad_reduce", "overlap_param_gather")
+    if all(values.get(name) is None for name in names):
+        for name in names:
+            values[name] = True
+            r.sources[f"megatron.{name}"] = _HOPPER
 
 
 def _kept_elsewhere(r: Resolution, values: dict[str, Any]) -> None:
