@@ -30,7 +30,7 @@ from sim.scenario.schema import (
     Training,
 )
 from sim.scenario.sections.cluster import read_cluster
-from sim.scenario.sections.deepspeed import activations_elsewhere, ds, read_deepspeed
+from sim.scenario.sections.deepspeed import activations_elsewhere, deepspeed_of, read_deepspeed
 from sim.scenario.sections.fsdp import check_fsdp
 from sim.scenario.sections.megatron import settle_megatron
 from sim.scenario.sections.model import read_model
@@ -67,7 +67,7 @@ def resolve(doc: Document, folder: FilePath, findings: list[Finding], simulate: 
     if "cluster" in top:
         read_cluster(r, top["cluster"])
     read_deepspeed(r, top.get("deepspeed"), framework)
-    reading = ds(r)
+    reading = deepspeed_of(r)
     d.offload_optimizer = reading.fields.get("offload_optimizer", "none") if reading else "none"
     d.offload_param = reading.fields.get("offload_param", "none") if reading else "none"
     read_parallelism(r, top.get("parallelism"), framework)
@@ -162,9 +162,9 @@ def _scenario(
 ) -> Scenario:
     d, m = r.draft, r.draft.model
     model = {key: getattr(m, key) for key in ModelConfig.model_fields if m.knows(key)}
-    settings = settings_of(ds(r), d.zero, d.gradient_clipping)
+    settings = settings_of(deepspeed_of(r), d.zero, d.gradient_clipping)
     if d.framework == "deepspeed":
-        reading = ds(r)
+        reading = deepspeed_of(r)
         given = reading.fields if reading else {}
         for item in dataclasses.fields(settings):
             key = f"deepspeed.{item.name}"

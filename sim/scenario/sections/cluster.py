@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sim.catalog import load as catalog
 from sim.catalog.schema import Fact, GpuFacts, NodeFacts
@@ -12,6 +12,10 @@ from sim.interop.values import Problem, read_mapping, show, suggest
 from sim.scenario import fields
 from sim.scenario.schema import NCCL_VERSION
 from sim.scenario.sections.resolution import OWN_DEFAULT, Resolution, is_path, path_of, users_file
+
+_ENTRIES: Mapping[str, Callable[[str], Any]] = {
+    "node": catalog.node, "gpu": catalog.gpu, "network": catalog.network
+}  # fmt: skip
 
 
 def read_cluster(r: Resolution, given: object) -> None:
@@ -36,7 +40,7 @@ def read_cluster(r: Resolution, given: object) -> None:
 def _backend(r: Resolution, values: Mapping[str, Any], wrong: set[str], given: object) -> None:
     """Whose collectives run; what is left out is NCCL's."""
     d = r.draft
-    if not wrong & {"backend"}:
+    if "backend" not in wrong:
         d.backend = values.get("backend", "nccl")
         if "backend" not in values:
             r.sources["cluster.backend"] = OWN_DEFAULT
@@ -58,30 +62,27 @@ def _node(r: Resolution, text: str) -> NodeFacts | None:
     path = path_of(r, text)
     if is_path(text):
         r.written["node"] = str(path.resolve())
-        return cast("NodeFacts | None", users_file(r, lambda: catalog.node(str(path)), ("cluster", "node")))
+        return users_file(r, lambda: catalog.node(str(path)), ("cluster", "node"))
     r.written["node"] = text.lower()
+    unknown = Problem(("cluster", "node"), f"unknown node {show(text)}", "")
+    found: NodeFacts | None = _known(r, "node", text.lower(), unknown)
+    return found
+
+
+def _known(r: Resolution, kind: str, name: str, otherwise: Problem) -> Any:
+    """Return an entry of the catalogue, or None with the problem and the names that are near."""
     try:
-        return catalog.node(text.lower())
+        return _ENTRIES[kind](name)
     except (KeyError, OSError, ValueError):
-        r.problems.append(
-            Problem(("cluster", "node"), f"unknown node {show(text)}", suggest(text, catalog.names("node")))
-        )
+        r.problems.append(otherwise._replace(remedy=suggest(name, catalog.names(kind))))
         return None
 
 
 def _gpu(r: Resolution, node: NodeFacts, given: object) -> None:
     path = ("cluster", "gpu")
-    try:
-        name = node.gpu
-        usual = catalog.gpu(name)
-    except (KeyError, OSError, ValueError):
-        r.problems.append(
-            Problem(
-                ("cluster", "node"),
-                f"node {node.name} has unknown GPUs {show(node.gpu)}",
-                suggest(node.gpu, catalog.names("gpu")),
-            )
-        )
+    unknown = Problem(("cluster", "node"), f"node {node.name} has unknown GPUs {show(node.gpu)}", "")
+    usual: GpuFacts | None = _known(r, "gpu", node.gpu, unknown)
+    if usual is None:
         return
     if given is None:
         r.sources["cluster.gpu"] = f"the GPU of node {node.name}"
@@ -93,17 +94,9 @@ def _gpu(r: Resolution, node: NodeFacts, given: object) -> None:
     if len(r.problems) > before:
         return
     if "name" in values:
-        name = values["name"].lower()
-        try:
-            usual = catalog.gpu(name)
-        except (KeyError, OSError, ValueError):
-            r.problems.append(
-                Problem(
-                    (*path, "name"),
-                    f"unknown GPU {show(values['name'])}",
-                    suggest(values["name"], catalog.names("gpu")),
-                )
-            )
+        unknown = Problem((*path, "name"), f"unknown GPU {show(values['name'])}", "")
+        usual = _known(r, "gpu", values["name"].lower(), unknown)
+        if usual is None:
             return
     r.written["gpu"] = dict(mapping) if isinstance(mapping, Mapping) else {}
     r.draft.gpu = overridden(usual, values, r.written["gpu"])
@@ -166,18 +159,12 @@ def _network(r: Resolution, node: NodeFacts, text: str | None) -> None:
             if d.num_nodes == 1:
                 r.sources["cluster.network"] = "none: there is one node"
             return
-        try:
-            d.network = catalog.network(node.default_network)
-            r.written["network"] = node.default_network
+        name = node.default_network
+        unknown = Problem(("cluster", "node"), f"node {node.name} names unknown network {show(name)}", "")
+        if (usual := _known(r, "network", name, unknown)) is not None:
+            d.network = usual
+            r.written["network"] = name
             r.sources["cluster.network"] = f"node {node.name}'s default network"
-        except (KeyError, OSError, ValueError):
-            r.problems.append(
-                Problem(
-                    ("cluster", "node"),
-                    f"node {node.name} names unknown network {show(node.default_network)}",
-                    suggest(node.default_network, catalog.names("network")),
-                )
-            )
         return
     path = ("cluster", "network")
     r.written["network"] = text

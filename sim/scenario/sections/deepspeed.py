@@ -64,7 +64,7 @@ def read_deepspeed(r: Resolution, given: object, framework: str | None) -> None:
     d.deepspeed = reading
 
 
-def ds(r: Resolution) -> DeepSpeedReading | None:
+def deepspeed_of(r: Resolution) -> DeepSpeedReading | None:
     """Return what was read of DeepSpeed's settings, if anything could be."""
     return r.draft.deepspeed if r.draft.knows("deepspeed") else None
 

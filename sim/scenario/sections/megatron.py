@@ -11,36 +11,29 @@ from sim.scenario.sections.resolution import EIGHT_BIT, Resolution, plain
 _HOPPER = "Megatron-LM's script for Hopper (examples/llama/train_llama3_8b_h100_fp8.sh)"
 
 
-def _attention_backend(r: Resolution, values: Mapping[str, Any]) -> None:
-    """Transformer Engine prefers cuDNN's kernel to FlashAttention-2 from Hopper on, where it may run both.
-
-    ``get_attention_backend``, and transformer_engine/pytorch/attention.py of 1.3 on before that: "to give
-    FusedAttention preference on Hopper+ for performance reasons". Launchers that turn it off (NVTE_FUSED_ATTN=0)
-    and older versions are ``attention_backend: flash``.
-    """
-    d = r.draft
-    if not all(d.knows(key) for key in ("attention", "gpu", "code", "precision")):
+def settle_megatron(r: Resolution, values: dict[str, Any], framework: str | None) -> None:
+    """Fill in what Megatron's arguments imply of each other and of the other sections; report what it refuses."""
+    if framework != "megatron":
         return
-    engine = d.code == "megatron" and values.get("transformer_impl") != "local"
-    if not engine:
-        return
-    prefers = d.gpu.vendor == "nvidia" and (9, 0) <= d.gpu.compute_capability < (12, 0)
-    if "training.attention" in r.sources:
-        fused = d.gpu.compute_capability >= (8, 0) and d.precision not in ("fp32", "tf32")
-        newest = d.gpu.vendor == "nvidia" and d.gpu.compute_capability >= (9, 0)
-        d.attention = ("cudnn" if newest else "flash-2") if fused else "math"
-        r.sources["training.attention"] = "Transformer Engine's choice for this GPU"
-        return
-    if prefers and d.attention == "flash-2" and values.get("attention_backend", "auto") == "auto":
-        d.attention = "cudnn"
-        r.sources["training.attention"] = "Transformer Engine's choice from Hopper on"
-        r.warnings.append(
-            "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel from "
-            "Hopper on; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
+    _fsdp(r, values)
+    _attention_backend(r, values)
+    _distributed_optimizer(r, values)
+    _overlap_from_hopper(r, values)
+    _saved_elsewhere(r, values)
+    _optimizer_states(r, values)
+    _layers_in_16_bit(r, values)
+    _cuda_graphs(r, values)
+    if values.get("overlap_param_gather") and not values.get("overlap_grad_reduce"):
+        r.problems.append(
+            Problem(
+                ("megatron", "overlap_param_gather"),
+                "megatron.overlap_param_gather needs overlap_grad_reduce",
+                "write megatron.overlap_grad_reduce: true",
+            )
         )
 
 
-def _megatron_fsdp(r: Resolution, values: dict[str, Any]) -> None:
+def _fsdp(r: Resolution, values: dict[str, Any]) -> None:
     """ZeRO-2 and ZeRO-3 are Megatron-FSDP, which overlaps what its strategy shards (megatron_fsdp.py)."""
     d = r.draft
     if not d.knows("zero"):
@@ -58,15 +51,10 @@ def _megatron_fsdp(r: Resolution, values: dict[str, Any]) -> None:
             )
         )
     if d.zero < 2:
-        r.problems.extend(
-            Problem(
-                ("megatron", name),
-                f"megatron.{name} is Megatron-FSDP's, and parallelism.zero is {d.zero}",
-                "write parallelism.zero: 3, or leave it out",
-            )
-            for name in ("suggested_communication_unit_size",)
-            if values.get(name)
-        )
+        name = "suggested_communication_unit_size"
+        if values.get(name):
+            what = f"megatron.{name} is Megatron-FSDP's, and parallelism.zero is {d.zero}"
+            r.problems.append(Problem(("megatron", name), what, "write parallelism.zero: 3, or leave it out"))
         return
     for name, holds in (
         ("use_megatron_fsdp", True),
@@ -78,68 +66,70 @@ def _megatron_fsdp(r: Resolution, values: dict[str, Any]) -> None:
             r.sources[f"megatron.{name}"] = "parallelism.zero"
 
 
-def settle_megatron(r: Resolution, values: dict[str, Any], framework: str | None) -> None:
-    """Megatron's distributed optimizer is ZeRO-1: the two ways to ask for it have to agree."""
+def _attention_backend(r: Resolution, values: Mapping[str, Any]) -> None:
+    """Transformer Engine prefers cuDNN's kernel to FlashAttention-2 from Hopper on, where it may run both.
+
+    ``get_attention_backend``, and transformer_engine/pytorch/attention.py of 1.3 on before that: "to give
+    FusedAttention preference on Hopper+ for performance reasons". Launchers that turn it off (NVTE_FUSED_ATTN=0)
+    and older versions are ``attention_backend: flash``.
+    """
     d = r.draft
-    if framework != "megatron":
+    if not d.knows("attention", "gpu", "code", "precision"):
         return
-    _megatron_fsdp(r, values)
-    _attention_backend(r, values)
+    if d.code != "megatron" or values.get("transformer_impl") == "local":
+        return
+    from_hopper = d.gpu.vendor == "nvidia" and d.gpu.compute_capability >= (9, 0)
+    if "training.attention" in r.sources:
+        fused = d.gpu.compute_capability >= (8, 0) and d.precision not in ("fp32", "tf32")
+        d.attention = ("cudnn" if from_hopper else "flash-2") if fused else "math"
+        r.sources["training.attention"] = "Transformer Engine's choice for this GPU"
+        return
+    prefers = from_hopper and d.gpu.compute_capability < (12, 0)
+    if prefers and d.attention == "flash-2" and values.get("attention_backend", "auto") == "auto":
+        d.attention = "cudnn"
+        r.sources["training.attention"] = "Transformer Engine's choice from Hopper on"
+        r.warnings.append(
+            "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel from "
+            "Hopper on; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
+        )
+
+
+def _distributed_optimizer(r: Resolution, values: dict[str, Any]) -> None:
+    """Megatron's distributed optimizer is ZeRO-1: the two ways to ask for it have to agree; what else needs it."""
+    d = r.draft
+    if not d.knows("zero"):
+        return
     sharded = values.get("use_distributed_optimizer")
-    if d.knows("zero"):
-        if sharded is None:
-            values["use_distributed_optimizer"] = d.zero >= 1
-            r.sources["megatron.use_distributed_optimizer"] = "parallelism.zero"
-        elif "parallelism.zero" in r.sources:
-            d.zero = int(sharded)
-            r.sources["parallelism.zero"] = "megatron.use_distributed_optimizer"
-        elif sharded != (d.zero >= 1):
-            r.problems.append(
-                Problem(
-                    ("parallelism", "zero"),
-                    f"parallelism.zero = {d.zero}, but megatron.use_distributed_optimizer is {plain(sharded)}",
-                    f"write zero: {int(sharded)}, or leave zero out",
-                )
+    if sharded is None:
+        values["use_distributed_optimizer"] = d.zero >= 1
+        r.sources["megatron.use_distributed_optimizer"] = "parallelism.zero"
+    elif "parallelism.zero" in r.sources:
+        d.zero = int(sharded)
+        r.sources["parallelism.zero"] = "megatron.use_distributed_optimizer"
+    elif sharded != (d.zero >= 1):
+        r.problems.append(
+            Problem(
+                ("parallelism", "zero"),
+                f"parallelism.zero = {d.zero}, but megatron.use_distributed_optimizer is {plain(sharded)}",
+                f"write zero: {int(sharded)}, or leave zero out",
             )
+        )
     r.problems.extend(
         Problem(
             ("megatron", name),
             f"megatron.{name} needs the distributed optimizer, but parallelism.zero is 0",
             "write parallelism.zero: 1",
         )
-        for name in ("fp8_param_gather", "use_precision_aware_optimizer")
-        if values.get(name) and d.knows("zero") and not d.zero
+        for name in ("fp8_param_gather", "use_precision_aware_optimizer", "overlap_param_gather")
+        if values.get(name) and not d.zero
     )
-    _overlap_from_hopper(r, values)
-    _kept_elsewhere(r, values)
-    _megatron_states(r, values)
-    _megatron_low(r, values)
-    _megatron_graphs(r, values)
-    if not values.get("overlap_param_gather"):
-        return
-    if d.knows("zero") and not d.zero:
-        r.problems.append(
-            Problem(
-                ("megatron", "overlap_param_gather"),
-                "megatron.overlap_param_gather needs the distributed optimizer, but parallelism.zero is 0",
-                "write parallelism.zero: 1",
-            )
-        )
-    if not values.get("overlap_grad_reduce"):
-        r.problems.append(
-            Problem(
-                ("megatron", "overlap_param_gather"),
-                "megatron.overlap_param_gather needs overlap_grad_reduce",
-                "write megatron.overlap_grad_reduce: true",
-            )
-        )
 
 
 def _overlap_from_hopper(r: Resolution, values: dict[str, Any]) -> None:
     """What the distributed optimizer exchanges runs beside backward and forward from Hopper on, if nothing is said.
 
-    So Megatron-LM's own script for these GPUs (examples/llama/train_llama3_8b_h100_fp8.sh) and the recipes of Megatron
-    Bridge have it. On older GPUs the arguments keep their default, with which runs of those years were started.
+    So Megatron-LM's own script for these GPUs (:data:`_HOPPER`) and the recipes of Megatron Bridge have it. On older
+    GPUs the arguments keep their default, with which runs of those years were started.
     """
     d = r.draft
     if not d.knows("gpu", "zero") or d.zero != 1 or d.gpu.vendor != "nvidia" or d.gpu.compute_capability < (9, 0):
@@ -151,7 +141,7 @@ def _overlap_from_hopper(r: Resolution, values: dict[str, Any]) -> None:
             r.sources[f"megatron.{name}"] = _HOPPER
 
 
-def _kept_elsewhere(r: Resolution, values: dict[str, Any]) -> None:
+def _saved_elsewhere(r: Resolution, values: dict[str, Any]) -> None:
     """What Megatron refuses of saved tensors on the host and over tp (transformer_config.py, arguments.py)."""
     d = r.draft
     name, given = "cpu_offloading_num_layers", values.get("cpu_offloading_num_layers", 0)
@@ -178,7 +168,7 @@ def _kept_elsewhere(r: Resolution, values: dict[str, Any]) -> None:
             return
 
 
-def _megatron_states(r: Resolution, values: Mapping[str, Any]) -> None:
+def _optimizer_states(r: Resolution, values: Mapping[str, Any]) -> None:
     """``__post_init__`` of megatron/core/optimizer/optimizer_config.py: whose states may be of few bits."""
     d = r.draft
     if not values.get("use_precision_aware_optimizer"):
@@ -201,27 +191,7 @@ def _megatron_states(r: Resolution, values: Mapping[str, Any]) -> None:
         )
 
 
-def _megatron_graphs(r: Resolution, values: Mapping[str, Any]) -> None:
-    """A graph of all passes waits for nothing (megatron/training/arguments.py), and blocks' graphs are launched."""
-    scope = values.get("cuda_graph_scope", "full")
-    if scope == "full_iteration" and values.get("cuda_graph_impl", "none") != "local":
-        what = "megatron.cuda_graph_scope full_iteration is of cuda_graph_impl local"
-        r.problems.append(
-            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.cuda_graph_impl: local, or scope full")
-        )
-    elif scope == "full_iteration" and values.get("check_for_nan_in_grad", True):
-        what = "megatron.check_for_nan_in_grad waits for the GPU, which a graph of the full iteration cannot"
-        r.problems.append(
-            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.check_for_nan_in_grad: false")
-        )
-    elif values.get("cuda_graph_impl", "none") != "none" and r.draft.launch_blocking:
-        what = "CUDA_LAUNCH_BLOCKING does not wait for what a CUDA graph launches"
-        r.problems.append(
-            Problem(("megatron", "cuda_graph_impl"), what, "write training.launch_blocking: false, or no graphs")
-        )
-
-
-def _megatron_low(r: Resolution, values: Mapping[str, Any]) -> None:
+def _layers_in_16_bit(r: Resolution, values: Mapping[str, Any]) -> None:
     """``__post_init__`` of megatron/core/transformer/transformer_config.py: which layers may stay in 16 bit."""
     d, names = r.draft, ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
     if not d.knows("precision"):
@@ -255,3 +225,23 @@ def _megatron_low(r: Resolution, values: Mapping[str, Any]) -> None:
         for name in names
         if values.get(name, 0) > most
     )
+
+
+def _cuda_graphs(r: Resolution, values: Mapping[str, Any]) -> None:
+    """A graph of all passes waits for nothing (megatron/training/arguments.py), and blocks' graphs are launched."""
+    scope = values.get("cuda_graph_scope", "full")
+    if scope == "full_iteration" and values.get("cuda_graph_impl", "none") != "local":
+        what = "megatron.cuda_graph_scope full_iteration is of cuda_graph_impl local"
+        r.problems.append(
+            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.cuda_graph_impl: local, or scope full")
+        )
+    elif scope == "full_iteration" and values.get("check_for_nan_in_grad", True):
+        what = "megatron.check_for_nan_in_grad waits for the GPU, which a graph of the full iteration cannot"
+        r.problems.append(
+            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.check_for_nan_in_grad: false")
+        )
+    elif values.get("cuda_graph_impl", "none") != "none" and r.draft.launch_blocking:
+        what = "CUDA_LAUNCH_BLOCKING does not wait for what a CUDA graph launches"
+        r.problems.append(
+            Problem(("megatron", "cuda_graph_impl"), what, "write training.launch_blocking: false, or no graphs")
+        )

@@ -9,7 +9,7 @@ from sim.interop.values import Problem, read_mapping
 from sim.scenario import fields
 from sim.scenario.checks import mesh_fits_cluster
 from sim.scenario.draft import UnknownError
-from sim.scenario.sections.deepspeed import ds
+from sim.scenario.sections.deepspeed import deepspeed_of
 from sim.scenario.sections.resolution import Resolution
 
 _CP_COMM = {"fsdp2": "all_gather", "deepspeed": "a2a"}
@@ -57,7 +57,7 @@ def _exchange(r: Resolution, values: Mapping[str, Any], framework: str | None) -
 
 
 def _zero(r: Resolution, given: int | None, framework: str | None) -> None:
-    d, reading = r.draft, ds(r)
+    d, reading = r.draft, deepspeed_of(r)
     stage = reading.fields.get("stage") if reading else None
     if given is not None:
         if stage is not None and stage != given:

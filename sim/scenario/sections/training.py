@@ -10,7 +10,7 @@ from sim.interop.values import Problem, read_mapping
 from sim.scenario import fields
 from sim.scenario.checks import multiples, write
 from sim.scenario.draft import Draft, UnknownError
-from sim.scenario.sections.deepspeed import ds
+from sim.scenario.sections.deepspeed import deepspeed_of
 from sim.scenario.sections.model import is_gpt
 from sim.scenario.sections.resolution import EIGHT_BIT, OWN_DEFAULT, Resolution, plain
 
@@ -73,7 +73,7 @@ def _conflict(r: Resolution, key: str, ours: object, theirs: str, value: object)
 
 def _batch(r: Resolution, values: Mapping[str, Any], wrong: set[str]) -> None:  # noqa: PLR0911, PLR0912 - three numbers, two places
     """Micro and global batch: from the scenario, else from DeepSpeed's three numbers."""
-    d, reading = r.draft, ds(r) or DeepSpeedReading()
+    d, reading = r.draft, deepspeed_of(r) or DeepSpeedReading()
     micro, batch = values.get("micro_batch_size"), values.get("global_batch_size")
     total, small, steps = reading.train_batch_size, reading.micro_batch_size, reading.accumulation_steps
     for key, ours, theirs, name in (
@@ -144,7 +144,7 @@ def _batch(r: Resolution, values: Mapping[str, Any], wrong: set[str]) -> None:  
 
 def _agreed(r: Resolution, key: str, ours: Any, framework: str | None) -> None:
     """A setting that the scenario and the ds_config may both give: they have to agree."""
-    d, reading = r.draft, ds(r)
+    d, reading = r.draft, deepspeed_of(r)
     if framework == "deepspeed" and not d.knows("deepspeed") and ours is None:
         return
     theirs, name = None, ""
