@@ -114,7 +114,10 @@ def test_attention_grows_and_never_beats_the_peak(
 @MORE
 @given(
     GPU, st.sampled_from(
-        ["elementwise", "norm", "softmax", "reduce", "amax", "gather", "scatter", "copy", "transpose", "optimizer"]
+        [
+            "elementwise", "norm", "softmax", "reduce", "amax", "gather", "scatter", "copy", "transpose", "columns",
+            "optimizer",
+        ]
     ),
     st.integers(0, 10**11), st.integers(0, 10**10),
 )  # fmt: skip

@@ -232,6 +232,21 @@ LAYOUTS = (
     ("framework=megatron", "parallelism={tp: 2, pp: 2}", "megatron.scatter_gather_tensors_in_pipeline=true"),
     ("framework=megatron", "parallelism={tp: 4, sp: true}", "megatron.tp_comm_overlap=true"),
     ("framework=fsdp2", "parallelism={tp: 2, sp: true}", "training.compile=true", "fsdp2.async_tensor_parallel=true"),
+    ("framework=megatron", "parallelism={tp: 2, pp: 2}", "megatron.cuda_graph_impl=local"),
+    (
+        "framework=megatron",
+        "parallelism={zero: 1, pp: 2}",
+        "megatron={cuda_graph_impl: local, cuda_graph_scope: full_iteration, check_for_nan_in_grad: false}",
+    ),
+    (
+        "framework=deepspeed",
+        "parallelism={tp: 2, pp: 2}",
+        *("training.code=huggingface", "training.attention=math", "training.softmax=fused", "model.fused_qkv=true"),
+    ),
+    (
+        "framework=fsdp2",
+        *("training.precision=fp8", "training.compile=true", "fsdp2.float8_recipe=rowwise"),
+    ),
 )
 FAULTS = ("{}", "{slow: [{rank: 5, factor: 0.8}]}", "{links: [{between: [node0.gpu1, node0.nvswitch0], factor: 0.5}]}")
 
@@ -258,7 +273,7 @@ def answer(report: Report) -> tuple[object, ...]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
 def test_folded_and_unfolded_reports_are_the_same(layout: tuple[str, ...], faults: str) -> None:
     small = "model={config: llama-2-7b, num_hidden_layers: 2, vocab_size: 512}"
-    scenario = load_scenario("scenarios/7b_ddp.yaml", [*layout, f"faults={faults}", small])
+    scenario = load_scenario("scenarios/7b_ddp.yaml", [small, *layout, f"faults={faults}"])
     folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
     assert len(unfolded.world.programs) == scenario.parallelism.world_size
     assert answer(folded.report) == answer(unfolded.report)
