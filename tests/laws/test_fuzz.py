@@ -254,6 +254,11 @@ def _of_megatron(draw: random.Random, axes: dict[str, int], scenario: dict[str, 
     )
     if scenario["parallelism"].get("sp") and axes.get("tp", 1) > 1 and draw.random() < 0.25:
         scenario["megatron"]["tp_comm_overlap"] = True
+    if draw.random() < 0.25:
+        scope = draw.choice(["full", "full_iteration"])
+        scenario["megatron"] |= {"cuda_graph_impl": "local", "cuda_graph_scope": scope}
+        if scope == "full_iteration":
+            scenario["megatron"]["check_for_nan_in_grad"] = False
     if sharded and scenario["megatron"].get("overlap_grad_reduce"):
         scenario["megatron"]["overlap_param_gather"] = draw.choice([True, False])
 
