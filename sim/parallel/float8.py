@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from sim.ir.ledger import Dim, Exchange, Gemm, Kernel, Layer, Ledger, Op, Pointwise, Tensor, size
@@ -56,12 +57,11 @@ def float8_ledger(
 
     ``num_sms``: of the GPU that torch.compile writes the casts for; 0: they are eager.
     """
+    to_8_bits = partial(float8, granularity=granularity, gathered_low=gathered_low, shared=shared, num_sms=num_sms)
     made: dict[int, Layer] = {}
     for layer in ledger.layers:
         if id(layer) not in made:
-            wanted = layer.kind == "block"
-            more = {"gathered_low": gathered_low, "shared": shared, "num_sms": num_sms}
-            made[id(layer)] = float8(layer, granularity, **more) if wanted else layer  # type: ignore[arg-type]
+            made[id(layer)] = to_8_bits(layer) if layer.kind == "block" else layer
     return replace(ledger, layers=tuple(made[id(layer)] for layer in ledger.layers))
 
 
@@ -131,24 +131,37 @@ class _Float8:
 
     def cast(self, of: str, into: str, like: Op, *, axis: str = "", columns: bool = False) -> None:
         """Emit the cast of a 16-bit tensor; ``axis``: ranks that agree on its largest value; ``columns``: of rowwise
-        scaling, along the other dimension, whose largest values are a pass of their own."""
+        scaling, along the other dimension."""
         if into in self.done:
             return
         self.done.add(into)
+        if columns and self.rowwise:
+            self._cast_columns(of, into, like)
+        elif self.rowwise:
+            source, low = self.tensors[of], self.made(into, of)
+            self.emit(f"{into}.cast", [Pointwise("norm", (source,), (low,), 4)], (of,), low, like, of)
+        else:
+            self._cast_tensorwise(of, into, like, axis)
+
+    def _cast_columns(self, of: str, into: str, like: Op) -> None:
+        """Largest values in a pass of their own, or of many columns in the cast's kernel, which then reads twice."""
         source, low = self.tensors[of], self.made(into, of)
-        if self.rowwise:
-            if not columns:
-                self.emit(f"{into}.cast", [Pointwise("norm", (source,), (low,), 4)], (of,), low, like, of)
-                return
-            depth = next(size(k.k) for k in like.kernels if isinstance(k, Gemm))  # each column is summed along
-            if self.wide and source.num_elements >= self.wide * depth:
-                self.emit(f"{into}.cast", [Pointwise("columns", (source, source), (low,), 2)], (of,), low, like, of)
-                return
-            largest = self.made(f"{into}.amax", of, "fp32")  # one number a column: next to nothing beside the tensor
-            self.emit(largest.name, [Pointwise("reduce", (source,), (largest,), 2)], (of,), largest, like, of)
-            kernel = Pointwise("transpose", (source, largest), (low,), 2)
-            self.emit(f"{into}.cast", [kernel], (of, largest.name), low, like, of)
+        depth = next(size(k.k) for k in like.kernels if isinstance(k, Gemm))  # each column is summed along
+        if self.wide and source.num_elements >= self.wide * depth:
+            self.emit(f"{into}.cast", [Pointwise("columns", (source, source), (low,), 2)], (of,), low, like, of)
             return
+        largest = self._largest_of_columns(of, into, like)
+        kernel = Pointwise("transpose", (source, largest), (low,), 2)
+        self.emit(f"{into}.cast", [kernel], (of, largest.name), low, like, of)
+
+    def _largest_of_columns(self, of: str, into: str, like: Op) -> Tensor:
+        """Emit and return the largest values: one number a column, next to nothing beside the tensor."""
+        largest = self.made(f"{into}.amax", of, "fp32")
+        self.emit(largest.name, [Pointwise("reduce", (self.tensors[of],), (largest,), 2)], (of,), largest, like, of)
+        return largest
+
+    def _cast_tensorwise(self, of: str, into: str, like: Op, axis: str) -> None:
+        source, low = self.tensors[of], self.made(into, of)
         amax = f"{self.value(of)}.amax"
         if amax not in self.done:
             self.done.add(amax)
@@ -275,12 +288,11 @@ class _Float8:
         source = self.tensors[gradient]
         depth = next(size(k.k) for k in op.kernels if isinstance(k, Gemm))
         count = depth if along_features else source.num_elements // depth
-        if not self.rowwise or not 0 < count < self.wide or low in self.done:
+        if not self.rowwise or count >= self.wide or low in self.done:
             self.cast(gradient, low, op)
             return
         self.done.update((low, columns))
-        largest = self.made(f"{columns}.amax", gradient, "fp32")
-        self.emit(largest.name, [Pointwise("reduce", (source,), (largest,), 2)], (gradient,), largest, op, gradient)
+        largest = self._largest_of_columns(gradient, columns, op)
         made = (self.made(low, gradient), self.made(columns, gradient))
         kernel = Pointwise("columns", (source, largest), made, 4)
         self.out.append(Op(f"{low}.cast", (kernel,), (gradient, largest.name), made, module=op.module))

@@ -154,7 +154,7 @@ class Stage3(DeepSpeed):
         self.persistent = self._persistent()
         self.entered = self._entered()
         self.modules = self._modules()
-        self.around = [self._hooks(kind) for kind in ("zero3_forward", "zero3_backward")]
+        self.hooks_forward, self.hooks_backward = self._hooks("zero3_forward"), self._hooks("zero3_backward")
         self.trace: list[_Place] | None = None
         self.recorded: list[_Place] = []
         self.linears = _biased_linears(self.layers) if settings.memory_efficient_linear else frozenset()
@@ -200,8 +200,7 @@ class Stage3(DeepSpeed):
         Every module has them, with parameters or without (``_register_deepspeed_module`` of parameter_offload.py). They
         stand together where the layer is entered.
         """
-        count = {key: len(known) for key, known in self.entered.items()}
-        return {key: HostCompute("zero3 hooks", kind, number) for key, number in count.items()}
+        return {key: HostCompute("zero3 hooks", kind, len(modules)) for key, modules in self.entered.items()}
 
     def _modules(self) -> dict[_Place, tuple[int, ...]]:
         """Return the parameters that each torch module owns itself, tied ones included.
@@ -388,7 +387,7 @@ class Stage3(DeepSpeed):
                 self._fetch(_ROOT, out)
         place = (layer, module)
         if not module:
-            out.append(self.around[0][id(self.layers[layer])])
+            out.append(self.hooks_forward[id(self.layers[layer])])
         if module or self._is_module(place):
             self._fetch(place, out)
         return out
@@ -405,7 +404,7 @@ class Stage3(DeepSpeed):
                 self._fetch(_ROOT, out)
         place = (layer, module)
         if not module:
-            out.append(self.around[1][id(self.layers[layer])])
+            out.append(self.hooks_backward[id(self.layers[layer])])
         if module or self._is_module(place):
             self._fetch(place, out)
         return out
