@@ -332,7 +332,7 @@ MEGATRON: dict[str, Key] = {
     "num_layers_at_start_in_bf16": integer(0, 10**4, 1, "How many of the first."),
     "num_layers_at_end_in_bf16": integer(0, 10**4, 1, "How many of the last."),
     "attention_backend": choice(("auto", "flash"), "a backend",
-                                "auto: Transformer Engine has cuDNN's kernel for flash-2 from Hopper on; flash: not."),
+                                "auto: Transformer Engine has cuDNN's from Hopper on (Blackwell: for flash-2 too)."),
     "use_megatron_fsdp": boolean("Megatron-FSDP, as parallelism.zero: 2 (optim_grads) or 3 (optim_grads_params)."),
     "suggested_communication_unit_size": integer(1, 10**12, 1_000_000_000,
                                                  "Elements that Megatron-FSDP has under way; 1e9 or two layers."),

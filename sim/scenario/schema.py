@@ -300,7 +300,7 @@ class MegatronSettings(_Frozen):
     num_layers_at_start_in_bf16: int = Field(default=1, ge=0)
     num_layers_at_end_in_bf16: int = Field(default=1, ge=0)
     attention_backend: Literal["auto", "flash"] = "auto"
-    """``auto``: from Hopper on Transformer Engine runs cuDNN's kernel where FlashAttention-2 is asked for."""
+    """``auto``: Transformer Engine runs cuDNN's kernel from Hopper on, on Blackwell where flash-2 is asked for too."""
     use_megatron_fsdp: bool = False
     """Gradients, and with ``zero: 3`` parameters, sharded too: what ``parallelism.zero`` above 1 means."""
     suggested_communication_unit_size: PositiveInt | None = None

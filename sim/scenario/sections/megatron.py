@@ -67,30 +67,32 @@ def _fsdp(r: Resolution, values: dict[str, Any]) -> None:
 
 
 def _attention_backend(r: Resolution, values: Mapping[str, Any]) -> None:
-    """Transformer Engine prefers cuDNN's kernel to FlashAttention-2 from Hopper on, where it may run both.
+    """What Transformer Engine runs where nothing is said, and on Blackwell also where FlashAttention-2 is.
 
-    ``get_attention_backend``, and transformer_engine/pytorch/attention.py of 1.3 on before that: "to give
-    FusedAttention preference on Hopper+ for performance reasons". Launchers that turn it off (NVTE_FUSED_ATTN=0)
-    and older versions are ``attention_backend: flash``.
+    From Hopper on it prefers cuDNN's kernel (``get_attention_backend``, and transformer_engine/pytorch/attention.py of
+    1.3 on before that: "to give FusedAttention preference on Hopper+ for performance reasons"), unless a launcher turns
+    that off (NVTE_FUSED_ATTN=0): ``attention_backend: flash``. On Hopper both are common, and who names a kernel means
+    it; on Blackwell FlashAttention-2 is hardly run, and its rates were not measured.
     """
     d = r.draft
     if not d.knows("attention", "gpu", "code", "precision"):
         return
     if d.code != "megatron" or values.get("transformer_impl") == "local":
         return
-    from_hopper = d.gpu.vendor == "nvidia" and d.gpu.compute_capability >= (9, 0)
+    nvidia, capability = d.gpu.vendor == "nvidia", d.gpu.compute_capability
+    flash = values.get("attention_backend", "auto") == "flash"
     if "training.attention" in r.sources:
-        fused = d.gpu.compute_capability >= (8, 0) and d.precision not in ("fp32", "tf32")
-        d.attention = ("cudnn" if from_hopper else "flash-2") if fused else "math"
+        fused = capability >= (8, 0) and d.precision not in ("fp32", "tf32")
+        cudnn = nvidia and capability >= (9, 0) and not flash
+        d.attention = ("cudnn" if cudnn else "flash-2") if fused else "math"
         r.sources["training.attention"] = "Transformer Engine's choice for this GPU"
         return
-    prefers = from_hopper and d.gpu.compute_capability < (12, 0)
-    if prefers and d.attention == "flash-2" and values.get("attention_backend", "auto") == "auto":
+    if nvidia and (10, 0) <= capability < (12, 0) and d.attention == "flash-2" and not flash:
         d.attention = "cudnn"
-        r.sources["training.attention"] = "Transformer Engine's choice from Hopper on"
+        r.sources["training.attention"] = "Transformer Engine's choice on Blackwell"
         r.warnings.append(
-            "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel from "
-            "Hopper on; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
+            "attention: flash-2 under Megatron runs as cudnn: Transformer Engine prefers cuDNN's kernel on "
+            "Blackwell; write megatron.attention_backend: flash for FlashAttention-2 (NVTE_FUSED_ATTN=0)"
         )
 
 
