@@ -27,9 +27,12 @@ from sim.cost.gemm import Alignment, GemmCoefficients
 MEASURED = Path(__file__).parents[1] / "catalog" / "measured"
 ALIGNMENT = Alignment(eight_bytes=0.685, four_bytes=0.685, two_bytes=1 / 3)
 """4 bytes: n = 10922 against 10944 with k = 4096 on H100, 272.7 and 398.4 TFLOP/s (stas00/ml-engineering @744d01e1,
-model sizes); 8 bytes: no worse; 2 bytes: a head over a vocabulary that is not padded takes three times as long
-(Netflix, "Scaling LLM Post-Training at Netflix", 13 February 2026: a fallback from cuBLAS to a CUTLASS kernel). A
-property of the library's fallback kernels, alike on all GPUs."""
+model sizes); 8 bytes: no worse; 2 bytes: certain vocabularies that are not padded triple the head's time (Netflix,
+"Scaling LLM Post-Training at Netflix", 13 February 2026: a fallback from cuBLAS to a CUTLASS kernel; taken for all
+odd ones, of whose three products each has one operand or result with such rows). Where both operands have odd rows,
+as no model's linears do, H100 does 71 to 115 TFLOP/s (meta-pytorch/float8_experimental #145, four of five shapes; the
+fifth is as fast as aligned), less than half of what this gives. A property of the library's fallback kernels, taken to
+be alike on all GPUs."""
 BATCHED_ALIGNMENT = {
     "fp16": Alignment(eight_bytes=0.29, four_bytes=0.061, two_bytes=0.061),
     "bf16": Alignment(eight_bytes=0.061, four_bytes=0.061, two_bytes=0.061),
