@@ -15,7 +15,7 @@ from sim.cost.nccl import collnet
 from sim.cost.nccl.loads import Loads, add_load, pat_loads
 from sim.cost.nccl.plan import plan_collective
 from sim.cost.nccl.rings import ring_graph
-from sim.cost.nccl.tuning import _candidates
+from sim.cost.nccl.tuning import OVER_SHARP, _candidates
 from sim.memory.runtime import MIB, NET_BYTES, NcclCommunicator, nccl_bytes
 from sim.pipeline import simulate
 from sim.scenario.load import load_scenario_text
@@ -67,7 +67,7 @@ def test_chains_are_faster_inside_nodes_than_between_them() -> None:
 @pytest.mark.parametrize(("name", "num_nodes", "sharp"), [("dgx-h100", 8, False), ("dgx-h100", 1, True)])
 def test_it_is_never_there_unasked(name: str, num_nodes: int, sharp: bool) -> None:
     for kind in ("all_reduce", "all_gather", "reduce_scatter", "broadcast"):
-        assert not set(offered(machine(name, num_nodes, sharp), kind)) & set(collnet.ALGORITHMS)
+        assert not set(offered(machine(name, num_nodes, sharp), kind)) & set(OVER_SHARP)
 
 
 @pytest.mark.parametrize(("gibibytes", "bus"), [(0.5, 356.0), (1, 365.9), (2, 380.7), (4, 383.2), (8, 386.6)])
@@ -81,7 +81,7 @@ def test_64_h100_with_sharp_as_published(gibibytes: float, bus: float) -> None:
     assert found == pytest.approx(bus, rel=0.07)
 
 
-@pytest.mark.parametrize("algorithm", collnet.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OVER_SHARP)
 @pytest.mark.parametrize("num_nodes", [2, 8])
 def test_a_nic_sends_and_receives_its_part_once(algorithm: str, num_nodes: int) -> None:
     """Of 800 MB each of 8 NICs 100 MB each way, however many nodes."""

@@ -32,7 +32,6 @@ from sim.cost.nccl.tuning import (
     CHANNEL_TREE_BW,
     HW_LATENCY_US,
     NVLS_EFFICIENCY,
-    OVER_SHARP,
     PROTOCOLS,
     Candidate,
     Choice,
@@ -41,7 +40,6 @@ from sim.cost.nccl.tuning import (
     nvls_channels,
 )
 
-ALGORITHMS = OVER_SHARP
 MOST_LOCAL_RANKS = 8
 """NCCL_MAX_DIRECT_ARITY + 1, src/include/device.h: GPUs of a node that CollNet's own algorithms reach."""
 INTRA_US = {"collnet_direct": 3.7, "collnet_chain": 2.8}

@@ -47,7 +47,7 @@ def connections_s(cluster: Cluster, num_bytes: float, channels: int) -> float:
     return num_bytes / (channels * rate) if rate else 0.0
 
 
-def measured(cluster: Cluster, name: str, hw: str) -> Coefficients | None:
+def coefficients_for(cluster: Cluster, name: str, hw: str) -> Coefficients | None:
     """Return the measured coefficients of an algorithm over ``hw`` for this GPU, if there are any."""
     key = ("measured", name, hw)
     if key not in cluster.memo:
@@ -78,7 +78,7 @@ def kernel_s(
     What was never measured takes as long as NCCL itself expects.
     """
     hw, work = kernel_work(cluster, graph, choice.name, kind, tensor_bytes, channels)
-    coefficients = measured(cluster, choice.name, hw)
+    coefficients = coefficients_for(cluster, choice.name, hw)
     if coefficients is None:
         return choice.latency_s, tensor_bytes / choice.algorithm_bw
     latency_s, flow_s = terms.split(choice.name, coefficients, terms.terms_of(choice.name, hw, work))
@@ -114,12 +114,12 @@ def message_work(cluster: Cluster, group: Sequence[int], tensor_bytes: float, ch
 
 
 def messages_s(
-    cluster: Cluster, group: Sequence[int], n: int, tensor_bytes: int, channels: int, links_s: float
+    cluster: Cluster, group: Sequence[int], tensor_bytes: int, channels: int, wires_s: float
 ) -> tuple[float, float]:
-    """Return (latency, time of the bytes) of an all-to-all inside one node."""
+    """Return (latency, time of the bytes) of an all-to-all inside one node; ``wires_s`` if it was never measured."""
     hw, work = message_work(cluster, group, tensor_bytes, channels)
-    coefficients = measured(cluster, "p2p", hw)
+    coefficients = coefficients_for(cluster, "p2p", hw)
     if coefficients is None:
-        return message_latency_s(cluster, [(group[0], other) for other in group[1:]]), links_s
+        return message_latency_s(cluster, [(group[0], other) for other in group[1:]]), wires_s
     latency_s, flow_s = terms.split("p2p", coefficients, terms.terms_of("p2p", hw, work))
     return latency_s, flow_s

@@ -1,4 +1,4 @@
-"""Bytes that an algorithm puts on every link.
+"""Bytes that an algorithm of NCCL puts on every link: all of a group's, added to those of the groups beside it.
 
 Sharing of links, by groups and within one ring (PCIe trees, sockets), is the network's to work out.
 """
@@ -16,6 +16,7 @@ from sim.cost.nccl.tuning import MAX_NVLS_HEADS
 from sim.ir.traffic import Phase
 
 Loads = dict[int, float]
+"""Number of a link in the cluster -> bytes."""
 
 
 def add_load(loads: Loads, base: int, links: Iterable[int], num_bytes: float) -> None:
@@ -180,6 +181,10 @@ def all_to_all_loads(cluster: Cluster, group: Sequence[int], tensor_bytes: float
 def phase_of(
     latency_s: float, loads: Loads, group_s: float, stream_bytes: float = 0.0, max_bytes_per_s: float = 0.0
 ) -> Phase:
+    """Return the phase of loads that flow together, in the order of the links whatever the order they were added in.
+
+    The rest as in :class:`Phase`.
+    """
     entries = tuple([(link, loads[link]) for link in sorted(loads) if loads[link] > 0])
     return Phase(latency_s, entries, stream_bytes, max_bytes_per_s, group_s)
 

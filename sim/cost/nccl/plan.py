@@ -9,7 +9,7 @@ from sim.cost import collective
 from sim.cost.copies import plan_shift
 from sim.cost.efficiency import source_of
 from sim.cost.nccl import terms
-from sim.cost.nccl.durations import connections_s, kernel_s, measured, message_latency_s, messages_s
+from sim.cost.nccl.durations import coefficients_for, connections_s, kernel_s, message_latency_s, messages_s
 from sim.cost.nccl.loads import (
     Loads,
     all_to_all_loads,
@@ -30,8 +30,8 @@ from sim.cost.nccl.messages import (
     p2p_channels,
     p2p_limit,
 )
-from sim.cost.nccl.rings import path_hw, ring_graph
-from sim.cost.nccl.tuning import OVER_SHARP, Protocol, choose, sms_of
+from sim.cost.nccl.rings import RingGraph, path_hw, ring_graph
+from sim.cost.nccl.tuning import OVER_SHARP, Algorithm, Protocol, choose, sms_of
 from sim.ir.traffic import Traffic
 
 WIRE_OVERHEAD: dict[Protocol, float] = {"LL": 2.0, "LL128": 128 / 120, "Simple": 1.0}
@@ -61,18 +61,7 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
     volume = tensor_bytes * WIRE_OVERHEAD[choice.protocol]
     group_s = 0.0
     for graph, group in zip(graphs, groups, strict=True):
-        if choice.algorithm == "ring":
-            ring_loads(cluster, graph, collective.ring_hop_bytes(kind, n, volume), loads, kind, group[0])
-        elif choice.algorithm == "tree":
-            tree_loads(cluster, graph, volume, loads)
-        elif choice.algorithm == "pat":
-            pat_loads(cluster, graph, volume, loads)
-        elif choice.algorithm in OVER_SHARP:
-            from sim.cost.nccl import collnet
-
-            collnet.add_loads(cluster, graph, choice.algorithm, kind, volume, loads)
-        else:
-            nvls_loads(cluster, graph, kind, volume, loads)
+        _add_loads(cluster, graph, choice.algorithm, kind, volume, loads, group[0])
         group_s = group_s or links_s(cluster, loads)
     sms = sms_of(cluster, graphs[0], choice, tensor_bytes)
     latency_s, flow_s = kernel_s(cluster, graphs[0], choice, kind, tensor_bytes, sms)
@@ -86,6 +75,24 @@ def plan_collective(cluster: Cluster, groups: Sequence[tuple[int, ...]], kind: s
     cap = tensor_bytes / flow_s if flow_s > 0 else 0.0
     phase = phase_of(latency_s, loads, group_s, float(tensor_bytes) if cap else 0.0, cap)
     return Traffic(choice.name, (phase,), wire_bytes, sms)
+
+
+def _add_loads(
+    cluster: Cluster, graph: RingGraph, algorithm: Algorithm, kind: str, volume: float, loads: Loads, root: int
+) -> None:
+    """Add one group's bytes of a collective: ``volume`` is the tensor's with the protocol's overhead."""
+    if algorithm == "ring":
+        ring_loads(cluster, graph, collective.ring_hop_bytes(kind, graph.num_ranks, volume), loads, kind, root)
+    elif algorithm == "tree":
+        tree_loads(cluster, graph, volume, loads)
+    elif algorithm == "pat":
+        pat_loads(cluster, graph, volume, loads)
+    elif algorithm in OVER_SHARP:
+        from sim.cost.nccl import collnet
+
+        collnet.add_loads(cluster, graph, algorithm, kind, volume, loads)
+    else:
+        nvls_loads(cluster, graph, kind, volume, loads)
 
 
 def assumption(cluster: Cluster, groups: Sequence[tuple[int, ...]]) -> str:
@@ -122,7 +129,7 @@ def _plan_all_to_all(
         latency_s = message_latency_s(cluster, [(group[0], group[-1])]) + -(-n // P2P_PER_BATCH) * P2P_NET_BATCH_S
         flow_s = max(group_s, nics_s / P2P_NET_SHARE)
     else:
-        latency_s, flow_s = messages_s(cluster, group, n, tensor_bytes, channels, group_s)
+        latency_s, flow_s = messages_s(cluster, group, tensor_bytes, channels, group_s)
     cap = tensor_bytes / flow_s if flow_s > 0 else 0.0
     return Traffic("pairwise/Simple", (phase_of(latency_s, loads, group_s, float(tensor_bytes), cap),), wire_bytes, sms)
 
@@ -145,28 +152,34 @@ def plan_point_to_point(
         for link in cluster.route(source, target).links:
             loads[link] = loads.get(link, 0.0) + tensor_bytes
         group_s = group_s or links_s(cluster, loads)
-    source, target = moving[0]
     crosses = any(cluster.domain_of(a) != cluster.domain_of(b) for a, b in moving)
     channels = p2p_channels(cluster, max(num_ranks, 2), 1, tensor_bytes, spans or crosses)
-    latency_s = message_latency_s(cluster, moving)
-    rate = P2P_LOCAL_CHANNEL_BYTES_PER_S * channels
     if crosses:
+        latency_s = message_latency_s(cluster, moving)
         rate = 1 / (1 / (channels * P2P_NET_CHANNEL_BYTES_PER_S) + 1 / P2P_NET_PROXY_BYTES_PER_S)
         if needed_s := connections_s(cluster, tensor_bytes, channels):
             rate = min(rate, tensor_bytes / needed_s)
-        if cluster.domain_of(source) == cluster.domain_of(target):
-            source, target = next((a, b) for a, b in moving if cluster.domain_of(a) != cluster.domain_of(b))
     else:
-        route = cluster.local_route(cluster.local_index(source), cluster.local_index(target))
-        hw = path_hw(cluster, route)
-        coefficients = measured(cluster, "p2p", hw)
-        if coefficients is not None:
-            start, peer, simple, _, _, chunk = coefficients
-            ring = measured(cluster, "ring/Simple", hw)
-            share = 1 / ring[3] if ring is not None and ring[3] else 1.0
-            part = tensor_bytes / channels
-            latency_s = start + peer + chunk * min(part, terms.P2P_CHUNK["net" if spans else hw])
-            latency_s += simple if part > terms.P2P_LL_BYTES else 0.0
-            rate = min(rate, min(cluster.library_bytes_per_s(link) for link in route.links) * share)
+        latency_s, rate = _local_message(cluster, moving, tensor_bytes, channels, spans)
     phase = phase_of(latency_s, loads, group_s, float(tensor_bytes), rate)
     return Traffic("direct/Simple", (phase,), tensor_bytes, channels)
+
+
+def _local_message(
+    cluster: Cluster, pairs: Sequence[tuple[int, int]], tensor_bytes: int, channels: int, spans: bool
+) -> tuple[float, float]:
+    """Return (latency, the most bytes per second) of messages inside nodes, by the first of them."""
+    rate = P2P_LOCAL_CHANNEL_BYTES_PER_S * channels
+    source, target = pairs[0]
+    route = cluster.local_route(cluster.local_index(source), cluster.local_index(target))
+    hw = path_hw(cluster, route)
+    coefficients = coefficients_for(cluster, "p2p", hw)
+    if coefficients is None:
+        return message_latency_s(cluster, pairs), rate
+    start, peer, simple, _, _, chunk = coefficients
+    ring = coefficients_for(cluster, "ring/Simple", hw)
+    share = 1 / ring[3] if ring is not None and ring[3] else 1.0
+    part = tensor_bytes / channels
+    latency_s = start + peer + chunk * min(part, terms.P2P_CHUNK["net" if spans else hw])
+    latency_s += simple if part > terms.P2P_LL_BYTES else 0.0
+    return latency_s, min(rate, min(cluster.library_bytes_per_s(link) for link in route.links) * share)

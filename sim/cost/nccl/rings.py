@@ -16,6 +16,7 @@ from sim.cluster.routing import PATH_KINDS, SCALE_UP, PathKind, Route
 from sim.cluster.topology import Cluster
 
 VOLTA, AMPERE, HOPPER, BLACKWELL = range(4)
+"""Rows of NCCL's tables."""
 
 SPEEDS_INTRA = (
     (40.0, 30.0, 20.0, 18.0, 15.0, 12.0, 10.0, 9.0, 7.0, 6.0, 5.0, 4.0, 3.0),
@@ -26,33 +27,17 @@ SPEEDS_INTER = (
     (48.0, 30.0, 28.0, 24.0, 20.0, 18.0, 15.0, 12.0, 10.0, 9.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.4, 1.2, 0.24, 0.12),
     (48.0, 45.0, 42.0, 40.0, 30.0, 24.0, 22.0, 20.0, 17.5, 15.0, 12.0, 6.0, 3.0, 2.4, 1.2, 0.24, 0.12),
     (
-        96.0,
-        86.0,
-        80.0,
-        48.0,
-        45.1,
-        42.0,
-        40.0,
-        30.0,
-        24.0,
-        22.0,
-        20.0,
-        17.5,
-        15.0,
-        12.0,
-        6.0,
-        3.0,
-        2.4,
-        1.2,
-        0.24,
-        0.12,
+        *(96.0, 86.0, 80.0, 48.0, 45.1, 42.0, 40.0, 30.0, 24.0, 22.0),
+        *(20.0, 17.5, 15.0, 12.0, 6.0, 3.0, 2.4, 1.2, 0.24, 0.12),
     ),
 )
 """Speeds of a channel (GB/s) that the search tries; rows before sm90, sm90, sm100."""
 SPEED_STEP = 0.2
 """A NIC sold for 25 GB/s is searched for at 24, one for 12.5 at 12 or 10: the speed found is up to a fifth below."""
 MAX_CHANNELS = 64
+"""MAXCHANNELS, src/include/device.h."""
 MESH_SEARCH_STEPS = 20_000
+"""Paths looked at before the best set of rings over a mesh so far is taken."""
 SHM_BYTES_PER_S = 48e9
 """What a hop through host memory is a share of, whatever the generation of PCIe: the port of the machine on which it
 was measured. Its kernels and the host's memory limit it, not the port: 24.7 GB/s over eight RTX PRO 6000 on PCIe 5,

@@ -1,6 +1,6 @@
 """How long NCCL's kernels take: measured coefficients over terms that follow from how they work.
 
-NCCL's own model (``sim/cost/nccl``) is for choosing; it leaves out what a kernel does beside sending. Here the time
+NCCL's own model (``tuning.py``) is for choosing; it leaves out what a kernel does beside sending. Here the time
 of an algorithm with a protocol is a sum of terms, each with one measured coefficient:
 
     ring/LL      start + hop x steps + S/n (steps / channel + 1 / tail) / channels

@@ -91,6 +91,7 @@ MAX_NVLS_HEADS = 32
 NVLS_CHANNELS = {HOPPER: (16, 16), BLACKWELL: (24, 32)}
 """One node, several nodes: src/transport/nvls.cc."""
 US = 1e-6
+"""Seconds of the microseconds that NCCL's tables are in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ class Choice:
 
 
 def log2i(n: int) -> int:
+    """Return the whole part of the binary logarithm, as NCCL's function of that name does."""
     return n.bit_length() - 1
 
 
@@ -235,6 +237,7 @@ def _tree_speed(cluster: Cluster, graph: RingGraph, nvlink: bool) -> float:
 
 
 def _num_steps(kind: str, n: int) -> int:
+    """Return the steps of a ring of ``n`` ranks; a chain (broadcast, reduce) has as many as ranks."""
     return 2 * (n - 1) if kind == "all_reduce" else n - 1 if kind in ("all_gather", "reduce_scatter") else n
 
 
