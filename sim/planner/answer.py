@@ -187,8 +187,9 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
     """Return the recommendation with the three figures that carry it: time, money, and what the step reaches."""
     cost, c = best.cost, best.candidate
     assert cost is not None
+    economics = Economics(plan)
     text = (
-        f"{_acquire(plan, best)} and run {c.words()}. "
+        f"{_acquire(plan, c, economics)} and run {c.words()}. "
         f"It takes {format_duration(cost.time_s)}, costs {format_money(cost.usd)} and draws "
         f"{format_energy(cost.joules)}: a step of {format_duration(best.outcome['step_s'])} reaches "
         f"{best.outcome['mfu']:.0%} of the GPUs' peak."
@@ -196,7 +197,7 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
     if (band := best.outcome["step_band_s"]) is not None:
         low, high = (time_s / best.outcome["step_s"] - 1 for time_s in band)
         text += f" {round(10 * COVERAGE)} like runs of 10 would take from {-low:.0%} less to {high:.0%} more"
-        text += f"{_at_worst(plan, best, Economics(plan), band[1])}."
+        text += f"{_at_worst(plan, best, economics, band[1])}."
     if (sure := best.outcome["probability_fits"]) is not None:
         text += f" It fits with a probability of {min(max(sure, 0.001), 0.999):.1%}."
     other = next((o for o in ranked if o is not best and o.candidate.site != c.site), None)
@@ -207,18 +208,18 @@ def recommendation(plan: Plan, best: Tried, ranked: Sequence[Tried], search: Sea
     return text
 
 
-def _acquire(plan: Plan, best: Tried) -> str:
+def _acquire(plan: Plan, c: Candidate, economics: Economics) -> str:
     """Say what to rent, buy or take: what is owned costs no rent, spare nodes included."""
-    c = best.candidate
     site, words = plan.sites[c.site], cluster_words(plan, c)
-    needed = c.num_gpus + Economics(plan).reliability(c.site, c.num_gpus).spare_nodes * min(
-        c.num_gpus, site.node.num_gpus
-    )
-    if site.owned_gpus >= needed:
+    missing = economics.num_paid(c) - site.owned_gpus
+    if missing <= 0:
         return f"Take {words}, which you own,"
     how = {"bought": "Buy", "given": "Take", "unknown": "Take"}.get(site.offer.term, "Rent")
     from_ = f" from {site.offer.provider} ({site.offer.term})" if how == "Rent" else ""
     price = f" at {site.offer.usd_per_gpu_hour:.2f} USD a GPU-hour" if site.offer.usd_per_gpu_hour else ""
+    if site.owned_gpus >= c.num_gpus:
+        price = price or " whose price is not known"
+        return f"Take {words}, which you own, {how.lower()} {missing:,} spare GPUs{from_}{price}"
     if site.owned_gpus:
         return f"Take the {site.owned_gpus:,} GPUs that you own and {how.lower()} the rest of {words}{from_}{price},"
     return f"{how} {words}{from_}{price}"

@@ -68,7 +68,7 @@ class Economics:
         power_w = self.power_w(site, c.num_gpus, min(1.0, compute_s / step_s)) if step_s else 0.0
         idle_w = self.power_w(site, c.num_gpus, 0.0)
         joules = power_w * work_s + idle_w * (wall_s - work_s)
-        paid = c.num_gpus + reliable.spare_nodes * min(c.num_gpus, site.node.num_gpus)
+        paid = self.num_paid(c)
         offer, prices = site.offer, plan.prices
         to_pay = max(0, paid - site.owned_gpus)
         own_power = paid - to_pay if not offer.pays_power else paid
@@ -89,6 +89,11 @@ class Economics:
             usd_people=usd_people,
             usd_storage=usd_storage,
         )
+
+    def num_paid(self, c: Candidate) -> int:
+        """Return the GPUs that are held for a candidate: its own and those of spare nodes."""
+        spare_nodes = self.reliability(c.site, c.num_gpus).spare_nodes
+        return c.num_gpus + spare_nodes * min(c.num_gpus, self._plan.sites[c.site].node.num_gpus)
 
     def power_w(self, site: Site, num_gpus: int, busy: float) -> float:
         """Return the watts of a cluster, cooling included, whose GPUs run kernels for a share ``busy`` of the time."""

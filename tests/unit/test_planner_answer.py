@@ -295,20 +295,22 @@ def test_a_flip_by_a_bound_comes_before_one_that_is_certain(content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owned", "begins"),
+    ("owned", "spare_nodes", "begins"),
     [
-        (8, "Take 1 x dgx-h100 (8 GPUs), which you own, and run "),
-        (4, "Take the 4 GPUs that you own and rent the rest of 1 x dgx-h100 (8 GPUs) from "),
-        (0, "Rent 1 x dgx-h100 (8 GPUs) from "),
+        (8, 0, "Take 1 x dgx-h100 (8 GPUs), which you own, and run "),
+        (8, 1, "Take 1 x dgx-h100 (8 GPUs), which you own, rent 8 spare GPUs from "),
+        (16, 1, "Take 1 x dgx-h100 (8 GPUs), which you own, and run "),
+        (4, 0, "Take the 4 GPUs that you own and rent the rest of 1 x dgx-h100 (8 GPUs) from "),
+        (0, 0, "Rent 1 x dgx-h100 (8 GPUs) from "),
     ],
 )
-def test_what_is_owned_is_not_rented(owned: int, begins: str) -> None:
+def test_what_is_owned_is_not_rented(owned: int, spare_nodes: int, begins: str) -> None:
     text = TWO_SITES.replace("nodes: [dgx-h100, dgx-a100-80gb], num_gpus: [8, 64]", "nodes: dgx-h100, num_gpus: 8")
     more = (f"candidates.owned={{dgx-h100: {owned}}}",) if owned else ()
-    plan = plan_of(text, "goal={cheapest: true}", "failures.spare_nodes=0", *more)
+    plan = plan_of(text, "goal={cheapest: true}", f"failures.spare_nodes={spare_nodes}", *more)
     runner = Pretended(plan)
     best = answer(search(plan, runner), runner)["recommended"]
     assert best["words"].startswith(begins)
     assert best["money"]["owned_gpus"] == owned
-    paid = best["money"]["usd_per_gpu_hour"] * (8 - owned) * best["time_s"] / 3600
+    paid = best["money"]["usd_per_gpu_hour"] * (8 * (1 + spare_nodes) - owned) * best["time_s"] / 3600
     assert best["money"]["gpus"] == pytest.approx(paid)
