@@ -128,8 +128,8 @@ class Pointwise:
 
     ``kind`` names the family whose measured bandwidth applies: ``elementwise``, ``norm``,
     ``softmax``, ``reduce``, ``gather`` (embedding), ``scatter``, ``copy``, ``transpose`` (written in another order than
-    it is read), ``columns`` (read down its columns), ``optimizer``. ``random``: it draws a random number for each
-    element.
+    it is read), ``columns`` (goes down columns, by reads or writes that do not coalesce), ``optimizer``. ``random``: it
+    draws a random number for each element.
     """
 
     kind: str

@@ -91,17 +91,13 @@ def eager_attention(
         low_probabilities = _masked_softmax(tape, f"{module}.softmax", scores, "probabilities", bias, module=module)
     else:
         low_probabilities = _eager_softmax(tape, module, scores, q.dtype, names=names, bias=bias)
-    dropped = dropout(
-        tape, f"{module}.dropout", low_probabilities, p, out="dropped", module=module, region=REGION
-    )  # fmt: skip
+    dropped = dropout(tape, f"{module}.dropout", low_probabilities, p, out="dropped", module=module, region=REGION)
     v = for_bmm(tape, module, "value", v)
     context = matmul_values(tape, f"{module}.{REGION}", dropped, v, f"{out}.heads", module=module)
     return contiguous(tape, f"{module}.contiguous", context, out, module=module)
 
 
-def _eager_softmax(
-    tape: Tape, module: str, scores: Value, dtype_after: DType, *, names: Names, bias: Tensor
-) -> Value:  # fmt: skip
+def _eager_softmax(tape: Tape, module: str, scores: Value, dtype_after: DType, *, names: Names, bias: Tensor) -> Value:
     """Scale, mask, softmax and what casts it takes, one by one; the result is of ``dtype_after``."""
     scaled = scores
     if names.scale != "fused":

@@ -18,7 +18,8 @@ choose (``shared``).
   there are :data:`COLUMNS_PER_SM` columns an SM, Inductor does not split the reduction, and so writes one kernel for
   both, which goes down the columns twice: reads that do not coalesce (``kind`` columns). Of fewer columns it splits the
   reduction, and a gradient's two casts become one kernel, that of its rows' largest values, whose writes in the other
-  order do not coalesce.
+  order do not coalesce: a reduction is not tiled in both dimensions, as casts by a known scale are (``kind``
+  transpose). It is taken to be as slow as reads that do not coalesce, which were measured.
 * ``gathered_low``: FSDP gathers weights in FP8 (``enable_fsdp_float8_all_gather``): no cast where they are used.
 
 Sources: torchao/float8/{float8_linear,float8_scaling_utils,float8_tensor_parallel,float8_ops,fsdp_utils}.py.
