@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sim.pipeline import Simulation
     from sim.report.layout import Screen
     from sim.report.report import Report
+    from sim.validation.predict import Validation
 
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3
@@ -313,20 +314,13 @@ def validate(
     with _progress("predicting", quiet) as step:
         answered = validate(chosen, jobs, step)
     if results is not None:
-        from sim.report.plots import results_png
-        from sim.report.save import write_whole
-        from sim.validation.results import points, results_markdown
-
         words = [
             *map(str, files),
             *(["--filter", filter_] if filter_ else []),
             *(["--limit", str(limit)] if limit else []),
             *(["--calibration", str(calibration)] if calibration else []),
         ]
-        picture = results.with_name(f"{results.stem.lower()}_time.png")
-        write_whole(picture, results_png(points(answered)), "--results")
-        command = f"sim validate {' '.join(words)} --results {results}"
-        write_whole(results, results_markdown(answered, command, picture.name).encode(), "--results")
+        _write_results(answered, f"sim validate {' '.join(words)} --results {results}", results)
     if plot is not None:
         from sim.validation.parts import write_plots
 
@@ -342,6 +336,17 @@ def validate(
     if defects := sum(row.failure.defect for row in answered.failed):
         typer.echo(f"{defects} runs failed by a defect of sim; see them above\n{_DEFECT}", err=True)
         raise typer.Exit(EXIT_DEFECT)
+
+
+def _write_results(answered: Validation, command: str, file: Path) -> None:
+    """Write what came out as Markdown, with its picture beside it."""
+    from sim.report.plots import results_png
+    from sim.report.save import write_whole
+    from sim.validation.results import points, results_markdown
+
+    picture = file.with_name(f"{file.stem.lower()}_time.png")
+    write_whole(picture, results_png(points(answered)), "--results")
+    write_whole(file, results_markdown(answered, command, picture.name).encode(), "--results")
 
 
 @app.command()

@@ -68,8 +68,8 @@ class _Reader:
         self.findings = findings
         self.problems: list[Problem] = []
         self.assumptions: list[str] = []
-        self.above: list[str] = []
-        """Nodes of which constraints.max_gpus leaves none."""
+        self.above: dict[str, None] = {}
+        """Fewest GPUs of nodes of which constraints.max_gpus leaves none, in words."""
 
     def plan(self) -> Plan:
         top, _ = read_mapping(self.doc.data, fields.TOP, (), self.problems)
@@ -239,6 +239,7 @@ class _Reader:
         quotes = self._quotes(prices)
         owned = self._owned(candidates.get("owned"))
         sites: list[Site] = []
+        named: dict[str, None] = {}
         for place, entry in enumerate(_as_list(candidates["nodes"])):
             at = ("candidates", "nodes", *((str(place),) if isinstance(candidates["nodes"], list) else ()))
             values = self._node_entry(entry, at)
@@ -250,6 +251,7 @@ class _Reader:
                 self.findings.extend(findings)
                 if node is None or gpu is None or findings:
                     continue
+                named[node.name] = None
                 counts = self._counts(
                     node, values.get("num_gpus", candidates.get("num_gpus")), limits.get("max_gpus"), at, net is None
                 )
@@ -263,27 +265,14 @@ class _Reader:
                         owned_gpus=owned.get(node.name, 0),
                     )
                 )  # fmt: skip
-        strangers = set(owned) - {site.node.name for site in sites}
-        if strangers and not self.findings and not self.problems:
-            name = sorted(strangers)[0]
-            self.problems.append(
-                Problem(
-                    ("candidates", "owned", name),
-                    f"candidates.owned names {name}, which is not among candidates.nodes",
-                    f"write it there too: nodes: [{', '.join([*(site.node.name for site in sites), name])}]",
-                )
-            )
+        if not self.findings and not self.problems:
+            self._check_owned(owned, named)
         if self.above and sites:
             self.assumptions.append(f"constraints.max_gpus is below the least of some nodes: {', '.join(self.above)}")
         elif self.above and not self.problems and not self.findings:
-            least = f"the fewest GPUs of the plan are {', '.join(dict.fromkeys(self.above))}"
-            self.problems.append(
-                Problem(
-                    ("constraints", "max_gpus"),
-                    f"constraints.max_gpus is {limits['max_gpus']}, but {least}",
-                    "write more, or fewer num_gpus",
-                )
-            )
+            what = f"constraints.max_gpus is {limits['max_gpus']}, but the fewest GPUs of the plan are "
+            what += ", ".join(self.above)
+            self.problems.append(Problem(("constraints", "max_gpus"), what, "write more, or fewer num_gpus"))
         if len(sites) > MAX_SITES:
             self.problems.append(
                 Problem(("candidates",), f"{len(sites)} kinds of machine", f"write {MAX_SITES} or fewer")
@@ -322,8 +311,20 @@ class _Reader:
             )
         kept = tuple(sorted(n for n in usable if most is None or n <= most))
         if usable and not kept:
-            self.above.append(f"{min(usable)} of {node.name}")
+            self.above[f"{min(usable)} of {node.name}"] = None
         return kept
+
+    def _check_owned(self, owned: Mapping[str, int], named: Mapping[str, None]) -> None:
+        """What is owned has to be among the nodes that the plan names."""
+        name = next((name for name in sorted(owned) if name not in named), None)
+        if name is not None:
+            self.problems.append(
+                Problem(
+                    ("candidates", "owned", name),
+                    f"candidates.owned names {name}, which is not among candidates.nodes",
+                    f"write it there too: nodes: [{', '.join([*named, name])}]",
+                )
+            )
 
     def _owned(self, given: object) -> dict[str, int]:
         if given is None:

@@ -123,12 +123,14 @@ def test_an_empty_plan_names_its_own_schema() -> None:
 
 
 def test_nodes_above_the_most_gpus_are_left_out_with_a_word() -> None:
-    plan = plan_of(
+    text = (
         TINY + "candidates: {nodes: [dgx-h100, {node: pcie-8x-4090, num_gpus: 16}], num_gpus: 8}\n"
         "constraints: {max_gpus: 8}\n"
     )
-    assert [site.name for site in plan.sites] == ["dgx-h100"]
-    assert "constraints.max_gpus is below the least of some nodes: 16 of pcie-8x-4090" in plan.assumptions
+    for owned in ((), ("candidates.owned={pcie-8x-4090: 8}",)):  # which the plan names, though it has no place
+        plan = plan_of(text, *owned)
+        assert [site.name for site in plan.sites] == ["dgx-h100"]
+        assert "constraints.max_gpus is below the least of some nodes: 16 of pcie-8x-4090" in plan.assumptions
 
 
 def test_an_axis_that_a_plan_names_is_kept_by_every_framework() -> None:
