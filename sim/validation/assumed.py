@@ -31,6 +31,10 @@ DONE: Mapping[str, tuple[str, Path, object]] = {
     r"compile: CUDA graphs": ("megatron", ("megatron", "cuda_graph_impl"), "local"),
 }
 """Words of what a run did: (framework that knows the key, or any; key; value)."""
+NOT_BESIDE: Mapping[Path, tuple[Path, object]] = {
+    ("megatron", "cuda_graph_impl"): (("training", "recompute"), "full"),
+}
+"""Keys of which nothing is set where another has this value: Megatron captures no block that runs again."""
 
 
 def read_assumed(
@@ -55,6 +59,7 @@ def _changes(scenario: Mapping[str, Any], assumed: Sequence[str]) -> Iterator[tu
                 re.fullmatch(pattern, words)
                 and framework in ("", scenario.get("framework"))
                 and _get(scenario, path) is None
+                and (path not in NOT_BESIDE or _get(scenario, NOT_BESIDE[path][0]) != NOT_BESIDE[path][1])
             ):
                 yield path, value
 

@@ -232,7 +232,7 @@ LAYOUTS = (
     ("framework=megatron", "parallelism={tp: 2, pp: 2}", "megatron.scatter_gather_tensors_in_pipeline=true"),
     ("framework=megatron", "parallelism={tp: 4, sp: true}", "megatron.tp_comm_overlap=true"),
     ("framework=fsdp2", "parallelism={tp: 2, sp: true}", "training.compile=true", "fsdp2.async_tensor_parallel=true"),
-    ("framework=megatron", "parallelism={tp: 2, pp: 2}", "megatron.cuda_graph_impl=local"),
+    ("framework=megatron", "parallelism={tp: 2, pp: 2}", "megatron.cuda_graph_impl=local", "training.recompute=none"),
     (
         "framework=megatron",
         "parallelism={zero: 1, pp: 2}",

@@ -255,7 +255,8 @@ def _of_megatron(draw: random.Random, axes: dict[str, int], scenario: dict[str, 
     if scenario["parallelism"].get("sp") and axes.get("tp", 1) > 1 and draw.random() < 0.25:
         scenario["megatron"]["tp_comm_overlap"] = True
     if draw.random() < 0.25:
-        scope = draw.choice(["full", "full_iteration"])
+        again = scenario["training"].get("recompute") == "full"
+        scope = draw.choice(["full_iteration"] if again else ["full", "full_iteration"])
         scenario["megatron"] |= {"cuda_graph_impl": "local", "cuda_graph_scope": scope}
         if scope == "full_iteration":
             scenario["megatron"]["check_for_nan_in_grad"] = False

@@ -49,6 +49,8 @@ def test_what_the_run_did_is_set(framework: str, words: str, section: str, key: 
 def test_what_the_scenario_says_itself_stands() -> None:
     said = {"framework": "megatron", "megatron": {"tp_comm_overlap": False}}
     assert read_assumed(said, ["overlap: TP overlap"]) == (said, ())
+    again = {"framework": "megatron", "training": {"recompute": "full"}}
+    assert read_assumed(again, ["compile: CUDA graphs"]) == (again, ()), "which Megatron refuses"
     other = {"framework": "fsdp2"}
     assert read_assumed(other, ["overlap: TP overlap"]) == (other, ()), "a key of another framework"
 

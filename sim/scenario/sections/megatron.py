@@ -230,20 +230,44 @@ def _layers_in_16_bit(r: Resolution, values: Mapping[str, Any]) -> None:
 
 
 def _cuda_graphs(r: Resolution, values: Mapping[str, Any]) -> None:
-    """A graph of all passes waits for nothing (megatron/training/arguments.py), and blocks' graphs are launched."""
-    scope = values.get("cuda_graph_scope", "full")
-    if scope == "full_iteration" and values.get("cuda_graph_impl", "none") != "local":
-        what = "megatron.cuda_graph_scope full_iteration is of cuda_graph_impl local"
-        r.problems.append(
-            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.cuda_graph_impl: local, or scope full")
-        )
-    elif scope == "full_iteration" and values.get("check_for_nan_in_grad", True):
-        what = "megatron.check_for_nan_in_grad waits for the GPU, which a graph of the full iteration cannot"
-        r.problems.append(
-            Problem(("megatron", "cuda_graph_scope"), what, "write megatron.check_for_nan_in_grad: false")
-        )
-    elif values.get("cuda_graph_impl", "none") != "none" and r.draft.launch_blocking:
-        what = "CUDA_LAUNCH_BLOCKING does not wait for what a CUDA graph launches"
-        r.problems.append(
-            Problem(("megatron", "cuda_graph_impl"), what, "write training.launch_blocking: false, or no graphs")
-        )
+    """What cannot be captured (megatron/training/arguments.py, megatron/core/transformer/transformer_config.py).
+
+    A graph of all passes waits for nothing; a block's cannot run a block again, nor move its saved tensors.
+    """
+    d, scope = r.draft, values.get("cuda_graph_scope", "full")
+    graphs, whole = values.get("cuda_graph_impl", "none"), scope == "full_iteration"
+    for wrong, key, what, remedy in (
+        (
+            whole and graphs != "local",
+            "cuda_graph_scope",
+            "megatron.cuda_graph_scope full_iteration is of cuda_graph_impl local",
+            "write megatron.cuda_graph_impl: local, or scope full",
+        ),
+        (
+            whole and values.get("check_for_nan_in_grad", True),
+            "cuda_graph_scope",
+            "megatron.check_for_nan_in_grad waits for the GPU, which a graph of the full iteration cannot",
+            "write megatron.check_for_nan_in_grad: false",
+        ),
+        (
+            graphs != "none" and d.knows("launch_blocking") and d.launch_blocking,
+            "cuda_graph_impl",
+            "CUDA_LAUNCH_BLOCKING does not wait for what a CUDA graph launches",
+            "write training.launch_blocking: false, or no graphs",
+        ),
+        (
+            graphs != "none" and not whole and d.knows("recompute") and d.recompute == "full",
+            "cuda_graph_impl",
+            "megatron.cuda_graph_impl does not go with recompute full: Megatron captures no block that runs again",
+            "write training.recompute: selective, or megatron.cuda_graph_scope: full_iteration",
+        ),
+        (
+            graphs != "none" and values.get("cpu_offloading_num_layers"),
+            "cuda_graph_impl",
+            "megatron.cuda_graph_impl does not go with cpu_offloading_num_layers: Megatron does one or the other",
+            "leave one of the two out",
+        ),
+    ):
+        if wrong:
+            r.problems.append(Problem(("megatron", key), what, remedy))
+            return
