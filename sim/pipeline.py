@@ -161,7 +161,8 @@ def _timed(
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
     ledger, lowered = programs(scenario) if written is None else written
     settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
-                            slowest=slowest_in(scenario), calibration=scenario.calibration)  # fmt: skip
+                            slowest=slowest_in(scenario), calibration=scenario.calibration,
+                            cpu_threads=scenario.training.cpu_threads)  # fmt: skip
     try:
         world = _folded(lowered, cluster, slow, fold, fold, scenario, settings)
         cost = _cost(cluster, scenario, settings, world, like)

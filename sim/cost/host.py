@@ -11,9 +11,18 @@ was older (before 3.11 slower by about a quarter, "What's New In Python 3.11"). 
 Megatron-LM's functional tests recorded on DGX A100 (validation/measure/fit_host.py). Leaves out: that a kernel's own
 share differs from its block's mean; other versions of Python and torch under other code than Megatron's.
 
-CPU Adam is bound by host memory: it reads gradient, parameter and
-two moments and writes back parameter and moments, in fp32 (deepspeed/ops/csrc/adam/cpu_adam_impl.cpp, Step_1):
-16 + 12 bytes an element. Ranks of one node share the memory. The 16-bit copy for the GPU is a cast of its own.
+A step on the CPU takes as long as the slower of two:
+
+    T(memory)  = ranks of the node * elements * bytes / (fraction * bandwidth of the host's memory)
+    T(threads) = elements * T(element, one thread) / min(OpenMP threads of a rank, cores / ranks of the node)
+
+CPU Adam reads gradient, parameter and two moments and writes back parameter and moments, in fp32: 16 + 12 bytes an
+element; ``omp parallel for`` divides them evenly among the rank's threads (deepspeed/ops/csrc/includes/cpu_adam.h,
+Step_AVX), as at::parallel_for does those of torch's own kernels. Threads of all ranks beyond the node's cores take
+turns. The 16-bit copy for the GPU is a cast of its own. Times of one thread are measured on tensors that no cache holds
+(validation/measure/measure_cpu_step.py); other processors' go as their single-thread scores, but no core moves more
+bytes than it can keep on their way (``stream`` of processors.yaml). Leaves out: that cores of one chiplet share its
+link, that memory of the other socket is farther, and AVX2 where there is no AVX-512.
 """
 
 from __future__ import annotations
@@ -35,6 +44,7 @@ CPU_ADAM_BYTES = 16 + 12
 """Bytes moved for an element (fp32 gradient, parameter, two moments in; the last three out)."""
 ELEMENT_BYTES = {
     "cpu_adam": CPU_ADAM_BYTES,
+    "cpu_torch_adam": 80,
     "cpu_sgd": 8 + 4,
     "cpu_scale": 4 + 4,
     "cpu_copy": 4 + 4,
@@ -43,8 +53,10 @@ ELEMENT_BYTES = {
 }
 """Work that is bound by host memory -> bytes moved for an element.
 
-torch's own kernels on the CPU: an SGD update, ``mul_`` and a copy of fp32, a cast of fp32 to 16 bit; ``isinf().any()``
-and ``isnan().any()`` of 16 bit (the absolute value in and out, in and a mask out, the mask in; in, out and in again).
+torch's own kernels on the CPU: AdamW one kernel after another (torch/optim/adam.py, _single_tensor_adam: ``mul_`` 8,
+``lerp_`` 12, ``mul_`` 8, ``addcmul_`` 12, ``sqrt`` 8, ``div`` 8, ``add_`` 8, ``addcdiv_`` 16); an SGD update, ``mul_``
+and a copy of fp32, a cast of fp32 to 16 bit; ``isinf().any()`` and ``isnan().any()`` of 16 bit (the absolute value in
+and out, in and a mask out, the mask in; in, out and in again).
 """
 MODULE_KINDS = ("zero3_forward", "zero3_backward")
 """Hooks of DeepSpeed's ZeRO-3 around one torch module, a pass (validation/measure/measure_zero3.py)."""
@@ -55,7 +67,8 @@ class HostCoefficients:
     """Times of the issuing CPU thread of one node and code, in seconds, and CPU Adam's share of the host's memory.
 
     ``launch_s`` is by caller, ``module_s`` what a framework's hooks take around a module, by kind. ``points`` is the
-    processor's single-thread score; ``assumed`` says what of it was not known ("" if nothing).
+    processor's single-thread score; ``assumed`` says what of it was not known ("" if nothing). ``element_s`` is what
+    one thread takes for an element of a step on the CPU, by kind.
     """
 
     launch_s: Mapping[Caller, float]
@@ -64,6 +77,7 @@ class HostCoefficients:
     module_s: Mapping[str, float]
     python_step_s: float
     cpu_adam_fraction: float
+    element_s: Mapping[str, float]
     points: float
     assumed: str
 
@@ -103,6 +117,7 @@ def host_coefficients(cpu: str, code: str, compiled: bool, measured: HostTimes |
         module_s={kind: slower * _duration(facts, kind) for kind in MODULE_KINDS},
         python_step_s=slower * _duration(facts, "python_step"),
         cpu_adam_fraction=float(facts["cpu_adam_fraction"]["value"]),
+        element_s=_element_s(facts, processors, cpu, reference / points),
         points=points,
         assumed=assumed,
     )
@@ -116,10 +131,25 @@ def _against_reference(facts: Mapping[str, Any], measured: HostTimes) -> list[fl
 
 def single_thread_points(cpu: str, processors: Mapping[str, Any]) -> tuple[float, str]:
     """Return the single-thread score of a node's processor, and what was assumed."""
-    for entry in processors["processors"]:
-        if entry["name"] in cpu:
-            return _points(entry, processors), ""
+    entry = _entry(cpu, processors)
+    if entry is not None:
+        return _points(entry, processors), ""
     return _points(processors["otherwise"], processors), f"speed of one thread of {cpu or 'the host'} is not known"
+
+
+def _entry(cpu: str, processors: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((entry for entry in processors["processors"] if entry["name"] in cpu), None)
+
+
+def _element_s(facts: Mapping[str, Any], processors: Mapping[str, Any], cpu: str, slower: float) -> dict[str, float]:
+    """Return what one thread of ``cpu`` takes for an element, by kind; ``slower`` than the one that was measured."""
+    entry = _entry(cpu, processors) or processors["otherwise"]
+    stream = processors["stream"].get(entry.get("cores"))
+    least = 0.0 if stream is None else 1 / units.parse_rate(stream["value"])
+    return {
+        kind: max(slower * _duration(facts, f"{kind}_element"), num_bytes * least)
+        for kind, num_bytes in ELEMENT_BYTES.items()
+    }
 
 
 def _points(entry: Mapping[str, Any], processors: Mapping[str, Any]) -> float:
@@ -133,18 +163,22 @@ def _duration(facts: Mapping[str, Any], name: str) -> float:
     return units.parse_duration(facts[name]["value"])
 
 
-def cpu_adam_s(
+def cpu_step_s(
+    kind: str,
     num_elements: int,
     num_ranks: int,
+    num_cores: int,
+    num_threads: int,
     host_bytes_per_s: float,
     coefficients: HostCoefficients,
-    element_bytes: int = CPU_ADAM_BYTES,
 ) -> float:
-    """Return the time, in seconds, of ``num_ranks`` ranks of one node that update ``num_elements`` each, together.
+    """Return the time, in seconds, of ``num_ranks`` ranks of one node that step ``num_elements`` each, together.
 
-    Other work that is bound by host memory takes the same share of its bandwidth, and its own ``element_bytes``.
+    ``num_threads`` are each rank's; 0: as many as the node has cores, which the ranks then share.
     """
-    return num_ranks * num_elements * element_bytes / (coefficients.cpu_adam_fraction * host_bytes_per_s)
+    memory_s = num_ranks * num_elements * ELEMENT_BYTES[kind] / (coefficients.cpu_adam_fraction * host_bytes_per_s)
+    threads = min(num_threads or num_cores, num_cores / num_ranks)
+    return max(memory_s, num_elements * coefficients.element_s[kind] / threads)
 
 
 def driver_s(kind: str, count: int) -> float:

@@ -37,6 +37,7 @@ class CostSettings:
     ``slow``        rank -> factor on its kernels' times
     ``slowest``     whose pace all ranks have: the slowest's of so many GPUs that wait for each other
     ``calibration`` what was measured on the user's own machine
+    ``cpu_threads`` OpenMP threads of each rank; 0: all cores of the node, which its ranks share
     """
 
     placement: tuple[int, ...] = ()
@@ -46,6 +47,7 @@ class CostSettings:
     slow: Mapping[int, float] = field(default_factory=dict)
     slowest: Slowest = ALONE
     calibration: Calibration | None = None
+    cpu_threads: int = 0
 
 
 _DEFAULT = CostSettings()
@@ -325,16 +327,18 @@ class CostModel:
         The other ranks of their nodes, of whatever class, are taken to do as much at that time: optimizers step
         together.
         """
-        element_bytes = host.ELEMENT_BYTES.get(work.kind)
         if work.kind == "python":
             return host.python_s(work.num_elements, self._host)
         if work.kind in self._host.module_s:
             return work.num_elements * self._host.module_s[work.kind]
-        if element_bytes is None:
+        if work.kind not in host.ELEMENT_BYTES:
             return host.driver_s(work.kind, work.num_elements)
         self._assume("CPU Adam: half the bandwidth of host memory")
-        bandwidth = self._cluster.spec.node.host_memory_bytes_per_s
-        return host.cpu_adam_s(work.num_elements, self._cluster.gpus_per_node, bandwidth, self._host, element_bytes)
+        node, num_ranks = self._cluster.spec.node, self._cluster.gpus_per_node
+        return host.cpu_step_s(
+            work.kind, work.num_elements, num_ranks, node.num_cpu_cores, self._settings.cpu_threads,
+            node.host_memory_bytes_per_s, self._host,
+        )  # fmt: skip
 
     # --- transfers -----------------------------------------------------------------------------
 

@@ -91,6 +91,8 @@ def _fsdp(said: Imported, given: Mapping[str, Any]) -> None:
 
 def _deepspeed(said: Imported, given: Mapping[str, Any]) -> None:
     said.say("framework", "deepspeed", "distributed_type DEEPSPEED")
+    # _validate_launch_command of accelerate/commands/launch.py
+    said.say("training.cpu_threads", 1, "accelerate launch sets OMP_NUM_THREADS=1")
     if path := given.get("deepspeed_config_file"):
         said.say("deepspeed", str(path), "deepspeed_config_file")
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 from sim.catalog import load as catalog
 from sim.interop.imported import Imported
-from sim.interop.shell import words_of
+from sim.interop.shell import read_script
 from sim.interop.values import Problem, show
 
 _Values = Mapping[str, list[str]]
@@ -102,7 +102,7 @@ def read_megatron_args(
     ``folder`` is the script's own: files that it reads in are looked for there.
     """
     said = Imported()
-    words = words_of(script, environment, lambda name: _sourced(folder, name))
+    words, variables = read_script(script, environment, lambda name: _sourced(folder, name))
     given = {name.replace("_", "-"): values for name, values in options_of(words).items()}
     if "num-layers" not in given and "encoder-num-layers" not in given:
         said.problems.append(
@@ -137,6 +137,7 @@ def read_megatron_args(
 
     if flag("deepspeed"):
         _deepspeed(said, word)
+        _cpu_threads(said, words, variables, given)
     else:
         said.say("framework", "megatron", "Megatron-LM's arguments")
     for path, names in _WHOLE.items():
@@ -157,6 +158,22 @@ def read_megatron_args(
         if name not in read and not _SILENT.match(name):
             said.unread.append(f"--{name}")
     return said
+
+
+def _cpu_threads(
+    said: Imported, words: list[str], variables: Mapping[str, str], given: Mapping[str, list[str]]
+) -> None:
+    """OpenMP threads of a rank: ``OMP_NUM_THREADS`` of the script or before the command, else what torchrun sets."""
+    name = "OMP_NUM_THREADS"
+    before = (word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+    text = next(before, variables.get(name, "")).strip("\"' ")
+    torchrun = any(word.rpartition("/")[2] in ("torchrun", "torch.distributed.run") for word in words)
+    if text.isdigit() and int(text):
+        said.say("training.cpu_threads", int(text), name)
+    elif text:
+        said.notes.append(f"{name}={text} is not a number here: write training.cpu_threads")
+    elif torchrun and given.get("nproc-per-node") != ["1"]:
+        said.say("training.cpu_threads", 1, f"torchrun sets {name}=1")
 
 
 def _deepspeed(said: Imported, word: Any) -> None:

@@ -43,6 +43,13 @@ def words_of(
     A text without any command (the arguments alone, from a file) is that whole text. Variables that the script does not
     set are those of ``environment``. ``sourced`` returns the text of a file that the script reads in, if there is one.
     """
+    return read_script(script, environment, sourced)[0]
+
+
+def read_script(
+    script: str, environment: Mapping[str, str] | None = None, sourced: Callable[[str], str | None] = lambda name: None
+) -> tuple[list[str], dict[str, str]]:
+    """Return the words of :func:`words_of`, and the variables that the script has set at its end."""
     outside = dict(environment or {})
     variables = _slurm(script)
     best: list[str] = []
@@ -63,7 +70,7 @@ def words_of(
         if _options(words) > _options(best):
             best = words
     collected = [word for value in variables.values() for word in _split(value)]
-    return best if _options(best) >= _options(collected) else [*best, *collected]
+    return (best if _options(best) >= _options(collected) else [*best, *collected]), variables
 
 
 _SBATCH = re.compile(r"^#SBATCH\s+(--?[\w-]+)(?:[= ]\s*)(\S+)", re.MULTILINE)

@@ -119,10 +119,10 @@ class Copy:
 class HostCompute:
     """Work of the CPU that the host thread waits for: DeepSpeed's CPU Adam, for one.
 
-    ``kind`` is ``cpu_adam`` (``num_elements`` updated), other work on that many elements that is bound by host memory
-    (``cpu_sgd``, ``cpu_scale``, ``cpu_copy``, ``cpu_cast``, ``cpu_overflow``), ``python`` (interpreter steps), a
-    framework's hooks around that many modules (``zero3_forward``, ``zero3_backward``), or what the driver does for the
-    allocator: calls (``cuda_malloc``, ``cuda_free``), pages of 2 MiB (``cuda_malloc_page``,
+    ``kind`` is ``cpu_adam`` (``num_elements`` updated), other work of a step's threads on that many elements
+    (``cpu_torch_adam``, ``cpu_sgd``, ``cpu_scale``, ``cpu_copy``, ``cpu_cast``, ``cpu_overflow``), ``python``
+    (interpreter steps), a framework's hooks around that many modules (``zero3_forward``, ``zero3_backward``), or what
+    the driver does for the allocator: calls (``cuda_malloc``, ``cuda_free``), pages of 2 MiB (``cuda_malloc_page``,
     ``cuda_free_page``), handles of expandable segments (``map_handle``, ``unmap_handle``).
     """
 

@@ -97,6 +97,7 @@ class Draft(_Partial):
     softmax: str | None
     metrics: int
     launch_blocking: bool
+    cpu_threads: int
     sample_length: int
     recompute_interval: int
     code: str

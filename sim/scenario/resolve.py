@@ -226,6 +226,7 @@ def _scenario(
             softmax=cast("Any", d.softmax),
             metrics=d.metrics,
             launch_blocking=d.launch_blocking,
+            cpu_threads=d.cpu_threads,
             sample_length=d.sample_length,
             recompute_interval=d.recompute_interval,
             checkpoint=cast("Any", d.checkpoint),

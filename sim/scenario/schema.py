@@ -148,6 +148,8 @@ class Training(_Frozen):
     compile: bool = False
     launch_blocking: bool = False
     """``CUDA_LAUNCH_BLOCKING=1``: the host waits for each kernel."""
+    cpu_threads: int = Field(default=0, ge=0)
+    """OpenMP threads of each rank (``OMP_NUM_THREADS``); 0: all cores of the node, which its ranks share."""
     code: ModelCode
     """Whose modules run: plain torch (fused norms), Hugging Face's eager code, or Megatron's fused kernels."""
     loss: (

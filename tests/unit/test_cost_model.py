@@ -36,7 +36,7 @@ V100 = dataclasses.replace(
 
 
 def model(gpu: GpuFacts = H100, **settings: Any) -> CostModel:
-    node = SimpleNamespace(host_memory_bytes_per_s=400e9, cpu="2x Intel Xeon Platinum 8480C")
+    node = SimpleNamespace(host_memory_bytes_per_s=400e9, num_cpu_cores=112, cpu="2x Intel Xeon Platinum 8480C")
     cluster: Any = SimpleNamespace(gpus_per_node=8, spec=SimpleNamespace(node=node), links=())
     return CostModel(cluster, gpu, CostSettings(**settings))
 
@@ -251,6 +251,10 @@ def test_cpu_adam_shares_the_memory_of_the_node() -> None:
     work = HostCompute("adam", "cpu_adam", 10**9)
     assert model().host_s(work, tuple(range(16))) == pytest.approx(8 * 28e9 / 200e9)
     assert model().host_s(work, (0,)) == model().host_s(work, (0, 8)) == model().host_s(work, tuple(range(16)))
+    one = 10**9 * 28 / 19.9e9  # a core of Sapphire Rapids moves 19.9 GB/s
+    assert model(cpu_threads=1).host_s(work, (0,)) == pytest.approx(one)
+    for threads in (4, 64):
+        assert model(cpu_threads=threads).host_s(work, (0,)) == model().host_s(work, (0,))
     slower = 917 * 3.8 / (770 * 3.8)  # Zen 5, on which it was measured, over Sapphire Rapids, at the same clock
     assert model().host_s(HostCompute("loop", "python", 1000), (0,)) == pytest.approx(50e-6 * slower)
 

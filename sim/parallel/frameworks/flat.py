@@ -368,6 +368,17 @@ def host_update(optimizer: str, num_elements: int) -> HostCompute:
     return HostCompute(f"{kind} step", kind, num_elements)
 
 
+def host_torch_update(optimizer: str, implementation: str, num_elements: int) -> HostCompute:
+    """Return the step of torch's own optimizer on the CPU, where foreach is a loop over tensors, unless it is fused.
+
+    foreach is for parameters on accelerators only (``_default_to_fused_or_foreach``, torch/optim/optimizer.py); the
+    fused AdamW of the CPU is one pass (aten/src/ATen/native/cpu/FusedAdamKernel.cpp), as DeepSpeed's is.
+    """
+    if optimizer.startswith("sgd"):
+        return HostCompute(optimizer, "cpu_sgd", num_elements)
+    return HostCompute(optimizer, "cpu_adam" if implementation == "fused" else "cpu_torch_adam", num_elements)
+
+
 def host_cast(num_elements: int, dtype: DType) -> HostCompute:
     """Return the copy of fp32 numbers into the model's dtype, on the CPU."""
     return HostCompute("update parameters", "cpu_copy" if dtype == "fp32" else "cpu_cast", num_elements)

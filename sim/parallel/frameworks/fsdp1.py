@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sim.ir.ledger import DTYPE_BYTES, DType, Layer
-from sim.ir.program import COMPUTE, Alloc, Chunk, Copy, Free, HostCompute, HostWait, Instruction, Mark, Storage, UseOn
+from sim.ir.program import COMPUTE, Alloc, Chunk, Copy, Free, HostWait, Instruction, Mark, Storage, UseOn
 from sim.parallel.frameworks.exit import exit_module
 from sim.parallel.frameworks.flat import (
     Communicator,
@@ -29,6 +29,7 @@ from sim.parallel.frameworks.flat import (
     copy,
     flat_storage,
     host_sync,
+    host_torch_update,
     in_place,
     padded,
     pointwise,
@@ -496,7 +497,7 @@ class Fsdp1:
             if first_step:
                 states = torch_states(plan.optimizer, params, self.orig_dtype)
                 out.extend(Alloc(Storage(s.name, s.num_bytes, s.category, place="host")) for s in states)
-            out.append(HostCompute(plan.optimizer, "cpu_adam", total))
+            out.append(host_torch_update(plan.optimizer, settings.optimizer_implementation, total))
             return tuple(out)
         if first_step:
             out.extend(Alloc(storage) for storage in torch_states(plan.optimizer, params, self.orig_dtype))

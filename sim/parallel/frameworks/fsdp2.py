@@ -30,6 +30,7 @@ from sim.parallel.frameworks.flat import (
     copy,
     flat_storage,
     host_sync,
+    host_torch_update,
     in_place,
     padded,
     pointwise,
@@ -690,7 +691,7 @@ class Fsdp2:
             if first_step:
                 states = torch_states(plan.optimizer, params, dtype)
                 out.extend(Alloc(Storage(s.name, s.num_bytes, s.category, place="host")) for s in states)
-            out.append(HostCompute(plan.optimizer, "cpu_adam", total))
+            out.append(host_torch_update(plan.optimizer, self.settings.optimizer_implementation, total))
         else:
             if first_step:
                 out.extend(Alloc(storage) for storage in torch_states(plan.optimizer, params, dtype))

@@ -45,6 +45,7 @@ def read_training(r: Resolution, given: object, framework: str | None) -> None:
     d.softmax = values.get("softmax")
     d.metrics = values.get("metrics", 0)
     d.launch_blocking = values.get("launch_blocking", False)
+    _cpu_threads(r, values.get("cpu_threads"), framework)
     d.sample_length = values.get("sample_length", 0)
     d.recompute_interval = values.get("recompute_interval", 1)
     if d.recompute_interval > 1 and d.knows("recompute") and d.recompute == "none":
@@ -69,6 +70,33 @@ def _conflict(r: Resolution, key: str, ours: object, theirs: str, value: object)
             f"write the same in both, or leave training.{key} out",
         )
     )
+
+
+def _cpu_threads(r: Resolution, given: int | None, framework: str | None) -> None:
+    """OpenMP threads of a rank, as its launcher sets them.
+
+    torchrun writes ``OMP_NUM_THREADS=1`` where there is more than one process a node (torch/distributed/run.py,
+    ``config_from_args``); the ``deepspeed`` launcher leaves it out, and OpenMP takes all cores. With
+    ``--bind_cores_to_rank`` each rank has its part of them, which is what threads that take turns come to.
+    """
+    d = r.draft
+    if given is not None:
+        d.cpu_threads = given
+        if d.knows("node") and given > d.node.num_cpu_cores:
+            r.warnings.append(
+                f"cpu_threads {given}: {d.node.name} has {d.node.num_cpu_cores} cores, which the ranks of a node share"
+            )
+        if framework in ("ddp", "megatron"):
+            r.warnings.append(f"cpu_threads {given} changes nothing: {framework}'s step is on the GPUs")
+    elif framework == "deepspeed":
+        d.cpu_threads = 0
+        r.sources["training.cpu_threads"] = "all cores: the deepspeed launcher leaves OMP_NUM_THREADS as it is"
+    elif d.knows("num_gpus") and d.num_gpus == d.num_nodes:
+        d.cpu_threads = 0
+        r.sources["training.cpu_threads"] = "all cores: torchrun leaves OMP_NUM_THREADS to one process a node"
+    else:
+        d.cpu_threads = 1
+        r.sources["training.cpu_threads"] = "torchrun sets OMP_NUM_THREADS=1 for several processes a node"
 
 
 def _batch(r: Resolution, values: Mapping[str, Any], wrong: set[str]) -> None:  # noqa: PLR0911, PLR0912 - three numbers, two places
