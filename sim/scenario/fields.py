@@ -306,7 +306,7 @@ FSDP1: dict[str, Key] = {
 MEGATRON: dict[str, Key] = {
     "use_distributed_optimizer": boolean("Optimizer states sharded over dp, as parallelism.zero: 1."),
     "overlap_grad_reduce": boolean("Whether gradients are reduced beside backward; from Hopper on so with `zero: 1`."),
-    "overlap_param_gather": boolean("Whether parameters are gathered beside the next forward."),
+    "overlap_param_gather": boolean("Whether parameters are gathered beside the next forward; likewise."),
     "accumulate_allreduce_grads_in_fp32": boolean("Whether gradients accumulate in fp32; so for bf16 if left out."),
     "gradient_accumulation_fusion": boolean("Whether matmuls add weight gradients to the buffer themselves."),
     "apply_rope_fusion": boolean("Whether rotary embedding is one kernel, or op by op."),
