@@ -172,7 +172,7 @@ def _cpu_threads(
         said.say("training.cpu_threads", int(text), name)
     elif text:
         said.notes.append(f"{name}={text} is not a number here: write training.cpu_threads")
-    elif torchrun and given.get("nproc-per-node") != ["1"]:
+    elif torchrun and given.get("nproc-per-node", ["1"])[:1] != ["1"]:
         said.say("training.cpu_threads", 1, f"torchrun sets {name}=1")
 
 

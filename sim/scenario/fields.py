@@ -236,7 +236,7 @@ TRAINING: dict[str, Key] = {
     "compile": boolean("Whether torch.compile fuses the model."),
     "launch_blocking": boolean("CUDA_LAUNCH_BLOCKING=1: the host waits for each kernel."),
     "cpu_threads": integer(0, 4096, 8, "OMP_NUM_THREADS of each rank, for steps on the host; 0: all cores, which the "
-                           "ranks of a node share; left out: as the launcher sets it."),
+                           "ranks of a node share."),
     "sample_length": integer(0, 2**27, 200, "Mean tokens of samples packed into a sequence, each by itself; 0: none."),
     "code": choice(("torch", "huggingface", "megatron"), "model code", "Whose modules run."),
 }  # fmt: skip

@@ -49,6 +49,7 @@ DERIVED = {
     "training.global_batch_size": "one microbatch a rank",
     "training.precision": "the best of the GPU", "training.optimizer": "adamw",
     "training.gradient_clipping": "the framework's", "training.code": "huggingface for Llama-like models, else torch",
+    "training.cpu_threads": "as the launcher sets it: `0` under `deepspeed`, else `1`",
     "training.loss": "that of the code", "allocator.memory_fraction": "not set",
     "allocator.cublas_workspace": "that of the GPU",
     "allocator.max_split_size": "no limit",

@@ -253,6 +253,30 @@ def test_a_script_of_megatron_deepspeed_is_deepspeeds():
 
 
 @pytest.mark.parametrize(
+    ("script", "threads"),
+    [
+        ("export OMP_NUM_THREADS=8\ntorchrun --nproc_per_node 8 {}", 8),
+        ("T=4\nOMP_NUM_THREADS=$T torchrun --nproc_per_node 8 {}", 4),
+        ("torchrun --nproc_per_node 8 {}", 1),
+        ("python -m torch.distributed.run --nproc-per-node 8 {}", 1),
+        ("torchrun --nproc_per_node 1 {}", None),
+        ("deepspeed {}", None),
+    ],
+)
+def test_threads_are_those_of_the_script_or_of_its_launcher(script, threads):
+    """torchrun sets OMP_NUM_THREADS=1 where there are several processes a node; the deepspeed launcher sets nothing."""
+    text = script.format("pretrain_gpt.py --num-layers 4 --deepspeed --zero-stage 2 --bf16\n")
+    assert values(read_megatron_args(text)).get("training.cpu_threads") == threads
+
+
+def test_threads_that_only_the_machine_knows_are_said():
+    text = "OMP_NUM_THREADS=$(nproc) torchrun pretrain_gpt.py --num-layers 4 --deepspeed --zero-stage 2 --bf16\n"
+    said = read_megatron_args(text)
+    assert "training.cpu_threads" not in values(said)
+    assert any("OMP_NUM_THREADS" in note for note in said.notes)
+
+
+@pytest.mark.parametrize(
     "launcher", ["torchrun pretrain_gpt.py", "deepspeed pretrain_gpt.py --deepspeed --zero-stage 1"]
 )
 def test_sums_of_input_gradients_that_are_waited_for_are_said_so(launcher, tmp_path):
