@@ -20,8 +20,9 @@ VERSION = 1
 MAX_FILE_BYTES = 4_000_000
 MAX_VALUES = 100_000
 _DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
-FAMILIES = ("elementwise", "norm", "softmax", "reduce", "gather", "copy", "optimizer")
-"""Families of kernels bound by memory that are measured; a scatter depends on which rows meet, and is not."""
+FAMILIES = ("elementwise", "norm", "softmax", "reduce", "amax", "gather", "copy", "optimizer")
+"""Families of kernels bound by memory that are measured; not scatters, which depend on which rows meet, nor transposes
+and columns, which no kernel of eager torch stands for."""
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", "send")
 
 

@@ -11,7 +11,7 @@ import yaml
 from sim.calibrating import MOST_OF_A_FAMILY, calibrate, chosen, curves_of, kernel_times, program_path
 from sim.errors import ScenarioError
 from sim.pipeline import simulate
-from sim.scenario.calibration import read_calibration
+from sim.scenario.calibration import FAMILIES, read_calibration
 from sim.scenario.load import load_scenario_text
 
 TEXT = (
@@ -160,6 +160,20 @@ def test_the_program_that_measures_knows_nothing_of_sim():
     text = program_path().read_text(encoding="utf-8")
     assert not [line for line in text.splitlines() if line.strip().startswith(("import sim", "from sim"))]
     assert Path(program_path()).name == "measure_gpu.py"
+
+
+def test_every_family_has_a_kernel_that_stands_for_it():
+    text = program_path().read_text(encoding="utf-8")
+    memory = text[text.index("def memory(") : text.index("no kernel stands for")]
+    assert [family for family in FAMILIES if f'"{family}"' not in memory] == []
+    assert "amax" in FAMILIES, "Transformer Engine's current scaling spends its time there"
+
+
+def test_looking_for_largest_values_is_measured_where_a_step_does():
+    """Transformer Engine's per-tensor scaling reads every 16-bit operand once for its largest value."""
+    low = TEXT.replace("fsdp2", "megatron").replace("size: 1", "size: 1, precision: fp8")
+    found = chosen(simulate(load_scenario_text(low + "megatron: {fp8_recipe: tensorwise}\n", "x.yaml")))[0]
+    assert "amax" in {row["family"] for row in found["memory"]}
 
 
 @pytest.mark.real
