@@ -160,7 +160,13 @@ def _timed(
         cluster = degrade(build_cluster(scenario.cluster), faults.links)
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
     ledger, lowered = programs(scenario) if written is None else written
+    exchange_sms = 0
+    if scenario.framework == "megatron" and scenario.megatron.tp_comm_overlap:
+        from sim.parallel.overlap_tp import MARGIN
+
+        exchange_sms = MARGIN
     settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
+                            exchange_sms=exchange_sms,
                             slowest=slowest_in(scenario), calibration=scenario.calibration,
                             cpu_threads=scenario.training.cpu_threads)  # fmt: skip
     try:

@@ -22,6 +22,14 @@ reads its tile of C when the main loop is over and writes it; other SMs' main lo
 
     more = exposed * (bytes of C read and written - 2 m n) / achieved bandwidth
 
+Hopper's kernels are persistent: as many blocks as SMs, each of which works through tiles that are its own from the
+start. Where others hold SMs, as many blocks wait until one is free, and then have all of their tiles before them: the
+main loops take up to two turns, of which most SMs are idle in the second (pytorch/pytorch #143988: FSDP's matmuls on
+H100 take 2x as long beside NCCL, which holds 10 % of the SMs; #147966). What the power limit takes goes with FLOPs and
+is taken once. Before Hopper each tile is a block, which the GPU sends to whatever SM is free; from Blackwell on blocks
+ask for their next tile (cluster launch control: CUTLASS, ``media/docs/cpp/blackwell_cluster_launch_control.md``, which
+draws the difference): there whole waves of the SMs that are left.
+
 Which operand is transposed (forward TN, gradient of the input NN, of the weight NT) makes no difference to 16-bit
 tensor cores, which take both orders from shared memory: 0.718 and 0.716 of the peak on A100, 0.496 and 0.491 on B200
 for TN and NN; NT is 0.509 where it writes 16 bits (MooreThreads/SimuMax @4dcaae5, configs/system). Volta, which cannot
@@ -44,6 +52,8 @@ from sim.cost.roofline import Machine, bound_s
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
 """Thread-block tiles that cuBLAS and CUTLASS ship for tensor cores (CUTLASS, ``media/docs/efficient_gemm.md``)."""
 SPLITS = (1, 2, 4, 8, 16)
+PERSISTENT = ((9, 0),)
+"""Compute capabilities whose matmuls have blocks that stay to the end, with tiles given out beforehand."""
 DEPTH_STEP = 64
 """Elements of k that a tile loads at a time (cutlass default of 128 bytes of 16-bit elements)."""
 
@@ -116,12 +126,48 @@ def gemm_s(
     coefficients: GemmCoefficients,
     factor: float = 1.0,
     sustained: bool = False,
+    left_sms: int = 0,
 ) -> float:
-    """Return the time of ``batch`` products C[m, n] = A[m, k] B[k, n], in seconds, on an idle GPU.
+    """Return the time of ``batch`` products C[m, n] = A[m, k] B[k, n], in seconds.
 
     ``factor`` is what alignment leaves of the rate; ``sustained`` means that such kernels follow each other, so that
-    the clock has already fallen when this one starts.
+    the clock has already fallen when this one starts. ``left_sms``: so many SMs are free for a kernel whose blocks
+    stay to the end; 0: all of them.
     """
+    return _time_and_blocks(m, n, k, batch, machine, coefficients, factor, sustained, left_sms)[0]
+
+
+def blocks_of(m: int, n: int, k: int, batch: int, machine: Machine, coefficients: GemmCoefficients) -> int:
+    """Return how many blocks a kernel has whose blocks stay to the end: one an SM, or a tile if these are fewer."""
+    return _time_and_blocks(m, n, k, batch, machine, coefficients, 1.0, True, 0)[1]
+
+
+def _turns(tiles: int, blocks: int, left_sms: int) -> int:
+    """Return how many tiles follow each other where only ``left_sms`` of the blocks begin at once.
+
+    Block i works on tiles i, i + blocks, ...: the last ones, which wait, have one less than the first if the tiles do
+    not come out even, and so have those whose SMs they take, where there are enough of them.
+    """
+    less, first = tiles // blocks, -(-tiles // blocks)
+    if first == less:
+        return 2 * first
+    waiting, with_less = blocks - left_sms, blocks - tiles % blocks
+    if with_less >= 2 * waiting:
+        return max(first, 2 * less)
+    return first + less if with_less >= waiting else 2 * first
+
+
+def _time_and_blocks(
+    m: int,
+    n: int,
+    k: int,
+    batch: int,
+    machine: Machine,
+    coefficients: GemmCoefficients,
+    factor: float,
+    sustained: bool,
+    left_sms: int,
+) -> tuple[float, int]:
     c = coefficients
     element = machine.element_bytes
     sms = machine.num_sms
@@ -139,6 +185,8 @@ def gemm_s(
     partial_s = batch * 8 * m * n / (sms * l2_rate)
     p, q = c.overlap_exponent, c.tail_smoothing
     best = float("inf")
+    chosen = (0.0, 0.0, 1.0, 0)
+    blocks = 0
     for tile_m, tile_n in TILES:
         tiles = batch * -(-m // tile_m) * -(-n // tile_n)
         step_s = max(2 * tile_m * tile_n / flop_rate, (tile_m + tile_n) * element / l2_rate)
@@ -151,11 +199,18 @@ def gemm_s(
             longer, shorter = (compute_s, memory) if compute_s > memory else (memory, compute_s)
             if longer < best:
                 together = longer * (1 + (shorter / longer) ** p) ** (1 / p)
-                best = min(best, together)
+                if together < best:
+                    best, blocks = together, min(tiles * split, sms)
+                    chosen = (compute_s, memory, waves, tiles * split)
+    if 0 < left_sms < blocks:
+        compute_s, memory, waves, tiles = chosen
+        compute_s *= _turns(tiles, blocks, left_sms) / waves
+        longer, shorter = (compute_s, memory) if compute_s > memory else (memory, compute_s)
+        best = longer * (1 + (shorter / longer) ** p) ** (1 / p)
     best += c.exposed_result * result_bytes / (c.memory_fraction * machine.memory_bytes_per_s)
     flops = 2 * batch * m * n * k
     share = 1.0 if sustained else best / (best + c.droop_s)
-    return c.floor_s + best + c.droop * share * flops / machine.peak_flops
+    return c.floor_s + best + c.droop * share * flops / machine.peak_flops, blocks
 
 
 def result_s(

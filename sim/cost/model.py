@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sim.catalog.schema import GpuFacts
 from sim.cost import efficiency, host
 from sim.cost.attention import AttentionCoefficients, attention_s
-from sim.cost.gemm import GemmCoefficients, alignment_factor, gemm_s, result_s
+from sim.cost.gemm import PERSISTENT, GemmCoefficients, alignment_factor, blocks_of, gemm_s, result_s
 from sim.cost.memory_bound import memory_bound_s
 from sim.cost.roofline import Beside, Machine, left_of, machine_of, peak_of
 from sim.cost.spread import ALONE, Slowest, Spread, spread_of
@@ -34,6 +34,8 @@ class CostSettings:
     ``code``        whose modules run: torch, huggingface or megatron
     ``sustained``   compute-bound kernels follow each other closely, as in training, so that the clock has settled;
                     False: each kernel starts at the boost clock, as in a short benchmark
+    ``exchange_sms`` SMs that tensor parallelism's exchanges take where Transformer Engine's user buffers make them;
+                    0: NCCL's channels
     ``slow``        rank -> factor on its kernels' times
     ``slowest``     whose pace all ranks have: the slowest's of so many GPUs that wait for each other
     ``calibration`` what was measured on the user's own machine
@@ -44,6 +46,7 @@ class CostSettings:
     compiled: bool = False
     code: str = "torch"
     sustained: bool = True
+    exchange_sms: int = 0
     slow: Mapping[int, float] = field(default_factory=dict)
     slowest: Slowest = ALONE
     calibration: Calibration | None = None
@@ -60,6 +63,9 @@ COPY_MEMORY_BYTES = 2.0
 """A copy engine reads each byte that goes, and writes each that comes."""
 MOST_TAKEN = 0.5
 """Largest share of SMs or bandwidth that collectives are taken to hold: what computes has at least an equal part."""
+FLAG_SMS = 1
+"""A block that waits for flags beside a shift's copies is of a warp or two, for which there is room beside a product's
+block on the same SM: 384 threads of 168 registers leave a thousand of 65,536 (CUTLASS's kernels for sm90)."""
 _TOKENS = ("batch", "seq")
 """Dimensions that count tokens: a product that contracts over them is the gradient of a weight."""
 _FAMILIES = "families of kernels bound by memory"
@@ -114,6 +120,9 @@ class CostModel:
         self._traffic: dict[tuple[object, ...], Traffic] = {}
         self._planned: dict[tuple[object, ...], Traffic] = {}
         self._spans: dict[int, bool] = {}
+        self.persistent = gpu.vendor == "nvidia" and gpu.compute_capability in PERSISTENT
+        """Blocks of matmuls stay on their SMs until the kernel ends."""
+        self._blocks: dict[tuple[int, ...], int] = {}
         self._assumed: dict[str, int] = {}
         self._guessed_families: dict[str, int] = {}
         if self._host.assumed:
@@ -146,6 +155,18 @@ class CostModel:
         memory_share = min(memory_bytes_per_s / self.gpu.memory_bytes_per_s, MOST_TAKEN)
         beside = Beside(min(sms, int(self.gpu.num_sms * MOST_TAKEN)), memory_share)
         return self._price(kernel, beside) * self._settings.slow.get(rank, 1.0)
+
+    def waits_for_sms(self, kernel: Kernel, sms: int) -> bool:
+        """Return whether the blocks of ``kernel`` stay on their SMs until it ends, and are too many beside ``sms``."""
+        if not self.persistent or not isinstance(kernel, Gemm) or sms <= max(kernel.margin, FLAG_SMS):
+            return False
+        num_sms = self.gpu.num_sms
+        shape = (size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch) * kernel.pieces)
+        blocks = self._blocks.get(shape)
+        if blocks is None:
+            coefficients = efficiency.gemm_coefficients(self._source, peak_of(self.gpu, kernel.dtype)[1])[0]
+            blocks = self._blocks[shape] = blocks_of(*shape, self._machine(kernel.dtype), coefficients)
+        return blocks > num_sms - min(sms, int(num_sms * MOST_TAKEN))
 
     def memory_bytes(self, traffic: Traffic) -> float:
         """Return the bytes that a collective moves in the memory of each GPU; of another library's than NCCL's, which
@@ -252,7 +273,11 @@ class CostModel:
         if kernel.margin and (beside is None or beside.sms <= kernel.margin):  # tiles for those that it may use
             machine = left_of(machine, Beside(kernel.margin, 0.0 if beside is None else beside.memory_share))
             beside = None
-        if beside is not None:  # the tiles were chosen for all SMs: those that are left work in whole waves
+        left_sms = 0
+        if beside is not None and self.persistent:
+            left_sms = machine.num_sms - beside.sms if beside.sms > FLAG_SMS else 0
+            machine = left_of(machine, Beside(0, beside.memory_share))
+        elif beside is not None:  # the tiles were chosen for all SMs: those that are left work in whole waves
             machine, coefficients = left_of(machine, beside), replace(coefficients, tail_smoothing=0.0)
         m, n, k, batch = size(kernel.m), size(kernel.n), size(kernel.k), size(kernel.batch)
         over_tokens = any(dim.name in _TOKENS for dim in kernel.k)
@@ -263,7 +288,8 @@ class CostModel:
             factor *= self._source.power
         if kernel.promotes and machine.element_bytes == 1:
             factor /= efficiency.promotion(self.gpu)
-        time_s = gemm_s(m, n, k, batch * kernel.pieces, machine, coefficients, factor, self._settings.sustained)
+        sustained = self._settings.sustained
+        time_s = gemm_s(m, n, k, batch * kernel.pieces, machine, coefficients, factor, sustained, left_sms)
         time_s /= kernel.pieces
         if kernel.accumulates or kernel.result is not None:
             c_bytes = DTYPE_BYTES[kernel.result or "bf16"] * (2 if kernel.accumulates else 1)
@@ -375,6 +401,9 @@ class CostModel:
                 traffic = plan(self._cluster, groups, collective.kind, collective.tensor_bytes)
             if self.calibrated is not None and self._backend.is_nccl:
                 traffic = self.calibrated.collective(traffic, collective.kind, groups, collective.tensor_bytes)
+            exchange_sms = self._settings.exchange_sms
+            if collective.axis == "tp" and 0 < exchange_sms < traffic.sms:
+                traffic = replace(traffic, sms=exchange_sms)
             if assumed := self._backend.assumption(self._cluster, groups):
                 self._assume(assumed)
             self._traffic[key] = traffic

@@ -7,6 +7,12 @@ exactly S runs:
 
     sum over the stretches of time t_i with S_i beside it of  t_i / d(S_i)  =  1
 
+A kernel whose blocks stay on their SMs until it ends (Hopper's matmuls: sim.cost.gemm) goes otherwise. A collective
+that would begin meanwhile finds no SM free and begins when the kernel has ended. Where collectives run when the kernel
+begins, some of its blocks wait until these have ended or the first of its own have: of d alone it takes
+
+    min( d(S),  what S still runs + d )
+
 Kernels of several streams take turns, in the order in which they could begin: the blocks of the next one are dispatched
 when those of the one before all are, and have only the room that it leaves (the leftover policy: Amert et al., "GPU
 scheduling on the NVIDIA TX2: hidden details revealed", RTSS 2017; Gilman and Walls, "Characterizing concurrency
@@ -105,7 +111,8 @@ class _Stream:
 
     ``items``: kernels; a collective; an event to record (a cell that holds its tick, or -1) or to wait for. ``when``
     it goes on: -1 where that is to be looked up; never while its kernel waits for its turn. A kernel that has the GPU:
-    it could begin at ``start``; ``left`` of it is to do since ``since``, and all of it takes ``whole`` now.
+    it could begin at ``start``; ``left`` of it is to do since ``since``, and all of it takes ``whole`` now; ``queued``:
+    blocks of it wait for the SMs of collectives.
     """
 
     items: list[_Item] = field(default_factory=list)
@@ -118,12 +125,14 @@ class _Stream:
     whole: int = 0
     end: int = 0
     when: int = -1
+    queued: bool = False
 
 
 class _Chunk:
     """A chunk as it goes by itself. ``active`` are the collectives that run: (end, SMs, memory).
 
-    ``running`` is the stream whose kernel has the GPU, ``turns`` those whose kernels wait for it, the next one first.
+    ``running`` is the stream whose kernel has the GPU, ``turns`` those whose kernels wait for it, the next one first,
+    ``held`` those whose collectives wait for it.
     """
 
     def __init__(self, duration: Callable[[Kernel], int], traffic_of: TrafficOf, cost: Cost, rank: int) -> None:
@@ -134,10 +143,12 @@ class _Chunk:
         self._ending = _NEVER
         self._running: _Stream | None = None
         self._turns: deque[_Stream] = deque()
+        self._held: list[_Stream] = []
         self._told = False
         self._all: tuple[_Stream, ...] = ()
         self._own: dict[int, _Taken] = {}
         self._slower: dict[tuple[int, int, int], int] = {}
+        self._waiting: dict[tuple[int, int], bool] = {}
         self._found: dict[int, int] = {}
 
     def play(self, chunk: Chunk) -> Mapping[int, int]:
@@ -259,14 +270,38 @@ class _Chunk:
                 return True
             self._kernels(first, min(limit, ending))
         else:
-            length, sms, memory = cast("_Taken", first.items[first.at][1])
-            first.now = soonest + length
-            first.at += 1
-            first.when = -1
-            if sms and length:
-                self._active.append((first.now, sms, memory))
-                self._changed(soonest)
+            self._collective(first, soonest)
         return True
+
+    def _collective(self, stream: _Stream, now: int) -> None:
+        """Begin the stream's collective, or hold it until the kernel that has all SMs has ended."""
+        length, sms, _ = cast("_Taken", stream.items[stream.at][1])
+        running = self._running
+        if running is not None and sms and length and running.end > now and self._waits(running, sms):
+            stream.when = _NEVER
+            self._held.append(stream)
+        else:
+            self._take(stream, now)
+
+    def _take(self, stream: _Stream, now: int) -> None:
+        """Begin the stream's collective."""
+        length, sms, memory = cast("_Taken", stream.items[stream.at][1])
+        stream.now = now + length
+        stream.at += 1
+        stream.when = -1
+        if sms and length:
+            self._active.append((stream.now, sms, memory))
+            self._changed(now)
+
+    def _waits(self, stream: _Stream, sms: int) -> bool:
+        """Return whether the stream's kernel needs more SMs than others leave that hold so many."""
+        run = cast("_Run", stream.items[stream.at][1])
+        kernel = run.kernels[run.at][1]
+        key = (id(kernel), sms)
+        found = self._waiting.get(key)
+        if found is None:
+            found = self._waiting[key] = self._cost.waits_for_sms(kernel, sms)
+        return found
 
     def _ready(self, stream: _Stream) -> int:
         """Return when a stream does its next kernel or collective; never, as far as can be said now.
@@ -305,8 +340,8 @@ class _Chunk:
             whole = self._ticks(kernel, alone) if self._sms else alone
             if now + whole > limit:
                 stream.start = now
-                self._begin(stream, now, whole)
                 run.at = at
+                self._begin(stream, now, whole)
                 break
             if whole != alone:
                 self._found[index] = whole
@@ -320,6 +355,7 @@ class _Chunk:
         self._running, stream.left = stream, 1.0
         stream.since, stream.whole = now, whole
         stream.end = stream.when = now + whole
+        stream.queued = self._sms > 0 and self._waits(stream, self._sms)
 
     def _ended(self, stream: _Stream) -> None:
         run = cast("_Run", stream.items[stream.at][1])
@@ -330,6 +366,10 @@ class _Chunk:
             stream.at += 1
         if stream.end - stream.start != alone:
             self._found[index] = stream.end - stream.start
+        if self._held:
+            held, self._held = self._held, []
+            for other in held:
+                self._take(other, stream.end)
         turns = self._turns
         if turns:
             following = turns.popleft()
@@ -347,7 +387,11 @@ class _Chunk:
         self._memory = sum(taken[2] for taken in self._active)
         self._ending = min((taken[0] for taken in self._active), default=_NEVER)
         stream = self._running
-        if stream is not None and stream.whole:
+        if stream is not None and stream.queued:
+            if not self._sms:
+                run = cast("_Run", stream.items[stream.at][1])
+                stream.end = stream.when = min(stream.end, now + run.kernels[run.at][2])
+        elif stream is not None and stream.whole:
             stream.left -= (now - stream.since) / stream.whole
             run = cast("_Run", stream.items[stream.at][1])
             _, kernel, alone = run.kernels[run.at]

@@ -29,6 +29,10 @@ class Cost(Protocol):
         """Time on the GPU while others hold so many SMs and move so much memory. Asked if a traffic takes SMs."""
         ...
 
+    def waits_for_sms(self, kernel: Kernel, sms: int) -> bool:
+        """Whether blocks of it wait while others hold so many SMs, and none of its own leaves before it ends."""
+        ...
+
     def memory_bytes(self, traffic: Traffic) -> float:
         """Bytes that a collective moves in the memory of each GPU. Asked if it takes SMs."""
         ...

@@ -249,10 +249,12 @@ class Bounds:
 
         Kernels beside a tensor-parallel exchange are as much slower as the engine makes them. Whatever else runs takes
         SMs too: no kernel gets further by any tick, so no exchange begins earlier, and what it slows down is no less.
+        Where matmuls hold all SMs to their end that does not follow (what holds up one exchange spares another kernel),
+        and nothing is counted.
         """
         instructions = [step for step in steps if isinstance(step, Compute | Collective | Record | Wait)]
         slower: Mapping[int, int] = {}
-        if c.tp > 1:
+        if c.tp > 1 and not cost.persistent:
 
             def alone(kernel: Kernel) -> int:
                 return ticks(cost.kernel_s(kernel, 0))

@@ -69,6 +69,9 @@ class RandomCost:
     def beside_s(self, kernel: Kernel, rank: int, sms: int, memory_bytes_per_s: float) -> float:
         return self.kernel_s(kernel, rank) * (1 + sms / 8)
 
+    def waits_for_sms(self, kernel: Kernel, sms: int) -> bool:
+        return False
+
     def memory_bytes(self, traffic: Traffic) -> float:
         return traffic.sms * 1e3
 

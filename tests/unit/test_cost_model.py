@@ -305,6 +305,46 @@ def test_a_matmul_of_as_many_tiles_as_sms_needs_a_second_wave_beside_a_gather() 
     assert 1.4 < ratio < 2.0
 
 
+def test_hopper_s_matmuls_take_two_turns_beside_a_gather() -> None:
+    """FSDP's take "2x as long" beside NCCL on 10 % of the SMs (pytorch/pytorch #143988): each block has its tiles from
+    the start. What the power limit takes is taken once. On other GPUs other blocks take the tiles over."""
+    kernel = gemm(16384, 8192, 8192)
+    ratio = model().beside_s(kernel, 0, 13, 0.0) / model().kernel_s(kernel, 0)
+    assert 1.7 < ratio < 2.0
+    assert model().beside_s(kernel, 0, 2, 0.0) == model().beside_s(kernel, 0, 13, 0.0)
+    assert model().waits_for_sms(kernel, 2)
+    assert not model().waits_for_sms(kernel, 1)  # a block that waits for flags
+    assert not model().waits_for_sms(dataclasses.replace(kernel, margin=16), 16)
+    for other in (gpu("a100-sxm-80gb"), gpu("b200-sxm-180gb")):
+        assert model(other).beside_s(kernel, 0, 13, 0.0) / model(other).kernel_s(kernel, 0) < 1.3
+        assert not model(other).waits_for_sms(kernel, 13)
+
+
+def test_a_matmul_of_few_blocks_finds_room_beside_a_gather() -> None:
+    kernel = gemm(1024, 1024, 8192)
+    small = model().waits_for_sms(kernel, 4)
+    assert not small
+    assert model().beside_s(kernel, 0, 4, 0.0) == model().kernel_s(kernel, 0)
+    assert not model().waits_for_sms(attention(4096), 24)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "left", "turns"),
+    [
+        (264, 108, 4),  # two each: 24 blocks begin when the first have done theirs
+        (300, 108, 4),  # 96 blocks have two, 36 three: 24 of 72 that run have two, and 24 wait with two
+        (390, 108, 6),  # six blocks have two
+        (370, 108, 5),  # 26 blocks have two: 24 wait with two, but all but two of those that run have three
+        (140, 108, 2),  # eight blocks have two, the others one: two turns of one are no longer
+    ],
+)
+def test_how_many_tiles_follow_each_other_in_two_turns(tiles: int, left: int, turns: int) -> None:
+    """132 blocks."""
+    from sim.cost.gemm import _turns
+
+    assert _turns(tiles, 132, left) == turns
+
+
 def test_kernels_bound_by_memory_share_its_bandwidth() -> None:
     """A large copy at 3/4 of the bandwidth takes 4/3 of its time; a compute-bound matmul is hardly slower."""
     large = Tensor("x", (Dim("numel", 2**28),), "bf16")

@@ -14,16 +14,22 @@ from sim.ir.program import COMPUTE, Chunk, Collective, Compute, Copy, HostWait, 
 from sim.ir.traffic import Link, Phase, Traffic
 
 SIDE, OTHER = "side", "other"
+HOLDING = 7
+"""FLOPs an element of kernels whose blocks stay to the end, one an SM."""
 
 
 @dataclass
 class ByHand:
-    """Kernels name their ticks; 10 SMs taken double them, 20 SMs triple them."""
+    """Kernels name their ticks; 10 SMs taken double them, 20 SMs triple them. Some hold all SMs."""
 
     links: tuple[Link, ...] = (Link("wire", "nvlink", 1e12),)
 
     def beside_s(self, kernel: Kernel, rank: int, sms: int, memory_bytes_per_s: float) -> float:
         return alone(kernel) * (1 + sms / 10) * 1e-12
+
+    def waits_for_sms(self, kernel: Kernel, sms: int) -> bool:
+        assert isinstance(kernel, Pointwise)
+        return kernel.flops_per_element == HOLDING
 
     def memory_bytes(self, traffic: Traffic) -> float:
         return 0.0
@@ -36,6 +42,10 @@ def alone(kernel: Kernel) -> int:
 
 def kernel(ticks: int, stream: str = COMPUTE) -> Compute:
     return Compute("op", Pointwise(str(ticks), (), ()), stream)
+
+
+def holding(ticks: int, stream: str = COMPUTE) -> Compute:
+    return Compute("op", Pointwise(str(ticks), (), (), flops_per_element=HOLDING), stream)
 
 
 def collective(ticks: int, stream: str = SIDE, name: str = "gather") -> Collective:
@@ -62,6 +72,27 @@ def test_it_does_not_matter_which_was_issued_first() -> None:
 def test_a_collective_that_begins_in_the_middle() -> None:
     """The gather begins at 40, when what is before it has ended; 60 are left, at half the rate: 120."""
     assert found(kernel(100), collective(40, name="light"), collective(500)) == {0: 160}
+
+
+def test_a_collective_begins_when_a_kernel_that_holds_all_sms_has_ended() -> None:
+    """From 40 it waits for the kernel's end at 100, which it does not slow down; then it halves the rate until 150."""
+    assert found(holding(100), collective(40, name="light"), collective(50), kernel(100)) == {3: 125}
+
+
+def test_blocks_that_wait_for_the_sms_of_a_collective_begin_when_it_has_ended() -> None:
+    """Its last blocks begin at 30 and take 100; beside a longer one they begin when its first ones have ended."""
+    assert found(collective(30), holding(100)) == {1: 130}
+    assert found(collective(150), holding(100)) == {1: 200}
+    assert found(collective(250), holding(100)) == {1: 200}
+
+
+def test_it_is_the_last_of_several_collectives_that_blocks_wait_for() -> None:
+    assert found(collective(30), collective(60, OTHER), holding(100)) == {2: 160}
+
+
+def test_a_collective_that_waits_for_one_kernel_holds_the_sms_before_the_next() -> None:
+    """The gather begins at 100 and ends at 130; the second kernel's last blocks begin then."""
+    assert found(holding(100), collective(20, name="light"), collective(30), holding(100)) == {3: 130}
 
 
 def test_kernels_of_two_streams_take_turns() -> None:
@@ -133,6 +164,7 @@ def test_a_group_s_own_time_is_that_of_its_links_or_its_cap() -> None:
 
 steps = st.one_of(
     st.builds(kernel, st.integers(0, 200), st.sampled_from((COMPUTE, SIDE))),
+    st.builds(holding, st.integers(0, 200), st.sampled_from((COMPUTE, SIDE))),
     st.builds(collective, st.integers(0, 300), st.sampled_from((SIDE, OTHER))),
     st.builds(Record, st.sampled_from("ef"), st.sampled_from((COMPUTE, SIDE, OTHER))),
     st.builds(Wait, st.sampled_from("ef"), st.sampled_from((COMPUTE, SIDE, OTHER))),
