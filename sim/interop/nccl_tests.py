@@ -198,12 +198,13 @@ def _from_json(text: str, file: str) -> tuple[NcclTest, ...]:
     findings: list[Finding] = []
     left_out: list[Finding] = []
     tests: list[NcclTest] = []
-    program = next((str(word) for word in said.get("args") or ()), "")
+    program = next((str(word) for word in _list(said.get("args"))), "")
     perf = _PERF.search(program)
     run = _Run(_named(program) or _named(file), other=perf[1] if perf and perf[1] in _OTHERS else "")
     _devices(run, said.get("config"))
-    run.remarks += [f"the run failed: {words}" for words in said.get("errors") or () if words]
-    if (said.get("out_of_bounds") or {}).get("count"):
+    run.remarks += [f"the run failed: {words}" for words in _list(said.get("errors")) if words]
+    wrong = said.get("out_of_bounds")
+    if isinstance(wrong, dict) and wrong.get("count"):
         run.remarks.append("results were wrong")
     for number, row in enumerate(results, 1):
         figures = row.get("out_of_place") or row.get("in_place") or {}
@@ -212,7 +213,7 @@ def _from_json(text: str, file: str) -> tuple[NcclTest, ...]:
             size = int(row["size"])
             found = [float(figures["cpu_time" if run.of_host else "time"])]
             found += [float(figures[key]) for key in ("alg_bw", "bus_bw")]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             findings.append(Finding(file, 1, f"result {number} lacks size, time, alg_bw or bus_bw", what))
             continue
         run.reduces = row.get("redop") not in (None, "", "none")
@@ -222,12 +223,16 @@ def _from_json(text: str, file: str) -> tuple[NcclTest, ...]:
     return _answer(tests, findings, left_out, Finding(file, 1, "there is no result of a size above zero in it", what))
 
 
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
 def _devices(run: _Run, config: Any) -> None:
     """Note ranks and GPUs: one device a process, which has as many ranks as threads times GPUs from that device on."""
     config = config if isinstance(config, dict) else {}
     each = [config.get(key) for key in ("nthreads", "ngpus")]
     many = math.prod(n if isinstance(n, int) and 0 < n <= 1024 else 1 for n in each)
-    for process, device in enumerate(config.get("devices") or ()):
+    for process, device in enumerate(_list(config.get("devices"))):
         if isinstance(device, dict):
             first = device.get("device")
             for i in range(many):

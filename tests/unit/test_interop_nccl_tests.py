@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sim.errors import ScenarioError
 from sim.interop.nccl_tests import read_tests
@@ -191,3 +193,22 @@ def test_broken_json() -> None:
     assert said(written(results=[])) == ["log.txt:1: there is no result of a size above zero in it"]
     (test,) = read_tests(written(errors=["unhandled cuda error"]), "log.json")
     assert test.remarks == ("the run failed: unhandled cuda error",)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+ANYTHING = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
+
+
+@given(st.sampled_from(["args", "config", "results", "errors", "out_of_bounds"]), st.data())
+def test_any_json_is_an_answer_or_a_finding(key: str, data: st.DataObject) -> None:
+    """Whatever stands under a key, and under one key of what is right there."""
+    value = data.draw(ANYTHING)
+    given_there = json.loads(written()).get(key)
+    inside = given_there[0] if isinstance(given_there, list) and given_there else given_there
+    if isinstance(inside, dict) and data.draw(st.booleans()):
+        value = inside | {data.draw(st.sampled_from(sorted(inside))): value}
+        value = [value] if isinstance(given_there, list) else value
+    try:
+        read_tests(written(**{key: value}), "log.json")
+    except ScenarioError as error:
+        assert error.findings
