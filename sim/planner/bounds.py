@@ -153,6 +153,7 @@ class Bounds:
         key = (
             c.site, in_node, c.num_gpus > in_node, c.framework, c.tp, c.cp, c.zero == 3, c.micro_batch_size,
             c.recompute, c.pp > 1 and c.framework == "deepspeed", c.dp == 1, _slowest(c),
+            min(c.num_gpus // c.pp, 2 * in_node),
         )  # fmt: skip
         found = self._parts.get(key)
         if found is None:
@@ -292,7 +293,8 @@ class Bounds:
         """Return the time of a tensor-parallel collective that shares its links with nothing else."""
         if collective.axis != "tp":
             return 0.0
-        key = (c.site, cluster.num_gpus, c.tp, collective.kind, collective.tensor_bytes)
+        stage = min(cluster.num_gpus, c.num_gpus // c.pp)
+        key = (c.site, cluster.num_gpus, stage, c.tp, collective.kind, collective.tensor_bytes)
         found = self._alone.get(key)
         if found is None:
             traffic = self._traffic_of(c, cluster, collective)
@@ -301,11 +303,15 @@ class Bounds:
         return found
 
     def _traffic_of(self, c: Candidate, cluster: Cluster, collective: Collective) -> Traffic:
-        """Return what all tensor-parallel groups of the small cluster move together."""
-        key = (c.site, cluster.num_gpus, c.tp, collective.kind, collective.tensor_bytes)
+        """Return what all tensor-parallel groups of a stage in the small cluster move together.
+
+        Groups of other stages, which stand behind it (tp-cp-dp-pp), need not meet at the same time.
+        """
+        gpus = max(c.tp, min(cluster.num_gpus, c.num_gpus // c.pp))
+        key = (c.site, cluster.num_gpus, gpus, c.tp, collective.kind, collective.tensor_bytes)
         found = self._traffic.get(key)
         if found is None:
-            groups = tuple(tuple(range(at, at + c.tp)) for at in range(0, cluster.num_gpus - c.tp + 1, c.tp))
+            groups = tuple(tuple(range(at, at + c.tp)) for at in range(0, gpus - c.tp + 1, c.tp))
             found = plan_collective(cluster, groups, collective.kind, collective.tensor_bytes)
             self._traffic[key] = found
         return found
@@ -357,18 +363,21 @@ class Bounds:
 
         Each microbatch gathers the shards in 16 bit for forward and for backward, those of the embedding and the head
         (``parameters`` of all, less those of the blocks) once, and reduces gradients: FSDP2 in fp32 (sim's default),
-        ZeRO-3 in 16 bit.
+        ZeRO-3 in 16 bit. Torch's pipelines gather and reduce once a step, or more often (``_PipelineScheduleRuntime``).
         """
         blocks = block * self._plan.draft.num_hidden_layers
         ends = parameters - blocks
-        if c.framework in ("fsdp1", "fsdp2"):
+        times = c.num_microbatches
+        if c.framework == "fsdp2" and c.pp > 1:
+            moved, times = 6 * parameters, 1
+        elif c.framework in ("fsdp1", "fsdp2"):
             moved = 8 * blocks + 6 * ends if c.zero == 3 else 4 * parameters
             moved -= 2 * parameters if c.framework == "fsdp1" else 0
         elif c.framework == "deepspeed" and c.zero == 3:
             moved = 6 * blocks + 4 * ends
         else:
             return 0.0
-        return c.num_microbatches * moved / c.pp * self._nic_s(c, c.shard_size or c.dp * c.cp, 1.0)
+        return times * moved / c.pp * self._nic_s(c, c.shard_size or c.dp * c.cp, 1.0)
 
 
 _IN_A_V = ("zb-v", "v-half", "v-min", "dualpipev")

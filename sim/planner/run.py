@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sim.errors import Finding, ScenarioError
+from sim.planner.floor import floor_s
 from sim.planner.trial import VERSION, is_outcome, trial
 
 EXECUTORS = ("loky", "sequential", "dask", "ray")
@@ -122,6 +123,10 @@ class Runner:
             self._write(key, outcome)
             self.num_simulated += 1
         return [self._known[key] for key in keys]
+
+    def floor_s(self, scenario: dict[str, Any], folder: str) -> float:
+        """Return seconds that no step of this scenario takes less than; in this process."""
+        return floor_s(scenario, folder)
 
     def _has(self, key: str) -> bool:
         return self._dir is not None and self._path(key).exists()

@@ -6,6 +6,9 @@ Of a kind of node that bounds exclude whole the best one is simulated neverthele
 None of these can discard a candidate of the front, which is of those that keep the plan's limits; so the front is that
 of an exhaustive search (tests/laws/test_planner_laws.py).
 
+What is next in turn gets a sharper bound first, from its own programs (``floor``; without a pipeline), and has to
+stand up to it: it goes back to its new place in the order, or is discarded.
+
 Candidates are simulated in waves: the next wave is chosen from what all waves before it have shown, and its size does
 not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted.
 Processes that a wave leaves idle work ahead on what comes next; what they find waits until it is asked for.
@@ -14,7 +17,8 @@ Processes that a wave leaves idle work ahead on what comes next; what they find 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from typing import Any, Protocol
 
 from sim.errors import ScenarioError
@@ -39,6 +43,10 @@ class Runner(Protocol):
     def run(
         self, scenarios: Sequence[dict[str, Any]], folder: str, ahead: Sequence[dict[str, Any]] = ()
     ) -> list[dict[str, Any]]: ...
+
+    def floor_s(self, scenario: dict[str, Any], folder: str) -> float:
+        """Return seconds that no step of this scenario takes less than, for less than a simulation costs."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +143,7 @@ def search(
             late.append((excess(plan, best), candidate, bound, best))
     kept = _Waves(plan, runner, economics, found, say, 1 + tolerance)
     kept.go(queue, WAVE, exhaustive)
+    late += kept.missed
     if not any(one.cost is not None and keeps_goal(plan, one.cost) for one in found.tried):
         kept.go(late, 1, first=True)  # nothing keeps the goal: what comes nearest is simulated, to say by how much
         late = kept.left
@@ -159,6 +168,11 @@ class _Waves:
     say: Callable[[str], None]
     slack: float
     left: list[_Entry] = field(default_factory=list)
+    missed: list[_Entry] = field(default_factory=list)
+    """What its sharper bound showed to miss the plan's limits."""
+    sharp: set[Candidate] = field(default_factory=set)
+    """Candidates that stand in the queue by their sharper bound."""
+    floors: dict[Candidate, float] = field(default_factory=dict)
 
     def go(self, queue: list[_Entry], size: int, exhaustive: bool = False, first: bool = False) -> None:
         """Simulate what no simulated candidate beats; ``first``: until one fits."""
@@ -166,10 +180,10 @@ class _Waves:
         self.left = sorted(queue, key=lambda entry: entry[:2])
         fresh = found.tried
         while self.left and not (first and any(one.cost is not None for one in found.tried)):
-            wave = self._wave(len(self.left) if exhaustive else size, [] if exhaustive else fresh)
+            wave = self._all() if exhaustive else self._wave(size, fresh, first)
             if not wave:
                 break
-            ahead = self.left[: 2 * self.runner.width]
+            ahead = [one for one in self.left[: 2 * self.runner.width] if self._may_be_next(one)]
             outcomes = self.runner.run(
                 [scenario_of(plan, entry[1]) for entry in wave],
                 plan.folder,
@@ -208,25 +222,65 @@ class _Waves:
                 found.tried.append(Tried(one.candidate, one.bound, outcome, cost))
             self.say(f"{len(found.tried):,} simulated, one of each kind of node")
 
-    def _wave(self, size: int, fresh: Sequence[Tried]) -> list[_Entry]:
+    def _all(self) -> list[_Entry]:
+        wave, self.left = self.left, []
+        return wave
+
+    def _wave(self, size: int, fresh: Sequence[Tried], first: bool) -> list[_Entry]:
         """Take the next wave from what is left, and discard what cannot be on the front any more.
 
-        ``fresh`` is what has been simulated since it was looked at last.
+        ``fresh`` is what has been simulated since it was looked at last. What one of the wave beats by their bounds is
+        put off: very likely it does so by its simulation too.
         """
-        fitting = [one for one in fresh if one.cost is not None]
+        self.left = [entry for entry in self.left if not self._beaten(entry, fresh)]
         wave: list[_Entry] = []
-        rest: list[_Entry] = []
-        for entry in self.left:
-            _, candidate, bound, best = entry
-            by = next((one for one in fitting if _beats(one, best, self.slack)), None)
-            if by is not None:
-                self.found.discarded.append(Discarded(candidate, bound, best, by))
-            elif len(wave) < size:
-                wave.append(entry)
-            else:
-                rest.append(entry)
-        self.left = rest
+        put_off: list[_Entry] = []
+        heap = self.left  # ascending, and so a heap
+        while heap and len(wave) < size and len(put_off) < size:
+            entry = heappop(heap)
+            if entry[1] in self.sharp:
+                promising = not any(_dominates(mate[3], entry[3].objectives()) for mate in wave)
+                (wave if promising else put_off).append(entry)
+                continue
+            self.sharp.add(entry[1])
+            _, candidate, bound, best = self._sharper(entry)
+            if not first and not keeps_goal(self.plan, best):
+                self.missed.append((excess(self.plan, best), candidate, bound, best))
+                continue
+            place = excess(self.plan, best) if first else goal_value(self.plan, best)
+            if not self._beaten((place, candidate, bound, best), self.found.tried):
+                heappush(heap, (place, candidate, bound, best))
+        self.left = sorted(heap + put_off, key=lambda entry: entry[:2])
         return wave
+
+    def _sharper(self, entry: _Entry) -> _Entry:
+        """Return an entry with what its candidate's programs say of its step, if that is more; not yet in its place.
+
+        They say little of a pipeline, whose bubble ``bounds`` knows and they do not: not worth their price.
+        """
+        place, candidate, bound, _ = entry
+        if candidate.pp > 1:
+            return entry
+        floor_s = self.floors.get(candidate)
+        if floor_s is None:
+            floor_s = self.runner.floor_s(scenario_of(self.plan, candidate), self.plan.folder)
+            self.floors[candidate] = floor_s
+        if floor_s <= bound.time_s:
+            return entry
+        bound = replace(bound, time_s=floor_s)
+        return place, candidate, bound, self.economics.cost(candidate, floor_s, min(bound.compute_s, floor_s))
+
+    def _may_be_next(self, entry: _Entry) -> bool:
+        best = self._sharper(entry)[3]
+        return not any(_beats(one, best, self.slack) for one in self.found.tried)
+
+    def _beaten(self, entry: _Entry, by: Iterable[Tried]) -> bool:
+        """Discard what one of those simulated beats."""
+        _, candidate, bound, best = entry
+        better = next((one for one in by if _beats(one, best, self.slack)), None)
+        if better is not None:
+            self.found.discarded.append(Discarded(candidate, bound, best, better))
+        return better is not None
 
 
 def _place(plan: Plan, one: Discarded) -> tuple[bool, float, Candidate]:

@@ -13,6 +13,7 @@ from plan_world import ONE_NODE, TINY, TWO_SITES, Pretended, plan_of
 from sim.errors import ScenarioError
 from sim.planner.bounds import Bounds
 from sim.planner.economics import Economics
+from sim.planner.floor import floor_s
 from sim.planner.run import Runner
 from sim.planner.schema import Plan
 from sim.planner.search import Search, search
@@ -31,6 +32,12 @@ PLANS = {
     "FSDP2's pipelines": TINY.replace("num_hidden_layers: 4", "num_hidden_layers: 8") + "goal: {fastest: true}\n"
     "candidates: {nodes: [dgx-h100, pcie-8x-l40s], num_gpus: [8, 16]}\nframeworks: [fsdp2]\n"
     "axes: {tp: [1, 2], pp: [2, 4], vpp: [1, 2], schedule: [1f1b, interleaved, gpipe, zb-v], shard_size: [2, 16]}\n",
+    "PCIe without switches": TINY + "goal: {fastest: true}\ncandidates: {nodes: [pcie-8x-4090, pcie-2x-3090], "
+    "num_gpus: [1, 2, 8, 16]}\naxes: {tp: [1, 2, 4], pp: [1, 2], micro_batch_size: [1, 4], shard_size: [2, 16]}\n"
+    "frameworks: [megatron, fsdp2, fsdp1, deepspeed, ddp]\n",
+    "PCIe switches, NVLink pairs": TINY.replace("hidden_size: 512", "hidden_size: 1024")
+    + "goal: {fastest: true}\ncandidates: {nodes: [pcie-8x-3090-switch, pcie-2x-3090-nvlink], num_gpus: [2, 4, 8]}\n"
+    "axes: {tp: [1, 2], zero: [0, 1, 2, 3]}\nframeworks: [megatron, fsdp2, fsdp1, deepspeed]\n",
     "context parallelism": TINY + "goal: {fastest: true}\ncandidates: {nodes: dgx-a100-80gb, num_gpus: 8}\n"
     "axes: {tp: [1, 2], cp: [1, 2, 4], pp: [1, 2]}\n",
 }
@@ -49,8 +56,10 @@ def test_no_simulation_is_below_its_bound(name: str, data: st.DataObject) -> Non
     plan, every, bounds = _plan(name)
     candidate = data.draw(st.sampled_from(every))
     bound = bounds.bound(candidate)
-    found = trial(scenario_of(plan, candidate), ".")
+    scenario = scenario_of(plan, candidate)
+    found = trial(scenario, ".")
     assert found["step_s"] >= bound.time_s, candidate.words()
+    assert found["step_s"] >= floor_s(scenario, ".") > 0, candidate.words()
     assert not found["fits"] or found["peak_device_bytes"] >= bound.memory_bytes, candidate.words()
 
 

@@ -30,7 +30,7 @@ def plan_of(text: str, *overrides: str) -> Plan:
 class Pretended:
     """Answers at once: a step takes its bound and up to ``spread`` more, as a hash of the scenario and the seed says.
 
-    ``asked`` are the candidates, in the order in which they came.
+    Its sharper bound lies between the two. ``asked`` are the candidates, in the order in which they came.
     """
 
     def __init__(self, plan: Plan, seed: int = 0, spread: float = 0.2, more_bytes: int = 2 << 30) -> None:
@@ -46,13 +46,21 @@ class Pretended:
     ) -> list[dict[str, Any]]:
         return [self._answer(scenario) for scenario in scenarios]
 
+    def floor_s(self, scenario: dict[str, Any], folder: str) -> float:
+        c = self._known[repr(scenario)]
+        digest = self._digest(c)
+        return self._bounds.bound(c).time_s * (1 + self._spread * digest[0] / 255 * digest[2] / 255)
+
+    def _digest(self, c: Candidate) -> bytes:
+        return hashlib.sha256(f"{self._seed} {c!r}".encode()).digest()
+
     def _answer(self, scenario: dict[str, Any]) -> dict[str, Any]:
         c = self._known.get(repr(scenario))
         if c is None:  # the recommended one on a slower network
             return outcome(2.0, 1 << 30, 80 << 30)
         self.asked.append(c)
         bound = self._bounds.bound(c)
-        digest = hashlib.sha256(f"{self._seed} {c!r}".encode()).digest()
+        digest = self._digest(c)
         step_s = bound.time_s * (1 + self._spread * digest[0] / 255)
         capacity = self._plan.sites[c.site].gpu.total_memory_bytes
         return outcome(step_s, bound.memory_bytes + self._more * digest[1] // 255, capacity)
