@@ -22,7 +22,7 @@ from sim.model.transformer import describe
 from sim.outside import connections, outside_of
 from sim.parallel.frameworks import warnings_of
 from sim.parallel.lower import lower
-from sim.parallel.precision import dtypes_of
+from sim.parallel.precision import dtypes_of, exchange_sms_of
 from sim.report.report import Report, summarise
 from sim.scenario.schema import Scenario
 from sim.units import format_bytes, format_duration, seconds
@@ -160,13 +160,8 @@ def _timed(
         cluster = degrade(build_cluster(scenario.cluster), faults.links)
     slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
     ledger, lowered = programs(scenario) if written is None else written
-    exchange_sms = 0
-    if scenario.framework == "megatron" and scenario.megatron.tp_comm_overlap:
-        from sim.parallel.overlap_tp import MARGIN
-
-        exchange_sms = MARGIN
     settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
-                            exchange_sms=exchange_sms,
+                            exchange_sms=exchange_sms_of(scenario),
                             slowest=slowest_in(scenario), calibration=scenario.calibration,
                             cpu_threads=scenario.training.cpu_threads)  # fmt: skip
     try:

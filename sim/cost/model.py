@@ -401,13 +401,17 @@ class CostModel:
                 traffic = plan(self._cluster, groups, collective.kind, collective.tensor_bytes)
             if self.calibrated is not None and self._backend.is_nccl:
                 traffic = self.calibrated.collective(traffic, collective.kind, groups, collective.tensor_bytes)
-            exchange_sms = self._settings.exchange_sms
-            if collective.axis == "tp" and 0 < exchange_sms < traffic.sms:
-                traffic = replace(traffic, sms=exchange_sms)
+            if collective.axis == "tp":
+                traffic = self.exchanged(traffic)
             if assumed := self._backend.assumption(self._cluster, groups):
                 self._assume(assumed)
             self._traffic[key] = traffic
         return traffic
+
+    def exchanged(self, traffic: Traffic) -> Traffic:
+        """Return the traffic of a tensor-parallel exchange with the SMs that it takes."""
+        sms = self._settings.exchange_sms
+        return replace(traffic, sms=sms) if 0 < sms < traffic.sms else traffic
 
     def point_to_point(self, message: Send | Recv, communicator: Communicator) -> Traffic:
         """Return the traffic of one message on all pairs of ``communicator`` together."""

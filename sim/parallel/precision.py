@@ -112,6 +112,15 @@ def overlaps_tp(scenario: Scenario) -> Literal["userbuffers", "symmetric"] | Non
     return "symmetric" if scenario.framework == "fsdp2" and scenario.fsdp2.async_tensor_parallel else None
 
 
+def exchange_sms_of(scenario: Scenario) -> int:
+    """Return the SMs that exchanges over tp take where Transformer Engine's user buffers make them; 0: NCCL's."""
+    if overlaps_tp(scenario) != "userbuffers":
+        return 0
+    from sim.parallel.overlap_tp import MARGIN
+
+    return MARGIN
+
+
 def recompute_of(scenario: Scenario) -> Recompute:
     """Hugging Face, DeepSpeed and Megatron use the reentrant form, torch's own examples and torchtitan the other."""
     mode = scenario.training.recompute

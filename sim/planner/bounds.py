@@ -42,7 +42,7 @@ from sim.model.transformer import describe
 from sim.parallel.emit import LayerPlan, plan_layer
 from sim.parallel.frameworks.flat import copy
 from sim.parallel.frameworks.megatron import fused_gradients
-from sim.parallel.precision import dtypes_of, recompute_of, transformed
+from sim.parallel.precision import dtypes_of, exchange_sms_of, recompute_of, transformed
 from sim.parallel.shard import ShardPlan, shard_ledger
 from sim.parallel.stages import blocks_per_stage
 from sim.planner.schema import Plan
@@ -93,7 +93,7 @@ class Bounds:
         self._parts: dict[tuple[object, ...], tuple[_Part, _Part, _Part]] = {}
         self._ledgers: dict[tuple[object, ...], Ledger] = {}
         self._plans: dict[tuple[object, ...], tuple[tuple[Layer, LayerPlan], ...]] = {}
-        self._costs: dict[tuple[int, int, Slowest], tuple[CostModel, Cluster]] = {}
+        self._costs: dict[tuple[int, int, Slowest, str], tuple[CostModel, Cluster]] = {}
         self._alone: dict[tuple[object, ...], float] = {}
         self._traffic: dict[tuple[object, ...], Traffic] = {}
 
@@ -230,7 +230,7 @@ class Bounds:
     def _cost(self, c: Candidate, scenario: Scenario, in_node: int) -> tuple[CostModel, Cluster]:
         """Return the cost model of a small cluster that holds a tensor-parallel group: two nodes if it has several."""
         nodes = max(min(2, scenario.cluster.num_nodes), -(-c.tp // in_node))
-        key = (c.site, in_node * nodes, _slowest(c))
+        key = (c.site, in_node * nodes, _slowest(c), c.framework)
         found = self._costs.get(key)
         if found is None:
             spec = scenario.cluster
@@ -240,8 +240,9 @@ class Bounds:
             )  # fmt: skip
             cluster = build_cluster(small)
             settings = CostSettings(
-                compiled=scenario.training.compile, code=scenario.training.code, slowest=_slowest(c)
-            )
+                compiled=scenario.training.compile, code=scenario.training.code, slowest=_slowest(c),
+                exchange_sms=exchange_sms_of(scenario),
+            )  # fmt: skip
             found = self._costs[key] = (CostModel(cluster, spec.gpu, settings), cluster)
         return found
 
@@ -261,7 +262,7 @@ class Bounds:
                 return ticks(cost.kernel_s(kernel, 0))
 
             def traffic_of(message: Collective) -> Traffic | None:
-                return self._traffic_of(c, cluster, message) if message.axis == "tp" else None
+                return cost.exchanged(self._traffic_of(c, cluster, message)) if message.axis == "tp" else None
 
             slower = durations_beside((*instructions,) * 3, alone, traffic_of, cost, 0)
         clock: dict[str, float] = {}

@@ -328,6 +328,15 @@ def test_a_matmul_of_few_blocks_finds_room_beside_a_gather() -> None:
     assert not model().waits_for_sms(attention(4096), 24)
 
 
+def test_exchanges_over_user_buffers_take_their_own_sms() -> None:
+    """Transformer Engine's ``num_sm``, which its products leave, not NCCL's 24 channels; never more than it has."""
+    from sim.ir.traffic import Traffic
+
+    ring, shift = Traffic("ring/Simple", (), 0, 24), Traffic("copy", (), 0, 1)
+    assert [model(exchange_sms=16).exchanged(traffic).sms for traffic in (ring, shift)] == [16, 1]
+    assert model().exchanged(ring) is ring
+
+
 @pytest.mark.parametrize(
     ("tiles", "left", "turns"),
     [
