@@ -71,13 +71,11 @@ _TOKENS = ("batch", "seq")
 _FAMILIES = "families of kernels bound by memory"
 """Stands in the account of assumptions for all of them together."""
 
-_ORDER = (
+_FAMILY_ORDER = (
     "elementwise", "norm", "gather", "copy", "reduce", "amax", "softmax", "scatter", "transpose", "columns",
     "optimizer",
 )  # fmt: skip
 """In which they are named: which of them is priced first depends on how ranks are folded."""
-
-
 _SUBJECTS = ("matmuls", "attention", "sdpa", _FAMILIES, "collectives", "CPU Adam")
 """How assumptions begin, in the order in which they are listed; those of the host come first."""
 
@@ -87,8 +85,9 @@ def _subject(text: str) -> tuple[int, str]:
     return next((i for i, word in enumerate(_SUBJECTS) if text.startswith(word)), -1), text
 
 
-def _place(family: str) -> tuple[int, str]:
-    return (_ORDER.index(family) if family in _ORDER else len(_ORDER), family)
+def _family(family: str) -> tuple[int, str]:
+    """Return where a family stands among those that are named together."""
+    return (_FAMILY_ORDER.index(family) if family in _FAMILY_ORDER else len(_FAMILY_ORDER), family)
 
 
 class CostModel:
@@ -490,7 +489,7 @@ class CostModel:
         texts = [self.calibrated.words(self.num_kernels)] if self.calibrated is not None else []
         for text, count in sorted(self._assumed.items(), key=lambda item: _subject(item[0])):
             if text == _FAMILIES:
-                families = ", ".join(sorted(self._guessed_families, key=_place))
+                families = ", ".join(sorted(self._guessed_families, key=_family))
                 text = f"{families} kernels on {self.gpu.name}: share of the memory bandwidth assumed"  # noqa: PLW2901
             kernels = f" ({count} different kernel{'s' if count > 1 else ''})" if count else ""
             texts.append(text + kernels)
