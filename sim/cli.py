@@ -1,7 +1,7 @@
 """The command line: the only module that prints or exits.
 
 Results go to standard output, progress, warnings and prose to standard error. Exit codes: 0 answered, 2 bad input,
-3 answered and the answer is that it does not fit, 70 a defect of ours.
+3 answered and the answer is that it does not fit, 70 a defect of ours, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -107,6 +107,15 @@ def wire_nvlinks(machine: Machine, pairs: dict[tuple[int, int], int], major: int
         machine.wires.append(f"gpu{a} to gpu{b} by {count} x {kind}")
 
 
+def has_nvlink(gpu: str, compute_capability: tuple[int, int]) -> bool:
+    """Return whether boards of a GPU have NVLink: a bridge's or a baseboard's.
+
+    Sources: NVIDIA's data sheets of Ada's and RTX Blackwell's boards, T4 and A10, which name PCIe alone (RTX 4090 and
+    5090: "NVLink (SLI-Ready): No"); AWS's A10G is an A10.
+    """
+    return compute_capability not in ((8, 9), (12, 0)) and gpu not in ("t4", "a10", "a10g")
+
+
 def guess_gpu(links: int, num_gpus: int) -> tuple[str, str]:
     """Return (GPU, why) by the NVLinks between two GPUs, where nobody said."""
     if links >= 18:

@@ -30,6 +30,62 @@ _SILENT_SECTIONS = (
 )  # fmt: skip
 
 
+_READ_KEYS: dict[str, tuple[str, ...]] = {
+    "model": ("name", "flavor", "converters"),
+    "training": (
+        "seq_len", "local_batch_size", "batch_size", "global_batch_size", "max_norm", "mixed_precision_param",
+        "compile", "enable_cpu_offload", "enable_float8_linear", "enable_fp8_linear",
+    ),
+    "activation_checkpoint": ("mode", "selective_ac_option"),
+    "compile": ("enable", "components"),
+    "optimizer": ("name", "implementation", "fused"),
+    "float8": ("enable_float8_linear", "recipe_name", "enable_fsdp_float8_all_gather"),
+}  # fmt: skip
+_DEGREES = (
+    "data_parallel_shard_degree", "data_parallel_degree", "data_parallel_replicate_degree", "tensor_parallel_degree",
+    "pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree", "fsdp_reshard_after_forward",
+    "enable_cpu_offload", "enable_async_tensor_parallel", "pipeline_parallel_schedule",
+    "pipeline_parallel_microbatch_size",
+)  # fmt: skip
+"""Read from any of ``_DEGREES_IN``, where they have stood."""
+_DEGREES_IN = ("training", "parallelism", "experimental")
+_SILENT_KEYS: dict[str, tuple[str, ...]] = {
+    "model": ("tokenizer_path", "hf_assets_path", "norm_type", "print_after_conversion"),
+    "training": (
+        "dataset", "dataset_path", "steps", "warmup_steps", "seed", "deterministic", "gc_freq", "gc_debug",
+        "debug_moe_force_load_balance", "data_parallel_type",
+    ),
+    "experimental": ("custom_import", "custom_args_module"),
+    "activation_checkpoint": ("visualize_memory_budget_pareto", "preserve_rng_state", "determinism_check", "debug"),
+    "optimizer": ("lr", "beta1", "beta2", "eps", "weight_decay"),
+    "float8": ("emulate",),
+}  # fmt: skip
+"""Keys that change neither time nor memory, or what sim has no other way for."""
+_AS_TAKEN: dict[tuple[str, str], object] = {
+    ("training", "mixed_precision_reduce"): "float32", ("parallelism", "disable_loss_parallel"): False,
+    ("parallelism", "enable_compiled_autograd"): False, ("optimizer", "early_step_in_backward"): False,
+    ("parallelism", "expert_tensor_parallel_degree"): 1, ("activation_checkpoint", "early_stop"): False,
+    ("parallelism", "context_parallel_rotate_method"): "allgather",
+}  # fmt: skip
+"""Keys that are not read, with torchtitan's default: the scenario is as if they were not said."""
+
+
+def _unread(config: Mapping[str, Any]) -> list[str]:
+    """Return sections and keys that sim does not know, or cannot say in a scenario, as the file has them."""
+    found = []
+    for name, section in config.items():
+        if name not in _READ_SECTIONS:
+            found += [f"[{name}]"] if name not in _SILENT_SECTIONS else []
+            continue
+        if name in ("quantize", "activation_checkpointing") or not isinstance(section, Mapping):
+            continue
+        known = (*_READ_KEYS.get(name, ()), *_SILENT_KEYS.get(name, ()), *(_DEGREES if name in _DEGREES_IN else ()))
+        for key, value in section.items():
+            if key not in known and _AS_TAKEN.get((name, key), _unread) != value:
+                found.append(f"{name}.{key}")
+    return found
+
+
 def read_torchtitan(text: str) -> Imported:
     """Return the scenario of a torchtitan job."""
     said = Imported()
@@ -46,7 +102,7 @@ def read_torchtitan(text: str) -> Imported:
     _parallelism(said, {**_section(config, "experimental"), **_section(config, "training"),
                         **_section(config, "parallelism")})  # fmt: skip
     _training(said, config)
-    said.unread += [f"[{name}]" for name in config if name not in (*_READ_SECTIONS, *_SILENT_SECTIONS)]
+    said.unread += _unread(config)
     return said
 
 

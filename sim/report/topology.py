@@ -65,6 +65,8 @@ def read(name_or_path: str, gpu: str = "") -> Source:
     if nvidia_smi.looks_like(text) or "GPU0" in text:
         matrix = nvidia_smi.read_matrix(text, name_or_path)
         major = load.gpu(gpu).compute_capability[0] if gpu else 0
+        if gpu:
+            _may_be(gpu, any(word.startswith("NV") for word in matrix.cells.values()), name_or_path)
         found = nvidia_smi.to_machine(matrix, f"{path.stem}, read from nvidia-smi topo -m", gpu, major)
         return _source(found, name_or_path)
     if not any(line.startswith(("devices:", "wires:", "gpu:")) for line in text.splitlines()):
@@ -73,6 +75,13 @@ def read(name_or_path: str, gpu: str = "") -> Source:
     _no_gpu(name_or_path, gpu)
     written = name_or_path if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")) else f"./{name_or_path}"
     return Source(load.node(written), "", ())
+
+
+def _may_be(gpu: str, linked: bool, file: str) -> None:
+    """Refuse ``--gpu`` with a GPU that has no NVLink where the file has NVLinks."""
+    if linked and not machine.has_nvlink(gpu, load.gpu(gpu).compute_capability):
+        what = "name the GPU that the machine has (`nvidia-smi -L`), or leave --gpu out"
+        raise ScenarioError([Finding(file, 0, f"has NVLinks between GPUs, and {gpu} has no NVLink", what)])
 
 
 def _no_gpu(name: str, gpu: str) -> None:
@@ -112,7 +121,9 @@ def _from_xml(text: str, file: str, gpu: str) -> Source:
     if root.name == "graphs":
         return Source(None, "", (), nccl_xml.graphs(root, file))
     notes = []
-    if not gpu:
+    if gpu:
+        _may_be(gpu, "<nvlink" in text, file)
+    else:
         gpu, guessed = nccl_xml.gpu_of(root)
         notes += [f"{guessed}; --gpu NAME says which"] if guessed else []
     major = load.gpu(gpu).compute_capability[0]

@@ -355,6 +355,39 @@ def test_a_torchtitan_job(tmp_path):
     assert imported.unread == ("[mystery]",)
 
 
+def test_keys_that_sim_does_not_know_in_sections_that_it_reads_are_told():
+    said = read_torchtitan(
+        '[model]\nname = "llama3"\nflavor = "8B"\ntokenizer_path = "x"\nmystery = 1\n'
+        '[training]\nsteps = 10\nseq_len = 8192\nmixed_precision_reduce = "bfloat16"\n'
+        "[parallelism]\ntensor_parallel_degree = 2\nsome_new_degree = 4\ndisable_loss_parallel = false\n"
+        '[optimizer]\nlr = 3e-4\nearly_step_in_backward = true\n[quantize.linear.float8]\nrecipe_name = "rowwise"\n'
+    )
+    assert said.unread == [
+        "model.mystery", "training.mixed_precision_reduce", "parallelism.some_new_degree",
+        "optimizer.early_step_in_backward",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "said"),
+    [
+        ("MEGATRON_LM", "megatron_lm_num_micro_batches: 4", "is to be 4 x micro_batch_size x dp"),
+        ("MEGATRON_LM", "megatron_lm_num_micro_batches: 1", ""),
+        ("DEEPSPEED", "gradient_accumulation_steps: 4", "is to be 4 x micro_batch_size x ranks"),
+        ("DEEPSPEED", "gradient_accumulation_steps: 1", ""),
+    ],
+)
+def test_how_many_microbatches_accelerate_makes_is_a_note(tmp_path, kind: str, key: str, said: str):
+    """Its file says how many, a scenario how large the batch is: the ranks are the user's to say."""
+    section = "megatron_lm_config" if kind == "MEGATRON_LM" else "deepspeed_config"
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(f"distributed_type: {kind}\nmixed_precision: bf16\nnum_processes: 8\n{section}: {{{key}}}\n")
+    sets = ["model=llama-2-7b", "cluster.node=dgx-h100", "training.sequence_length=2048", "training.micro_batch_size=1"]
+    notes = [note for note in import_scenario([str(file)], None, sets).notes if "global_batch_size" in note]
+    assert len(notes) == bool(said)
+    assert all(said in note and key.partition(":")[0] in note for note in notes)
+
+
 def test_torchtitans_recompute_of_every_second_layer_and_a_loss_that_is_not_compiled(tmp_path):
     job = tmp_path / "job.toml"
     job.write_text(

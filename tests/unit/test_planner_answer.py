@@ -309,8 +309,10 @@ def test_what_is_owned_is_not_rented(owned: int, spare_nodes: int, begins: str) 
     more = (f"candidates.owned={{dgx-h100: {owned}}}",) if owned else ()
     plan = plan_of(text, "goal={cheapest: true}", f"failures.spare_nodes={spare_nodes}", *more)
     runner = Pretended(plan)
-    best = answer(search(plan, runner), runner)["recommended"]
+    content = answer(search(plan, runner), runner)
+    best = content["recommended"]
     assert best["words"].startswith(begins)
     assert best["money"]["owned_gpus"] == owned
+    assert ("8 GPUs are owned" in page(content)) == (owned >= 8)
     paid = best["money"]["usd_per_gpu_hour"] * (8 * (1 + spare_nodes) - owned) * best["time_s"] / 3600
     assert best["money"]["gpus"] == pytest.approx(paid)

@@ -84,6 +84,10 @@ def test_graphs_of_a_dump(sim):  # noqa: F811
         (["FOLDER/dgx-1.txt", "--nodes", "2"], "--nodes: dgx-1 does not say its network\n    write --network NAME"),
         (["dgx-h100", "--network", "fast"], "--network: 'fast' does not describe a network; write"),
         (["FOLDER/ncv4-graph.xml", "--write", "x.yaml"], "ncv4-graph.xml: graphs are no machine to write or draw\n"),
+        (
+            ["FOLDER/dgx-1.txt", "--gpu", "rtx-4090"],
+            "has NVLinks between GPUs, and rtx-4090 has no NVLink\n    name",
+        ),
         (["FOLDER/README.md"], "README.md"),
         (["dgx-h100", "--gpu", "a30"], "--gpu: dgx-h100 says itself which GPU it has\n    leave it out;"),
         (["/dev/null"], "/dev/null: is empty\n    give the output of `nvidia-smi topo -m`"),
