@@ -16,9 +16,9 @@ Path = tuple[str, ...]
 
 GUESSES: Mapping[str, Path] = {
     r"attention (\S+)": ("training", "attention"),
-    r"(\S+) recompute": ("training", "recompute"),
 }
-"""Words that name a key's value as a guess, where that value is what the scenario says."""
+"""Words that name a key's value as a guess, where that value is what the scenario says. Of recompute sim knows no better:
+a guess of it comes from the memory that a run had, or from what its authors do elsewhere."""
 
 DONE: Mapping[str, tuple[str, Path, object]] = {
     r"overlap: TP overlap": ("megatron", ("megatron", "tp_comm_overlap"), True),
@@ -52,7 +52,7 @@ def _changes(scenario: Mapping[str, Any], assumed: Sequence[str]) -> Iterator[tu
     for words in assumed:
         for pattern, path in GUESSES.items():
             found = re.fullmatch(pattern, words)
-            if found and _get(scenario, path) == {"no": "none"}.get(found[1], found[1]):
+            if found and _get(scenario, path) == found[1]:
                 yield path, None
         for pattern, (framework, path, value) in DONE.items():
             if (

@@ -16,8 +16,8 @@ SCENARIO = {"framework": "megatron", "training": {"attention": "flash-2", "recom
 
 def test_a_guess_is_left_out() -> None:
     read, changes = read_assumed(SCENARIO, ["attention flash-2", "no recompute", "vocabulary 50,304"])
-    assert read["training"] == {"precision": "bf16"}
-    assert changes == ((("training", "attention"), None), (("training", "recompute"), None))
+    assert read["training"] == {"recompute": "none", "precision": "bf16"}
+    assert changes == ((("training", "attention"), None),)
     assert SCENARIO["training"]["attention"] == "flash-2", "what was given is not touched"
 
 
