@@ -17,8 +17,11 @@ Path = tuple[str, ...]
 GUESSES: Mapping[str, Path] = {
     r"attention (\S+)": ("training", "attention"),
 }
-"""Words that name a key's value as a guess, where that value is what the scenario says. Of recompute sim knows no better:
-a guess of it comes from the memory that a run had, or from what its authors do elsewhere."""
+"""Words that name a key's value as a guess, where that value is what the scenario says.
+
+Of recompute sim knows no better: a guess of it comes from the memory that a run had, or from what its authors do
+elsewhere.
+"""
 
 DONE: Mapping[str, tuple[str, Path, object]] = {
     r"overlap: TP overlap": ("megatron", ("megatron", "tp_comm_overlap"), True),
