@@ -82,11 +82,13 @@ def _cpu_threads(r: Resolution, given: int | None, framework: str | None) -> Non
     d = r.draft
     if given is not None:
         d.cpu_threads = given
+        if "sources" in r.doc.data:  # a resolved scenario says everything
+            return
         if d.knows("node") and given > d.node.num_cpu_cores:
             r.warnings.append(
                 f"cpu_threads {given}: {d.node.name} has {d.node.num_cpu_cores} cores, which the ranks of a node share"
             )
-        if framework in ("ddp", "megatron"):
+        if given and framework in ("ddp", "megatron"):
             r.warnings.append(f"cpu_threads {given} changes nothing: {framework}'s step is on the GPUs")
     elif framework == "deepspeed":
         d.cpu_threads = 0
