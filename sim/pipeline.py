@@ -149,6 +149,19 @@ def programs(scenario: Scenario) -> tuple[Ledger, World]:
     return ledger, lower(ledger, scenario)
 
 
+def cost_settings(scenario: Scenario) -> CostSettings:
+    """Return what the times of a scenario's kernels and transfers depend on beside the machine."""
+    return CostSettings(
+        compiled=scenario.training.compile,
+        code=scenario.training.code,
+        exchange_sms=exchange_sms_of(scenario),
+        slow={fault.rank: 1 / fault.factor for fault in scenario.faults.slow},
+        slowest=slowest_in(scenario),
+        calibration=scenario.calibration,
+        cpu_threads=scenario.training.cpu_threads,
+    )
+
+
 def _timed(
     scenario: Scenario, fold: bool, like: Simulation | None, written: tuple[Ledger, World] | None
 ) -> tuple[Ledger, Cluster, World, CostModel, Timeline]:
@@ -158,18 +171,14 @@ def _timed(
         cluster = like.cluster  # and what it remembers of its routes
     else:
         cluster = degrade(build_cluster(scenario.cluster), faults.links)
-    slow = {fault.rank: 1 / fault.factor for fault in faults.slow}
+    settings = cost_settings(scenario)
     ledger, lowered = programs(scenario) if written is None else written
-    settings = CostSettings(compiled=scenario.training.compile, code=scenario.training.code, slow=slow,
-                            exchange_sms=exchange_sms_of(scenario),
-                            slowest=slowest_in(scenario), calibration=scenario.calibration,
-                            cpu_threads=scenario.training.cpu_threads)  # fmt: skip
     try:
-        world = _folded(lowered, cluster, slow, fold, fold, scenario, settings)
+        world = _folded(lowered, cluster, fold, fold, scenario, settings)
         cost = _cost(cluster, scenario, settings, world, like)
         timeline = run(world, cost)
     except ContentionError:  # other communicators, and so another cost model: it knows them by name
-        world = _folded(lowered, cluster, slow, fold, False, scenario, settings)
+        world = _folded(lowered, cluster, fold, False, scenario, settings)
         cost = _cost(cluster, scenario, settings, world, like)
         timeline = run(world, cost)
     return ledger, cluster, world, cost, timeline
@@ -186,11 +195,10 @@ def _cost(
 
 
 def _folded(
-    world: World, cluster: Cluster, slow: Mapping[int, float], fold: bool, trusting: bool, scenario: Scenario,
-    settings: CostSettings,
-) -> World:  # fmt: skip
+    world: World, cluster: Cluster, fold: bool, trusting: bool, scenario: Scenario, settings: CostSettings
+) -> World:
     """Return the world with the classes that its ranks form on this machine."""
-    if fold and cluster.num_nodes == 1 and not slow and not cluster.degraded and _as_one(world):
+    if fold and cluster.num_nodes == 1 and not settings.slow and not cluster.degraded and _as_one(world):
         return world
     from sim.cluster.symmetry import places_of
     from sim.parallel.fold import refold
@@ -202,7 +210,7 @@ def _folded(
         return alike(found, cost.traffic, cost.links, connections(found, cluster))
 
     places = places_of(cluster, num_ranks=world.world_size)
-    return refold(world, speeds=slow, places=places, folded=fold, trusting=trusting, alike=same)
+    return refold(world, speeds=settings.slow, places=places, folded=fold, trusting=trusting, alike=same)
 
 
 def _as_one(world: World) -> bool:

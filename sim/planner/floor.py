@@ -24,8 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sim.cluster.topology import Cluster, build_cluster
-from sim.cost.model import CostModel, CostSettings
-from sim.cost.spread import slowest_in
+from sim.cost.model import CostModel
 from sim.engine.beside import durations_beside, own_ticks
 from sim.engine.segments import Prices
 from sim.errors import ScenarioError
@@ -46,7 +45,7 @@ from sim.ir.program import (
     World,
 )
 from sim.ir.traffic import Traffic
-from sim.pipeline import programs
+from sim.pipeline import cost_settings, programs
 from sim.planner.bounds import SAFETY
 from sim.scenario.load import load_scenario_mapping
 from sim.scenario.schema import ClusterSpec
@@ -62,12 +61,8 @@ def floor_s(scenario: dict[str, Any], folder: str) -> float:
     except ScenarioError:
         return 0.0
     _, world = programs(resolved)
-    settings = CostSettings(
-        compiled=resolved.training.compile, code=resolved.training.code, slowest=slowest_in(resolved),
-        calibration=resolved.calibration,
-    )  # fmt: skip
-    cluster = _cluster(resolved.cluster)
-    return max(_ranks_s(world, CostModel(cluster, resolved.cluster.gpu, settings))) * SAFETY
+    cost = CostModel(_cluster(resolved.cluster), resolved.cluster.gpu, cost_settings(resolved))
+    return max(_ranks_s(world, cost)) * SAFETY
 
 
 _known: list[tuple[ClusterSpec, Cluster]] = []
