@@ -34,10 +34,6 @@ DONE: Mapping[str, tuple[str, Path, object]] = {
     r"compile: CUDA graphs": ("megatron", ("megatron", "cuda_graph_impl"), "local"),
 }
 """Words of what a run did: (framework that knows the key, or any; key; value)."""
-NOT_BESIDE: Mapping[Path, tuple[Path, object]] = {
-    ("megatron", "cuda_graph_impl"): (("training", "recompute"), "full"),
-}
-"""Keys of which nothing is set where another has this value: Megatron captures no block that runs again."""
 
 
 def read_assumed(
@@ -62,9 +58,20 @@ def _changes(scenario: Mapping[str, Any], assumed: Sequence[str]) -> Iterator[tu
                 re.fullmatch(pattern, words)
                 and framework in ("", scenario.get("framework"))
                 and _get(scenario, path) is None
-                and (path not in NOT_BESIDE or _get(scenario, NOT_BESIDE[path][0]) != NOT_BESIDE[path][1])
+                and _possible(scenario, path, assumed)
             ):
                 yield path, value
+
+
+def _possible(scenario: Mapping[str, Any], path: Path, assumed: Sequence[str]) -> bool:
+    """Whether a scenario may have the key: what would be refused beside its others is not set."""
+    if path[1] in ("tp_comm_overlap", "async_tensor_parallel"):
+        compiled = path[0] == "megatron" or _get(scenario, ("training", "compile")) is True
+        tp, sp = (_get(scenario, ("parallelism", axis)) for axis in ("tp", "sp"))
+        return sp is True and tp not in (None, 1) and (compiled or "compile: torch.compile" in assumed)
+    if path == ("megatron", "cuda_graph_impl"):
+        return _get(scenario, ("training", "recompute")) != "full"
+    return True
 
 
 def _get(scenario: Mapping[str, Any], path: Path) -> object:

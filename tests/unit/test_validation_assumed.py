@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -43,14 +44,27 @@ def test_a_guess_of_something_else_is_not_this_one() -> None:
     ],
 )
 def test_what_the_run_did_is_set(framework: str, words: str, section: str, key: str, value: object) -> None:
-    assert read_assumed({"framework": framework}, [words])[0][section][key] == value
+    divided = {"framework": framework, "parallelism": {"tp": 2, "sp": True}, "training": {"compile": True}}
+    scenario = {"framework": framework} if section in ("training", "parallelism") else divided
+    assert read_assumed(scenario, [words])[0][section][key] == value
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ({"framework": "megatron", "training": {"recompute": "full"}}, "compile: CUDA graphs"),
+        ({"framework": "megatron", "parallelism": {"tp": 2}}, "overlap: TP overlap"),
+        ({"framework": "fsdp2", "parallelism": {"tp": 2, "sp": True}}, "overlap: async TP"),
+    ],
+)
+def test_what_would_be_refused_is_not_set(scenario: dict[str, Any], words: str) -> None:
+    """Blocks that run again are in no graph; exchanges in pieces need sequence parallelism, DTensor's a compiler."""
+    assert read_assumed(scenario, [words]) == (scenario, ())
 
 
 def test_what_the_scenario_says_itself_stands() -> None:
     said = {"framework": "megatron", "megatron": {"tp_comm_overlap": False}}
     assert read_assumed(said, ["overlap: TP overlap"]) == (said, ())
-    again = {"framework": "megatron", "training": {"recompute": "full"}}
-    assert read_assumed(again, ["compile: CUDA graphs"]) == (again, ()), "which Megatron refuses"
     other = {"framework": "fsdp2"}
     assert read_assumed(other, ["overlap: TP overlap"]) == (other, ()), "a key of another framework"
 
