@@ -25,10 +25,11 @@ reads its tile of C when the main loop is over and writes it; other SMs' main lo
 Hopper's kernels are persistent: as many blocks as SMs, each of which works through tiles that are its own from the
 start. Where others hold SMs, as many blocks wait until one is free, and then have all of their tiles before them: the
 main loops take up to two turns, of which most SMs are idle in the second (pytorch/pytorch #143988: FSDP's matmuls on
-H100 take 2x as long beside NCCL, which holds 10 % of the SMs; #147966). What the power limit takes goes with FLOPs and
-is taken once. Before Hopper each tile is a block, which the GPU sends to whatever SM is free; from Blackwell on blocks
-ask for their next tile (cluster launch control: CUTLASS, ``media/docs/cpp/blackwell_cluster_launch_control.md``, which
-draws the difference): there whole waves of the SMs that are left.
+H100 take 2x as long beside NCCL, which holds 10 % of the SMs; #147966; NVIDIA/Fuser #5742: a trace of cuBLAS's grid of
+2 x 66 blocks on H100's 132 SMs). What the power limit takes goes with FLOPs and is taken once. Before Hopper each tile
+is a block, which the GPU sends to whatever SM is free; from Blackwell on blocks ask for their next tile (cluster launch
+control: CUTLASS, ``media/docs/cpp/blackwell_cluster_launch_control.md``, which draws the difference): there whole waves
+of the SMs that are left.
 
 Which operand is transposed (forward TN, gradient of the input NN, of the weight NT) makes no difference to 16-bit
 tensor cores, which take both orders from shared memory: 0.718 and 0.716 of the peak on A100, 0.496 and 0.491 on B200

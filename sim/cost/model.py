@@ -65,7 +65,7 @@ MOST_TAKEN = 0.5
 """Largest share of SMs or bandwidth that collectives are taken to hold: what computes has at least an equal part."""
 FLAG_SMS = 1
 """A block that waits for flags beside a shift's copies is of a warp or two, for which there is room beside a product's
-block on the same SM: 384 threads of 168 registers leave a thousand of 65,536 (CUTLASS's kernels for sm90)."""
+block on the same SM: 384 threads of 168 registers leave a thousand of 65,536 (cuBLAS's nvjet in NVIDIA/Fuser #5742)."""
 _TOKENS = ("batch", "seq")
 """Dimensions that count tokens: a product that contracts over them is the gradient of a weight."""
 _FAMILIES = "families of kernels bound by memory"
