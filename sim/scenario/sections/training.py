@@ -101,7 +101,7 @@ def _cpu_threads(r: Resolution, given: int | None, framework: str | None) -> Non
         r.sources["training.cpu_threads"] = "torchrun sets OMP_NUM_THREADS=1 for several processes a node"
 
 
-def _batch(r: Resolution, values: Mapping[str, Any], wrong: set[str]) -> None:  # noqa: PLR0911, PLR0912 - three numbers, two places
+def _batch(r: Resolution, values: Mapping[str, Any], wrong: set[str]) -> None:
     """Micro and global batch: from the scenario, else from DeepSpeed's three numbers."""
     d, reading = r.draft, deepspeed_of(r) or DeepSpeedReading()
     micro, batch = values.get("micro_batch_size"), values.get("global_batch_size")
@@ -125,32 +125,9 @@ def _batch(r: Resolution, values: Mapping[str, Any], wrong: set[str]) -> None:  
         batch = total
         r.sources["training.global_batch_size"] = f"{r.ds_name}: train_batch_size"
     if micro is None:
-        if batch is not None and dp and (total is not None or steps is not None):
-            # deepspeed/runtime/config.py, _set_batch_related_parameters: one accumulation step unless said
-            micro, rest = divmod(batch, dp * (steps or 1))
-            if rest or not micro:
-                r.problems.append(
-                    Problem(
-                        ("deepspeed",),
-                        f"a batch of {batch} does not divide over dp {dp}"
-                        + (f" * gradient_accumulation_steps {steps}" if steps else ""),
-                        write("train_batch_size", multiples(dp * (steps or 1), batch)),
-                    )
-                )
-                return
-            r.sources["training.micro_batch_size"] = f"global_batch_size / (dp x {steps or 1} accumulation steps)"
-        elif r.draft.knows("deepspeed") and (dp or batch is None or steps is None):
-            parent = ("training",) if ("training",) in r.doc.lines else ()
-            r.problems.append(
-                Problem(
-                    parent,
-                    "training.micro_batch_size is missing",
-                    "write the sequences of one rank's microbatch, such as 1",
-                )
-            )
-            return
-        else:
-            return
+        micro = _micro_of(r, batch, total is not None, steps, dp)
+    if micro is None:
+        return
     d.micro_batch_size = micro
     if batch is None and dp:
         batch = micro * dp * (steps or 1)
@@ -170,6 +147,37 @@ def _batch(r: Resolution, values: Mapping[str, Any], wrong: set[str]) -> None:  
         )
         return
     d.global_batch_size = batch
+
+
+def _micro_of(r: Resolution, batch: int | None, in_file: bool, steps: int | None, dp: int | None) -> int | None:
+    """Return the microbatch that follows from the batch and DeepSpeed's accumulation steps, if any does.
+
+    ``in_file``: the batch is DeepSpeed's ``train_batch_size``, which says enough without the steps.
+    """
+    if batch is not None and dp and (in_file or steps is not None):
+        # deepspeed/runtime/config.py, _set_batch_related_parameters: one accumulation step unless said
+        micro, rest = divmod(batch, dp * (steps or 1))
+        if micro and not rest:
+            r.sources["training.micro_batch_size"] = f"global_batch_size / (dp x {steps or 1} accumulation steps)"
+            return micro
+        r.problems.append(
+            Problem(
+                ("deepspeed",),
+                f"a batch of {batch} does not divide over dp {dp}"
+                + (f" * gradient_accumulation_steps {steps}" if steps else ""),
+                write("train_batch_size", multiples(dp * (steps or 1), batch)),
+            )
+        )
+    elif r.draft.knows("deepspeed") and (dp or batch is None or steps is None):
+        parent = ("training",) if ("training",) in r.doc.lines else ()
+        r.problems.append(
+            Problem(
+                parent,
+                "training.micro_batch_size is missing",
+                "write the sequences of one rank's microbatch, such as 1",
+            )
+        )
+    return None
 
 
 def _agreed(r: Resolution, key: str, ours: Any, framework: str | None) -> None:
