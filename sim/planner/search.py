@@ -6,8 +6,8 @@ Of a kind of node that bounds exclude whole the best one is simulated neverthele
 None of these can discard a candidate of the front, which is of those that keep the plan's limits; so the front is that
 of an exhaustive search (tests/laws/test_planner_laws.py).
 
-What is next in turn gets a sharper bound first, from its own programs (``floor``; without a pipeline), and has to
-stand up to it: it goes back to its new place in the order, or is discarded.
+What is next in turn gets a sharper bound first, from its own programs (``floor``; a pipeline's where that helps),
+and has to stand up to it: it goes back to its new place in the order, or is discarded.
 
 Candidates are simulated in waves: the next wave is chosen from what all waves before it have shown, and its size does
 not depend on the number of processes. So the answer does not either, nor on how often the search was interrupted.
@@ -32,6 +32,12 @@ WAVE = 4
 """Candidates of a wave."""
 REPRESENTED = 3
 """Candidates of a kind of node that are simulated at most, to have one of it that fits."""
+
+
+ASKED = 4
+"""Pipelines whose programs may be asked in vain, beyond every other one."""
+WORTH = 1.05
+"""A bound that rises by less was asked for in vain."""
 
 
 class Runner(Protocol):
@@ -173,6 +179,9 @@ class _Waves:
     sharp: set[Candidate] = field(default_factory=set)
     """Candidates that stand in the queue by their sharper bound."""
     floors: dict[Candidate, float] = field(default_factory=dict)
+    asked: int = 0
+    raised: int = 0
+    """Of so many pipelines whose programs were asked, how many bounds they raised."""
 
     def go(self, queue: list[_Entry], size: int, exhaustive: bool = False, first: bool = False) -> None:
         """Simulate what no simulated candidate beats; ``first``: until one fits."""
@@ -243,7 +252,10 @@ class _Waves:
                 (wave if promising else put_off).append(entry)
                 continue
             self.sharp.add(entry[1])
-            _, candidate, bound, best = self._sharper(entry)
+            _, candidate, bound, best = self._sharper(entry, 2 * self.raised >= self.asked - ASKED)
+            if candidate.pp > 1 and candidate in self.floors:
+                self.asked += 1
+                self.raised += bound.time_s > WORTH * entry[2].time_s
             if not first and not keeps_goal(self.plan, best):
                 self.missed.append((excess(self.plan, best), candidate, bound, best))
                 continue
@@ -253,13 +265,14 @@ class _Waves:
         self.left = sorted(heap + put_off, key=lambda entry: entry[:2])
         return wave
 
-    def _sharper(self, entry: _Entry) -> _Entry:
+    def _sharper(self, entry: _Entry, asks: bool) -> _Entry:
         """Return an entry with what its candidate's programs say of its step, if that is more; not yet in its place.
 
-        They say little of a pipeline, whose bubble ``bounds`` knows and they do not: not worth their price.
+        They know nothing of a pipeline's bubble, which ``bounds`` knows: where they hardly raise a pipeline's bound
+        they are not worth their price, and are asked no more.
         """
         place, candidate, bound, _ = entry
-        if candidate.pp > 1:
+        if candidate.pp > 1 and candidate not in self.floors and not asks:
             return entry
         floor_s = self.floors.get(candidate)
         if floor_s is None:
@@ -271,7 +284,7 @@ class _Waves:
         return place, candidate, bound, self.economics.cost(candidate, floor_s, min(bound.compute_s, floor_s))
 
     def _may_be_next(self, entry: _Entry) -> bool:
-        best = self._sharper(entry)[3]
+        best = self._sharper(entry, asks=False)[3]
         return not any(_beats(one, best, self.slack) for one in self.found.tried)
 
     def _beaten(self, entry: _Entry, by: Iterable[Tried]) -> bool:
