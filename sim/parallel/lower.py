@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from sim.cluster.symmetry import Places
-from sim.ir.ledger import DType, Layer, Ledger, Tensor
+from sim.ir.ledger import DType, Layer, Ledger
 from sim.ir.program import Alloc, Call, Chunk, Collective, Free, Instruction, Mark, Program, Storage, World
 from sim.parallel.cublas import workspaces
 from sim.parallel.emit import NO_RECOMPUTE, Emitter, Hooks
@@ -376,7 +376,7 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
         chunks["buffers"] = _receive_buffers(emitters, scenario.num_microbatches)
         setup.append(Call("buffers"))
     if job.messages.lands and num_ranks > 1:
-        chunks["buffers"] = _landing_buffer(emitters[0], job.messages.parts, scenario.num_microbatches)
+        chunks["buffers"] = _landing_buffer(emitters[0], job.messages.parts)
         setup.append(Call("buffers"))
     exchange = Exchange(
         rank, num_ranks, job.num_chunks, job.placement, [emitter.border for emitter in emitters], job.messages
@@ -399,7 +399,6 @@ def _program(job: _Job, rank: int, num_ranks: int) -> Program:
 def _emitter(job: _Job, stage: Stage) -> Emitter:
     fused: Callable[[Layer], frozenset[str]] = lambda layer: frozenset()  # noqa: E731
     main: DType | None = None
-    keeps = job.messages.buffers or job.messages.lands
     if job.scenario.framework == "megatron" and job.scenario.megatron.gradient_accumulation_fusion:
         from sim.parallel.frameworks.megatron import fused_gradients, main_dtype
 
@@ -412,9 +411,8 @@ def _emitter(job: _Job, stage: Stage) -> Emitter:
         fused=fused,
         main_dtype=main,
         retained=job.scenario.framework == "fsdp2",
-        # the last stage's outputs wait for their backward in ``fwd_cache`` (torch/distributed/pipelining/stage.py), or
-        # for the next ones in their place of ``pipe_buffers`` (deepspeed/runtime/pipe/engine.py)
-        held=tuple(t.name for t in _outputs(stage.layers)) if keeps and len(job.stages) > 1 else (),
+        # the last stage's outputs wait for their backward in ``fwd_cache`` (torch/distributed/pipelining/stage.py)
+        held=("logits",) if job.messages.buffers and len(job.stages) > 1 else (),
         inside=(stage.index > 0, stage.index < len(job.stages) - 1),
         elsewhere=_elsewhere(job.scenario),
         # FSDP1's modules see views of the flat parameter, which autocast does not cache (``_use_unsharded_views``)
@@ -548,27 +546,13 @@ def _receive_buffers(emitters: Sequence[Emitter], num_microbatches: int) -> Chun
     return tuple(out)
 
 
-def _landing_buffer(emitter: Emitter, parts: int, num_microbatches: int) -> Chunk:
-    """One buffer for all that a stage receives. Whole gradients are read there: theirs have no bytes of their own.
-
-    The last stage's ``pipe_buffers`` have two places (``TrainSchedule.num_pipe_buffers``): while a microbatch's loss is
-    made, the other one has the outputs of the microbatch before, which nothing but the next ones takes away.
-    """
+def _landing_buffer(emitter: Emitter, parts: int) -> Chunk:
+    """One buffer for all that a stage receives. Whole gradients are read there: theirs have no bytes of their own."""
     border = emitter.border
     num_bytes = max(s.num_bytes for s in (border.input, border.grad_output) if s is not None)
     if parts == 1:
         emitter.border = replace(border, grad_output=border.grad_output and replace(border.grad_output, num_bytes=0))
-    kept = _outputs(emitter.layers) if num_microbatches > 1 else ()
-    return (
-        Alloc(Storage("pipe_recv_buf", -(-num_bytes // parts), "buffers")),
-        *(Alloc(Storage(f"pipe_buffers.{t.name}", t.num_bytes, "activations")) for t in kept),
-    )
-
-
-def _outputs(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """Return what the last stage's layers hand to the loss: logits, gathered if they are; none if there are none."""
-    made = {t.name: t for layer in layers[-1:] if layer.kind == "head" for op in layer.forward for t in op.writes}
-    return tuple(made[name] for name in ("logits.gathered", "logits") if name in made)[:1]
+    return (Alloc(Storage("pipe_recv_buf", -(-num_bytes // parts), "buffers")),)
 
 
 # --- frameworks ----------------------------------------------------------------------------------

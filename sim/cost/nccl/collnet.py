@@ -13,8 +13,8 @@ scenario (from two nodes on: NCCL_COLLNET_NODE_THRESHOLD, src/init.cc). Formulas
 src/graph/search.cc, ncclTopoSearchRecNet, ncclTopoCompute; conditions: src/enqueue.cc, updateCollCostTable (NCCL 2.30).
 Nothing is fitted: a collective takes as long as NCCL expects, or as its links need at the rates that NCCL counts on.
 Held against published bus bandwidths of 64 H100 with NDR and SHARP (+6 % at 512 MiB, -1 % at 8 GiB:
-tests/unit/test_cost_nccl_collnet.py). Of 8 NICs on A100 NVIDIA expects 110 GB/s of data (NVIDIA/nccl#320); the wires allow
-137.
+tests/unit/test_cost_nccl_collnet.py). Of 8 NICs on A100 NVIDIA expects 110 GB/s of data (NVIDIA/nccl#320); the wires
+allow 137.
 
 Leaves out: trees of the switches that are given out to one job at a time, and their lower rates for small messages;
 types that they do not add (8 bits).
