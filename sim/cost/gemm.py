@@ -47,6 +47,7 @@ validation/measure/fit_accumulation.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sim.cost.roofline import Machine, bound_s
 
@@ -135,12 +136,29 @@ def gemm_s(
     the clock has already fallen when this one starts. ``left_sms``: so many SMs are free for a kernel whose blocks
     stay to the end; 0: all of them.
     """
-    return _time_and_blocks(m, n, k, batch, machine, coefficients, factor, sustained, left_sms)[0]
+    c = coefficients
+    kernel = _chosen(m, n, k, batch, machine, c, factor)
+    compute_s = kernel.compute_s
+    if 0 < left_sms < kernel.blocks:
+        compute_s *= _turns(kernel.tiles, kernel.blocks, left_sms) / kernel.waves
+    best = _together(compute_s, kernel.memory_s, c.overlap_exponent)
+    result_bytes = batch * max(machine.element_bytes, 2) * m * n
+    best += c.exposed_result * result_bytes / (c.memory_fraction * machine.memory_bytes_per_s)
+    flops = 2 * batch * m * n * k
+    share = 1.0 if sustained else best / (best + c.droop_s)
+    return c.floor_s + best + c.droop * share * flops / machine.peak_flops
 
 
 def blocks_of(m: int, n: int, k: int, batch: int, machine: Machine, coefficients: GemmCoefficients) -> int:
     """Return how many blocks a kernel has whose blocks stay to the end: one an SM, or a tile if these are fewer."""
-    return _time_and_blocks(m, n, k, batch, machine, coefficients, 1.0, True, 0)[1]
+    return _chosen(m, n, k, batch, machine, coefficients, 1.0).blocks
+
+
+def _together(compute_s: float, memory_s: float, exponent: float) -> float:
+    """Return the time of main loops and memory traffic, which hide behind each other but for what ``exponent`` says."""
+    longer, shorter = (compute_s, memory_s) if compute_s > memory_s else (memory_s, compute_s)
+    together: float = longer * (1 + (shorter / longer) ** exponent) ** (1 / exponent)
+    return together
 
 
 def _turns(tiles: int, blocks: int, left_sms: int) -> int:
@@ -158,17 +176,20 @@ def _turns(tiles: int, blocks: int, left_sms: int) -> int:
     return first + less if with_less >= waiting else 2 * first
 
 
-def _time_and_blocks(
-    m: int,
-    n: int,
-    k: int,
-    batch: int,
-    machine: Machine,
-    coefficients: GemmCoefficients,
-    factor: float,
-    sustained: bool,
-    left_sms: int,
-) -> tuple[float, int]:
+class _Chosen(NamedTuple):
+    """The kernel that is taken for a product: its main loops and memory traffic alone, waves, tiles, and blocks."""
+
+    compute_s: float
+    memory_s: float
+    waves: float
+    tiles: int
+    blocks: int
+
+
+def _chosen(
+    m: int, n: int, k: int, batch: int, machine: Machine, coefficients: GemmCoefficients, factor: float
+) -> _Chosen:
+    """Return the fastest of the tiles and splits on an idle GPU, the first of equals."""
     c = coefficients
     element = machine.element_bytes
     sms = machine.num_sms
@@ -184,10 +205,9 @@ def _time_and_blocks(
         memory_s = max(memory_s, moved / (c.memory_fraction * machine.memory_bytes_per_s))
     prologue_s = c.prologue_clocks / machine.clock_hz
     partial_s = batch * 8 * m * n / (sms * l2_rate)
-    p, q = c.overlap_exponent, c.tail_smoothing
+    q = c.tail_smoothing
     best = float("inf")
-    chosen = (0.0, 0.0, 1.0, 0)
-    blocks = 0
+    chosen = _Chosen(0.0, 0.0, 1.0, 0, 0)
     for tile_m, tile_n in TILES:
         tiles = batch * -(-m // tile_m) * -(-n // tile_n)
         step_s = max(2 * tile_m * tile_n / flop_rate, (tile_m + tile_n) * element / l2_rate)
@@ -197,21 +217,12 @@ def _time_and_blocks(
             waves = 1.0 if waves <= 1 else (1 - q) * -(-tiles * split // sms) + q * waves
             compute_s = waves * (depth * step_s + prologue_s)
             memory = memory_s + partial_s * split if split > 1 else memory_s
-            longer, shorter = (compute_s, memory) if compute_s > memory else (memory, compute_s)
-            if longer < best:
-                together = longer * (1 + (shorter / longer) ** p) ** (1 / p)
+            if compute_s < best and memory < best:  # else it cannot be faster
+                together = _together(compute_s, memory, c.overlap_exponent)
                 if together < best:
-                    best, blocks = together, min(tiles * split, sms)
-                    chosen = (compute_s, memory, waves, tiles * split)
-    if 0 < left_sms < blocks:
-        compute_s, memory, waves, tiles = chosen
-        compute_s *= _turns(tiles, blocks, left_sms) / waves
-        longer, shorter = (compute_s, memory) if compute_s > memory else (memory, compute_s)
-        best = longer * (1 + (shorter / longer) ** p) ** (1 / p)
-    best += c.exposed_result * result_bytes / (c.memory_fraction * machine.memory_bytes_per_s)
-    flops = 2 * batch * m * n * k
-    share = 1.0 if sustained else best / (best + c.droop_s)
-    return c.floor_s + best + c.droop * share * flops / machine.peak_flops, blocks
+                    best = together
+                    chosen = _Chosen(compute_s, memory, waves, tiles * split, min(tiles * split, sms))
+    return chosen
 
 
 def result_s(

@@ -9,8 +9,8 @@ from test_cost_nccl import machine
 
 from sim.memory.runtime import NcclCommunicator, nccl_bytes
 from sim.outside import _messages
-from sim.pipeline import simulate
-from sim.scenario.load import load_scenario
+from sim.pipeline import Simulation, simulate
+from sim.scenario.load import load_scenario, load_scenario_text
 
 MIB = 2**20
 
@@ -55,34 +55,34 @@ def test_a_stage_in_the_middle_has_two_neighbours(tmp_path: Path) -> None:
     assert [held - by_rank[0] for held in by_rank] == [0, inner, inner, 0]
 
 
-def test_a_rank_of_a_ring_has_two_neighbours_however_it_is_folded(tmp_path: Path) -> None:
+def folded_and_not(text: str) -> tuple[Simulation, Simulation]:
+    """Return the simulation of a scenario with its ranks folded, and with each by itself."""
+    scenario = load_scenario_text(text, "cp.yaml")
+    return simulate(scenario, fold=True), simulate(scenario, fold=False)
+
+
+def test_a_rank_of_a_ring_has_two_neighbours_however_it_is_folded() -> None:
     """Four ranks pass keys and values on: each sends to the next, receives from the one before, and is one class."""
-    (tmp_path / "cp.yaml").write_text(
+    folded, unfolded = folded_and_not(
         "model: gpt2\ncluster: {node: dgx-h100, num_nodes: 1, num_gpus: 4}\nframework: megatron\n"
         "parallelism: {cp: 4, cp_comm: p2p}\n"
-        "training: {sequence_length: 512, micro_batch_size: 1, global_batch_size: 1, precision: bf16}\n",
-        encoding="utf-8",
+        "training: {sequence_length: 512, micro_batch_size: 1, global_batch_size: 1, precision: bf16}\n"
     )
-    scenario = load_scenario(tmp_path / "cp.yaml", ())
-    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
     assert len(folded.world.programs) == 1
     assert {held.nccl_bytes for held in unfolded.outside.values()} == {folded.outside[0].nccl_bytes}
     assert folded.outside[0].nccl_bytes >= 2 * 32 * 12 * MIB  # 32 channels to either of them
 
 
-def test_ranks_with_other_peers_beside_them_hold_otherwise(tmp_path: Path) -> None:
+def test_ranks_with_other_peers_beside_them_hold_otherwise() -> None:
     """Two groups of three on nodes of two, which exchange heads: a rank has a peer beside it, or both on other nodes.
 
     A peer on the same node takes 4 channels of 12 MiB, as few as go to the other nodes.
     """
-    (tmp_path / "cp.yaml").write_text(
+    folded, unfolded = folded_and_not(
         "model: gpt2\ncluster: {node: dgx-h100, num_nodes: 3, num_gpus: 6, network: ib-ndr-400-4}\n"
         "framework: megatron\nparallelism: {cp: 3, cp_comm: a2a}\n"
-        "training: {sequence_length: 768, micro_batch_size: 1, global_batch_size: 2, precision: bf16}\n",
-        encoding="utf-8",
+        "training: {sequence_length: 768, micro_batch_size: 1, global_batch_size: 2, precision: bf16}\n"
     )
-    scenario = load_scenario(tmp_path / "cp.yaml", ())
-    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
     held = {rank: folded.outside[p.rank].nccl_bytes for p in folded.world.programs for rank in p.ranks}
     assert held == {rank: beside.nccl_bytes for rank, beside in unfolded.outside.items()}
     beside = held[0] - held[2]

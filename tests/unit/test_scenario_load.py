@@ -205,21 +205,23 @@ def test_what_is_not_simulated_yet_is_refused_only_for_simulation() -> None:
     assert problems(BASE, override) == ["mixtures of experts are not simulated yet"]
 
 
-def test_a_gpt_in_megatron_drops_a_tenth_unless_the_model_says_otherwise() -> None:
-    gpt = """
+GPT = """
 model: {hidden_size: 64, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 1000,
   hidden_act: gelu, norm: layernorm, bias: true, position: learned, max_position_embeddings: 128}
 cluster: {node: dgx-a100-80gb}
 framework: megatron
 training: {sequence_length: 128, micro_batch_size: 1}
 """
-    silent = load(gpt)
+
+
+def test_a_gpt_in_megatron_drops_a_tenth_unless_the_model_says_otherwise() -> None:
+    silent = load(GPT)
     assert (silent.model.dropout, silent.model.attention_dropout) == (0.1, 0.1)
     assert any("Megatron's default" in warning for warning in silent.warnings)
-    said = load(gpt, "model.dropout=0", "model.attention_dropout=0")
+    said = load(GPT, "model.dropout=0", "model.attention_dropout=0")
     assert (said.model.dropout, said.model.attention_dropout, said.warnings) == (0.0, 0.0, ())
-    assert load(gpt, "framework=ddp").model.dropout == 0.0
-    assert load(gpt, "model.norm=rmsnorm").model.dropout == 0.0
+    assert load(GPT, "framework=ddp").model.dropout == 0.0
+    assert load(GPT, "model.norm=rmsnorm").model.dropout == 0.0
 
 
 def test_a_distributed_optimizer_overlaps_from_hopper_on_unless_the_scenario_says_otherwise() -> None:
@@ -243,16 +245,10 @@ training: {sequence_length: 128, micro_batch_size: 1}
 
 
 def test_megatron_deepspeed_takes_flash_attention_only_where_it_is_asked_for() -> None:
-    gpt = """
-model: {hidden_size: 64, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 1000,
-  hidden_act: gelu, norm: layernorm, bias: true, position: learned, max_position_embeddings: 128}
-cluster: {node: dgx-a100-80gb}
-framework: deepspeed
-training: {sequence_length: 128, micro_batch_size: 1}
-"""
-    assert load(gpt).training.attention == "math"
-    assert load(gpt, "training.attention=flash-2").training.attention == "flash-2"
-    assert load(gpt, "training.code=torch").training.attention == "sdpa"
+    ours = "framework=deepspeed"
+    assert load(GPT, ours).training.attention == "math"
+    assert load(GPT, ours, "training.attention=flash-2").training.attention == "flash-2"
+    assert load(GPT, ours, "training.code=torch").training.attention == "sdpa"
 
 
 def test_findings_come_in_the_order_of_the_file() -> None:
